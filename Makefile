@@ -1,0 +1,81 @@
+# `make serve` and `make test` need Python >= 3.11, make and a C compiler, and nothing else: they
+# create .venv and install the versions pinned in constraints.txt. Package indexes, mirrors and
+# proxies are whatever pip is configured to use on this machine.
+
+MODEL ?=
+PORT ?= 8000
+HOST ?= 127.0.0.1
+DEVICE ?= auto
+ARGS ?=
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+CHECKED := server tests
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## Show the targets and their variables.
+	@sed -n 's/^\([a-z-]*\): [^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@echo
+	@echo "  variables          MODEL PORT HOST DEVICE ARGS (serve), PYTEST_ARGS WORKERS (tests), PYTHON VENV"
+
+.PHONY: serve
+serve: $(VENV)/.serve ## Serve MODEL (default: the shipped model) on HOST:PORT; ARGS are further flags.
+	exec $(BIN)/gale serve $(if $(MODEL),--model '$(MODEL)') --host '$(HOST)' --port '$(PORT)' --device '$(DEVICE)' $(ARGS)
+
+.PHONY: test
+test: check ## Run make check, then every test that needs no GPU and is not slow.
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(WORKERS) $(PYTEST_ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/.test ## Run the GPU tests; fails where there is no CUDA device.
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: torch finds no CUDA device")'
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/.test ## Run the slow tests, those that need no GPU.
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(VENV)/.test ## Lint, formatting and types, without changing a file.
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(VENV)/.test ## Format the code and apply the linter's safe fixes.
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+.PHONY: wheel
+wheel: $(VENV)/.test ## Build the wheel into dist/.
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+.PHONY: install
+install: $(VENV)/.serve ## Create the environment that make serve uses.
+
+.PHONY: clean
+clean: ## Remove the environment, caches and built files.
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find server tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Gale needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Name another: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.created pyproject.toml constraints.txt
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/.serve

@@ -1,0 +1,146 @@
+"""Gated linear attention for one token per row, fused into one Triton kernel that updates states in place.
+
+A program owns a tile [head_k, BV] of the state of one kv head and row. It reads the tile once, writes it once, and
+serves every query head of the group from registers. Nothing but the state matters for time: at the sizes of the 1.3B
+model it is 2 MB per row, against 14 KB of vectors.
+"""
+
+# Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.kernels.shapes import check_head_k, next_power_of_2
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Size of a program's state tile."""
+
+    block_k: int
+    """Rows: all of head_k, padded to a power of two."""
+    block_v: int
+    """Columns."""
+    num_warps: int
+
+
+def gla_decode(
+    q_NHK: Tensor,
+    k_NGK: Tensor,
+    v_NGV: Tensor,
+    g_NGK: Tensor,
+    state_SGKV: Tensor,
+    slots_N: Tensor,
+    from_zero_N: Tensor,
+    *,
+    scale: float,
+    plan: DecodePlan | None = None,
+) -> Tensor:
+    """Absorb one token per row; see :func:`server.kernels.gla_decode`, which has checked the arguments.
+
+    Args:
+        plan: sizes to use instead of those that :func:`plan_decode` chooses, to compare them.
+
+    Raises:
+        ValueError: head_k is above 256.
+    """
+    rows, heads, head_k = q_NHK.shape
+    kv_heads, head_v = v_NGV.shape[1:]
+    check_head_k(head_k)
+    o_NHV = torch.empty((rows, heads, head_v), dtype=v_NGV.dtype, device=v_NGV.device)
+    if rows == 0:
+        return o_NHV
+    plan = plan or plan_decode(head_k, head_v)
+    grid = (triton.cdiv(head_v, plan.block_v), kv_heads, rows)
+    with torch.cuda.device_of(q_NHK):
+        decode_kernel[grid](
+            q_NHK,
+            k_NGK,
+            v_NGV,
+            g_NGK,
+            state_SGKV,
+            o_NHV,
+            slots_N,
+            from_zero_N,
+            scale,
+            *q_NHK.stride()[:2],
+            *k_NGK.stride()[:2],
+            *v_NGV.stride()[:2],
+            *g_NGK.stride()[:2],
+            state_SGKV.stride(0),
+            REPEATS=heads // kv_heads,
+            K=head_k,
+            V=head_v,
+            BK=plan.block_k,
+            BV=plan.block_v,
+            num_warps=plan.num_warps,
+        )
+    return o_NHV
+
+
+@cache
+def plan_decode(head_k: int, head_v: int) -> DecodePlan:
+    """Choose the tile by head size alone: then the order in which a sum is formed, hence every bit of a row's result,
+    is the same in any batch."""
+    block_k = next_power_of_2(head_k)
+    block_v = min(next_power_of_2(head_v), 64)  # at head_k 256 and 4 warps: 128 registers per thread, all in flight
+    return DecodePlan(block_k, block_v, num_warps=4 if block_k * block_v >= 4096 else 1)
+
+
+@triton.jit
+def decode_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_g,
+    p_state,
+    p_o,
+    p_slots,
+    p_from_zero,
+    scale,
+    stride_qn,
+    stride_qh,
+    stride_kn,
+    stride_kg,
+    stride_vn,
+    stride_vg,
+    stride_gn,
+    stride_gg,
+    stride_slot,
+    REPEATS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Grid: (value tiles, kv heads, rows)."""
+    i_v, i_g, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k[:, None] & m_v[None, :]
+
+    slot = tl.load(p_slots + i_n).to(tl.int64)
+    continues = tl.load(p_from_zero + i_n) == 0
+    p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_k[:, None] * V + o_v[None, :]  # [BK, BV]
+    # A state that starts from zero is not read at all: whatever its slot holds, NaN included, cannot matter.
+    b_state = tl.load(p_tile, mask=m_kv & continues, other=0.0).to(tl.float32)
+    b_g = tl.load(p_g + i_n * stride_gn + i_g * stride_gg + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_k = tl.load(p_k + i_n * stride_kn + i_g * stride_kg + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_v = tl.load(p_v + i_n * stride_vn + i_g * stride_vg + o_v, mask=m_v, other=0.0).to(tl.float32)
+    b_state = b_state * tl.exp(b_g)[:, None] + b_k[:, None] * b_v[None, :]
+    tl.store(p_tile, b_state, mask=m_kv)
+
+    for i_r in tl.static_range(REPEATS):
+        i_h = i_g * REPEATS + i_r
+        b_q = tl.load(p_q + i_n * stride_qn + i_h * stride_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_o = tl.sum(b_state * b_q[:, None], axis=0) * scale  # [BV]
+        p_row = p_o + (i_n * tl.num_programs(1) * REPEATS + i_h) * V
+        tl.store(p_row + o_v, b_o, mask=m_v)

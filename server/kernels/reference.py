@@ -1,0 +1,212 @@
+"""Gated linear attention in plain PyTorch: the specification, and the backend for CPU tensors.
+
+A prompt is computed in chunks of 64 tokens, by matrix products. Within a chunk, with G the cumulative sum of the gates
+and S the state at the chunk's start,
+
+    o_i = scale * ((q_i * exp(G_i))^T S + sum over j <= i of A_ij v_j)        A_ij = sum_k q_ik k_jk exp(G_ik - G_jk)
+    S'  = diag(exp(G_end)) S + sum_j (k_j * exp(G_end - G_j)) v_j^T
+
+Trained gates are strong: exp(G_i) and exp(-G_j), taken apart, underflow and overflow within a chunk. So a chunk is cut
+into blocks of 16 tokens. Between two blocks, the decay is split at the end of the earlier and at the start of the later
+one: the query's part, the key's part and that of whole blocks in between are all <= 1, so a part that underflows
+belongs to a product that vanishes. Inside a block the decay is split at the block's middle where every exponent stays
+under 80, as it nearly always does, and formed for every pair of tokens otherwise; which one depends on the gates of
+that block alone. Exponents are sums over the very tokens between two positions, never differences of long cumulative
+sums, whose rounding would show in exp.
+
+States are float32 and are updated in place in the pool, without being gathered or scattered.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+BLOCK = 16
+_MIDDLE = BLOCK // 2 - 1
+_MAX_EXPONENT = 80.0
+"""Of a factor inside a block. exp(80) = 5.5e34 leaves room for the factor it multiplies; exp overflows at 88.7."""
+
+
+def gla_decode(
+    q_NHK: Tensor,
+    k_NGK: Tensor,
+    v_NGV: Tensor,
+    g_NGK: Tensor,
+    state_SGKV: Tensor,
+    slots_N: Tensor,
+    from_zero_N: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Absorb one token per row; see :func:`server.kernels.gla_decode`.
+
+    Rows are taken in runs whose slots are consecutive: a run is a view of the pool, updated in place. Rows in another
+    order are sorted by slot first, which moves vectors, not states.
+    """
+    slots = slots_N.tolist()
+    if any(after < before for before, after in pairwise(slots)):
+        order = slots_N.argsort(stable=True)
+        q_sorted, k_sorted, v_sorted, g_sorted = (x.index_select(0, order) for x in (q_NHK, k_NGK, v_NGV, g_NGK))
+        o_sorted = gla_decode(
+            q_sorted, k_sorted, v_sorted, g_sorted, state_SGKV, slots_N[order], from_zero_N[order], scale=scale
+        )
+        return torch.empty_like(o_sorted).index_copy_(0, order, o_sorted)
+
+    rows, heads, head_k = q_NHK.shape
+    kv_heads, head_v = v_NGV.shape[1:]
+    if True in from_zero_N.tolist():
+        state_SGKV.index_fill_(0, slots_N[from_zero_N], 0.0)
+    q_NGRK = (q_NHK.float() * scale).reshape(rows, kv_heads, heads // kv_heads, head_k)
+    k_NGK1 = k_NGK.float().unsqueeze(-1)
+    v_NG1V = v_NGV.float().unsqueeze(-2)
+    decay_NGK1 = g_NGK.exp().unsqueeze(-1)
+    o_NGRV = q_NGRK.new_empty((rows, kv_heads, heads // kv_heads, head_v))
+    for start, stop in _runs(slots):
+        state_NGKV = state_SGKV[slots[start] : slots[start] + stop - start]
+        state_NGKV.mul_(decay_NGK1[start:stop]).addcmul_(k_NGK1[start:stop], v_NG1V[start:stop])
+        torch.matmul(q_NGRK[start:stop], state_NGKV, out=o_NGRV[start:stop])
+    return o_NGRV.view(rows, heads, head_v).to(v_NGV.dtype)
+
+
+def _runs(slots: list[int]) -> list[tuple[int, int]]:
+    """Cut rows into the longest runs [start, stop) whose slots are consecutive."""
+    cuts = [row for row, (before, after) in enumerate(pairwise(slots), start=1) if after != before + 1]
+    return list(pairwise([0, *cuts, len(slots)])) if slots else []
+
+
+def gla_prefill(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    g_TGK: Tensor,
+    state_SGKV: Tensor,
+    slots_N: Tensor,
+    from_zero_N: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    max_length: int,
+) -> Tensor:
+    """Absorb packed spans; see :func:`server.kernels.gla_prefill`.
+
+    What happens inside the chunks is computed for all chunks of all spans at once. Then the chunks are walked in order:
+    each adds what its queries read from the state before it, and leaves its own state behind.
+    """
+    tokens, heads, _ = q_THK.shape
+    kv_heads, head_v = v_TGV.shape[1:]
+    if True in from_zero_N.tolist():
+        state_SGKV.index_fill_(0, slots_N[from_zero_N], 0.0)
+    if tokens == 0:
+        return v_TGV.new_empty((0, heads, head_v))
+
+    chunk = BLOCK if max_length <= BLOCK else CHUNK
+    spans = list(pairwise(cu_seqlens.tolist()))
+    chunk_slots = [s for s, span in zip(slots_N.tolist(), spans, strict=True) for _ in range(*span, chunk)]
+    rows_T = _padded_rows(spans, chunk)
+    q_CGBRIK, k_CGBRIK, v_CGBRIV, g_CGBRIK = (
+        _to_blocks(x, rows_T, len(chunk_slots), chunk, kv_heads) for x in (q_THK, k_TGK, v_TGV, g_TGK)
+    )
+    k_CGBIK, v_CGLV, g_CGBIK = k_CGBRIK.squeeze(3), v_CGBRIV.flatten(2, 4), g_CGBRIK.squeeze(3)
+
+    since_start, to_end, from_middle = _sums_in_blocks(g_CGBIK)
+    total_CGBK = since_start[..., -1, :]
+    q_start = q_CGBRIK * since_start.exp().unsqueeze(3)  # each query decayed since its block's start
+    k_end = k_CGBIK * to_end.exp()  # each key decayed to its block's end
+    scores = _scores_between_blocks(q_start, k_end, total_CGBK)
+    diagonal = _scores_in_blocks(q_CGBRIK, k_CGBIK, g_CGBIK, from_middle)
+    for block in range(chunk // BLOCK):
+        scores[:, :, block, :, :, block * BLOCK : (block + 1) * BLOCK] = diagonal[:, :, block]
+
+    lower_BB = q_start.new_ones((chunk // BLOCK, chunk // BLOCK)).tril(-1)
+    before_CGBK, after_CGBK = lower_BB @ total_CGBK, lower_BB.mT @ total_CGBK
+    o_CGXV = scores.flatten(2, 4) @ v_CGLV  # X: [B, R, I] flattened, the queries that share a state
+    q_CGXK = (q_start * before_CGBK.exp()[:, :, :, None, None]).flatten(2, 4)
+    k_CGKL = (k_end * after_CGBK.exp().unsqueeze(3)).flatten(2, 3).mT
+    decay_CGK1 = total_CGBK.sum(2).exp().unsqueeze(-1)
+    for slot, *chunk_parts in zip(chunk_slots, o_CGXV, q_CGXK, k_CGKL, v_CGLV, decay_CGK1, strict=True):
+        o_GXV, q_GXK, k_GKL, v_GLV, decay_GK1 = chunk_parts
+        state_GKV = state_SGKV[slot]
+        o_GXV.baddbmm_(q_GXK, state_GKV, beta=scale, alpha=scale)
+        state_GKV.mul_(decay_GK1).baddbmm_(k_GKL, v_GLV)
+
+    o_CBIGRV = o_CGXV.view(*q_CGBRIK.shape[:5], head_v).permute(0, 2, 4, 1, 3, 5)
+    o_padded = o_CBIGRV.reshape(-1, heads, head_v)
+    o_THV = o_padded if rows_T is None else o_padded.index_select(0, rows_T)
+    return o_THV.to(v_TGV.dtype)
+
+
+def _padded_rows(spans: list[tuple[int, int]], chunk: int) -> Tensor | None:
+    """Where each token goes if every span is padded to whole chunks: int64 [T], or None if no span needs padding."""
+    if all((stop - start) % chunk == 0 for start, stop in spans):
+        return None
+    rows, first = [], 0
+    for start, stop in spans:
+        rows.append(torch.arange(first, first + stop - start))
+        first += len(range(start, stop, chunk)) * chunk
+    return torch.cat(rows)
+
+
+def _to_blocks(x_TDE: Tensor, rows_T: Tensor | None, chunks: int, chunk: int, kv_heads: int) -> Tensor:
+    """Lay packed rows out as contiguous float32 [C, G, B, R, I, E]: chunks, kv heads, blocks of a chunk, heads of x per
+    kv head, tokens of a block, channels. Rows of padding are zero."""
+    if rows_T is None:
+        x_PDE = x_TDE
+    else:
+        x_PDE = x_TDE.new_zeros((chunks * chunk, *x_TDE.shape[1:])).index_copy_(0, rows_T, x_TDE)
+    x_CBIGRE = x_PDE.reshape(chunks, chunk // BLOCK, BLOCK, kv_heads, -1, x_PDE.shape[2])
+    return x_CBIGRE.permute(0, 3, 1, 4, 2, 5).float().contiguous()
+
+
+def _sums_in_blocks(g_CGBIK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of the gates inside each block, for each of its tokens; three times [C, G, B, I, K].
+
+    From the block's start to the token, the token's gate included; from behind the token to the block's end; from the
+    block's middle to the token (negative sums, positive before the middle).
+    """
+    ones_II = g_CGBIK.new_ones((BLOCK, BLOCK))
+    since_start, to_end = ones_II.tril(), ones_II.triu(1)
+    from_middle = torch.zeros_like(ones_II)
+    from_middle[_MIDDLE + 1 :, _MIDDLE + 1 :] = since_start[_MIDDLE + 1 :, _MIDDLE + 1 :]
+    from_middle[: _MIDDLE + 1, : _MIDDLE + 1] = -to_end[: _MIDDLE + 1, : _MIDDLE + 1]
+    sums = torch.cat((since_start, to_end, from_middle)) @ g_CGBIK
+    return sums[..., :BLOCK, :], sums[..., BLOCK : 2 * BLOCK, :], sums[..., 2 * BLOCK :, :]
+
+
+def _scores_between_blocks(q_start: Tensor, k_end: Tensor, total_CGBK: Tensor) -> Tensor:
+    """Scores A [C, G, B, R, I, L] of every query with the keys of earlier blocks; zero elsewhere."""
+    chunks, kv_heads, blocks, repeats, _, _ = q_start.shape
+    scores = q_start.new_zeros((chunks, kv_heads, blocks, repeats, BLOCK, blocks * BLOCK))
+    for block in range(1, blocks):
+        upper = q_start.new_ones((block, block)).triu(1)
+        between = (upper @ total_CGBK[:, :, :block]).exp()  # decay from each earlier block's end to this block's start
+        k_CGJK = (k_end[:, :, :block] * between.unsqueeze(3)).flatten(2, 3)
+        products = q_start[:, :, block].flatten(2, 3) @ k_CGJK.mT
+        scores[:, :, block, :, :, : block * BLOCK] = products.view(chunks, kv_heads, repeats, BLOCK, -1)
+    return scores
+
+
+def _scores_in_blocks(q_CGBRIK: Tensor, k_CGBIK: Tensor, g_CGBIK: Tensor, from_middle: Tensor) -> Tensor:
+    """Scores A [C, G, B, R, I, J] of every query with the keys of its own block, up to its own token; zero above."""
+    chunks, kv_heads, blocks, repeats, _, _ = q_CGBRIK.shape
+    q_middle = (q_CGBRIK * from_middle.exp().unsqueeze(3)).flatten(3, 4)
+    k_middle = k_CGBIK * from_middle.neg().exp()
+    scores = (q_middle @ k_middle.mT).view(chunks, kv_heads, blocks, repeats, BLOCK, BLOCK)
+    strong = from_middle.abs().amax((-2, -1)) > _MAX_EXPONENT  # [C, G, B]
+    if strong.any():
+        scores[strong] = _scores_of_pairs(q_CGBRIK[strong], k_CGBIK[strong], g_CGBIK[strong])
+    causal = torch.ones((BLOCK, BLOCK), dtype=torch.bool).tril()
+    # By selection: above the diagonal stand exponents > 0, hence perhaps infinities.
+    return scores.masked_fill_(~causal, 0.0)
+
+
+def _scores_of_pairs(q_XRIK: Tensor, k_XIK: Tensor, g_XIK: Tensor) -> Tensor:
+    """Scores [X, R, I, J] of X blocks whatever their gates, the decay being formed for every pair of tokens."""
+    token = torch.arange(BLOCK)
+    passed_IJL = (token[None, :, None] < token) & (token <= token[:, None, None])  # from token j to i: j < l <= i
+    scores = []
+    for q, k, g in zip(q_XRIK.split(8), k_XIK.split(8), g_XIK.split(8), strict=True):  # few at a time: decays are large
+        k_XIJK = (passed_IJL.to(g.dtype) @ g.unsqueeze(1)).exp_() * k.unsqueeze(1)
+        scores.append((q.transpose(1, 2) @ k_XIJK.mT).transpose(1, 2))
+    return torch.cat(scores)

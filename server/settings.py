@@ -1,0 +1,282 @@
+"""Settings: every flag of ``gale serve``, validated once.
+
+The launcher builds one :class:`Settings` from the command line and hands each component only what
+it needs: :class:`EngineConfig` to the engine process, :class:`ApiSettings` to the API processes.
+``auto`` for device and dtype is resolved in the engine process, the only one that imports torch.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic.config import JsonDict
+
+from server.errors import SettingsError
+
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+StateDtype: TypeAlias = Literal["float32"]
+GenerationConfigSource: TypeAlias = Literal["auto", "none"]
+LoadFormat: TypeAlias = Literal["auto", "dummy"]
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+LogFormat: TypeAlias = Literal["text", "json"]
+
+CHUNK = 64
+"""Prompt chunks end on multiples of this many tokens, so a step must be able to take that many."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine process needs to know.
+
+    Attributes:
+        model_folder: a local checkpoint folder.
+        tokenizer_folder: where the tokenizer lies; None: serve token ids only.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: of weights and activations; ``auto``: float32 on the CPU, the checkpoint's on CUDA.
+        state_dtype: of the recurrent states.
+        max_num_seqs: sequences that may run at once; fewer where memory holds fewer states.
+        max_num_batched_tokens: most tokens absorbed by one step.
+        max_model_len: most tokens of prompt and answer together; None: unlimited.
+        gpu_memory_utilization: share of the GPU's memory for weights, states and workspace.
+        max_num_queued_reqs: choices that may wait beyond the running ones.
+        max_logprobs: most alternatives per token that a request may ask for.
+        generation_config: ``auto`` reads sampling defaults from the checkpoint's ``generation_config.json``.
+        load_format: ``dummy`` fills the weights at random.
+        seed: of dummy weights and of requests that bring no seed.
+    """
+
+    model_folder: Path
+    tokenizer_folder: Path | None
+    device: str
+    dtype: str
+    state_dtype: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int | None
+    gpu_memory_utilization: float
+    max_num_queued_reqs: int
+    max_logprobs: int
+    generation_config: GenerationConfigSource
+    load_format: LoadFormat
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """What an API process needs to know.
+
+    Attributes:
+        served_model_names: names clients may ask for; the first one stands in the answers.
+        api_keys: SHA-256 of each accepted key, lower-case hex (see :func:`hash_key`); empty: no key needed.
+        tokenizer_folder: where the tokenizer lies; None: prompts and answers are token ids.
+        max_logprobs: most alternatives per token that a request may ask for.
+        max_model_len: most tokens of prompt and answer together; None: unlimited.
+        max_body_bytes: larger request bodies are refused.
+        created: Unix time of the server's start, shown by ``/v1/models``.
+    """
+
+    served_model_names: tuple[str, ...]
+    api_keys: tuple[str, ...]
+    tokenizer_folder: Path | None
+    max_logprobs: int
+    max_model_len: int | None
+    max_body_bytes: int
+    created: int
+
+
+def hash_key(key: str) -> str:
+    """The form in which API keys are kept and compared: SHA-256, lower-case hex."""
+    return sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _flag(
+    group: str, description: str, *, env: str | None = None, metavar: str | None = None, several: bool = False
+) -> Any:
+    """What the command line shows of a setting; ``several``: one flag takes more than one value."""
+    extra: JsonDict = {"group": group, "env": env, "metavar": metavar, "several": several}
+    return Field(description=description, json_schema_extra=extra)
+
+
+_MODEL = "model"
+_HTTP = "HTTP server"
+_ENGINE = "engine"
+_PROCESS = "process"
+
+
+class Settings(BaseModel):
+    """The flags of ``gale serve``; each field is the flag of the same name with dashes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+
+    model: Annotated[
+        str | None,
+        _flag(_MODEL, "Checkpoint folder, or model id on the Hugging Face hub. Default: the model shipped with Gale."),
+    ] = None
+    tokenizer: Annotated[str | None, _flag(_MODEL, "Folder or hub id of the tokenizer. Default: the model's own.")] = (
+        None
+    )
+    revision: Annotated[str | None, _flag(_MODEL, "Branch, tag or commit of the model's hub repository.")] = None
+    served_model_name: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        _flag(
+            _MODEL,
+            "One or more names that clients may use for the model; answers carry the first. "
+            "Default: the hub id, or the folder's name and the folder as given.",
+            metavar="NAME",
+            several=True,
+        ),
+    ] = ()
+    load_format: Annotated[
+        LoadFormat, _flag(_MODEL, "'dummy' fills the weights at random, for benchmarks; it reads config.json only.")
+    ] = "auto"
+    generation_config: Annotated[
+        GenerationConfigSource,
+        _flag(_MODEL, "'auto' takes sampling defaults from the checkpoint's generation_config.json, 'none' does not."),
+    ] = "auto"
+    skip_tokenizer_init: Annotated[
+        bool, _flag(_MODEL, "Serve without a tokenizer: prompts and answers are token ids.")
+    ] = False
+
+    host: Annotated[str, Field(min_length=1), _flag(_HTTP, "Address or host name to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535), _flag(_HTTP, "Port to listen on; 0 picks a free one.")] = 8000
+    api_key: Annotated[
+        tuple[SecretStr, ...],
+        _flag(
+            _HTTP,
+            "Key that clients must send as 'Authorization: Bearer KEY'; repeatable. Default: no key needed.",
+            env="GALE_API_KEY",
+            metavar="KEY",
+        ),
+    ] = ()
+    max_logprobs: Annotated[
+        int, Field(ge=0), _flag(_HTTP, "Most log-probabilities per token that a request may ask for.")
+    ] = 20
+    max_body_bytes: Annotated[int, Field(ge=1), _flag(_HTTP, "Larger request bodies are refused with 413.")] = (
+        64 * 1024 * 1024
+    )
+    api_server_count: Annotated[int, Field(ge=1, le=256), _flag(_HTTP, "API processes that share the port.")] = 1
+
+    device: Annotated[Device, _flag(_ENGINE, "'auto' takes CUDA where there is a GPU.")] = "auto"
+    dtype: Annotated[
+        Dtype, _flag(_ENGINE, "Type of the weights; 'auto' is float32 on the CPU and the checkpoint's on CUDA.")
+    ] = "auto"
+    state_dtype: Annotated[StateDtype, _flag(_ENGINE, "Type of the recurrent states.")] = "float32"
+    max_num_seqs: Annotated[
+        int, Field(ge=1, le=65536), _flag(_ENGINE, "Sequences that run at once; fewer if memory holds fewer states.")
+    ] = 256
+    max_num_batched_tokens: Annotated[
+        int,
+        Field(ge=CHUNK, le=1 << 20),
+        _flag(_ENGINE, "Most tokens in one step: decodes first, then pieces of prompts."),
+    ] = 2048
+    max_model_len: Annotated[
+        int | None,
+        Field(ge=1),
+        _flag(_ENGINE, "Most tokens of prompt and answer together. Default: unlimited."),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float, Field(gt=0, le=1), _flag(_ENGINE, "Share of the GPU's memory to use, in (0, 1].", metavar="SHARE")
+    ] = 0.9
+    max_num_queued_reqs: Annotated[
+        int, Field(ge=0), _flag(_ENGINE, "Sequences that may wait for a slot; beyond it requests are refused with 503.")
+    ] = 4096
+    seed: Annotated[
+        int, Field(ge=0, lt=1 << 63), _flag(_ENGINE, "Seed of requests that bring none, and of dummy weights.")
+    ] = 0
+
+    shutdown_timeout: Annotated[
+        float,
+        Field(ge=0, le=86_400),
+        _flag(
+            _PROCESS,
+            "After the first SIGTERM or Ctrl-C: seconds that running requests may take to finish.",
+            metavar="SECONDS",
+        ),
+    ] = 25.0
+    log_level: Annotated[LogLevel, _flag(_PROCESS, "Least severe messages to log.")] = "info"
+    log_format: Annotated[LogFormat, _flag(_PROCESS, "Log lines as text or as JSON objects, on stderr.")] = "text"
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Settings":
+        if self.skip_tokenizer_init and self.tokenizer is not None:
+            raise ValueError("--skip-tokenizer-init and --tokenizer exclude each other")
+        if not all(key.get_secret_value() for key in self.api_key):
+            raise ValueError("--api-key: a key must not be empty")
+        if self.revision is not None and (self.model is None or _is_folder(self.model)):
+            raise ValueError("--revision needs a hub id as --model; a local folder has no revisions")
+        return self
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, object]) -> "Settings":
+        """Validate what the command line and the environment gave.
+
+        Args:
+            flags: values by field name; fields left out take their defaults.
+
+        Raises:
+            SettingsError: one line, naming the flag at fault.
+        """
+        try:
+            return cls.model_validate(dict(flags))
+        except ValidationError as error:
+            raise SettingsError("; ".join(_explain(error))) from None
+
+    def model_names(self, model_folder: Path) -> tuple[str, ...]:
+        """The names clients may use for the model that was resolved to ``model_folder``."""
+        if self.served_model_name:
+            return tuple(dict.fromkeys(self.served_model_name))
+        if self.model is None:
+            return (model_folder.name,)
+        if _is_folder(self.model):
+            return tuple(dict.fromkeys((model_folder.resolve().name, self.model)))
+        return (self.model,)
+
+    def engine_config(self, model_folder: Path, tokenizer_folder: Path | None) -> EngineConfig:
+        """The engine's part, with the folders that the hub ids were resolved to."""
+        return EngineConfig(
+            model_folder=model_folder,
+            tokenizer_folder=tokenizer_folder,
+            device=self.device,
+            dtype=self.dtype,
+            state_dtype=self.state_dtype,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_num_queued_reqs=self.max_num_queued_reqs,
+            max_logprobs=self.max_logprobs,
+            generation_config=self.generation_config,
+            load_format=self.load_format,
+            seed=self.seed,
+        )
+
+    def api_settings(self, model_folder: Path, tokenizer_folder: Path | None) -> ApiSettings:
+        """The API processes' part; keys leave the launcher as hashes only."""
+        return ApiSettings(
+            served_model_names=self.model_names(model_folder),
+            api_keys=tuple(hash_key(key.get_secret_value()) for key in self.api_key),
+            tokenizer_folder=tokenizer_folder,
+            max_logprobs=self.max_logprobs,
+            max_model_len=self.max_model_len,
+            max_body_bytes=self.max_body_bytes,
+            created=int(time.time()),
+        )
+
+
+def _is_folder(model: str) -> bool:
+    return Path(model).expanduser().is_dir()
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_url=False, include_context=False, include_input=False):
+        message = fault["msg"].removeprefix("Value error, ")
+        if not fault["loc"]:
+            yield message
+        else:
+            flag = str(fault["loc"][0]).replace("_", "-")
+            yield f"--{flag}: {message[:1].lower()}{message[1:]}"

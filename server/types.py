@@ -1,0 +1,192 @@
+"""Messages between the API processes and the engine process. Torch-free.
+
+Everything here travels as msgpack (msgspec) over ZeroMQ, see ``server.ipc``. Token ids travel as
+little-endian int32 bytes where there may be many of them (prompts), as plain lists where there is
+one per sequence and step.
+"""
+
+import enum
+from array import array
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import msgspec
+
+
+class FinishReason(enum.IntEnum):
+    """Why a choice ended. RUNNING is the value of rows that have not ended."""
+
+    RUNNING = 0
+    STOP = 1
+    """End-of-sequence token, a stop token id, or a stop string."""
+    LENGTH = 2
+    """``max_tokens`` reached, or the model length limit."""
+    CANCELLED = 3
+    """The API process asked for it (client gone, shutdown)."""
+    ERROR = 4
+    """The engine could not finish the request; ``StepOutput.errors`` says why."""
+
+
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """Token ids as int32 bytes, the form in which prompts travel."""
+    return array("i", token_ids).tobytes()
+
+
+def unpack_tokens(packed: bytes) -> "array[int]":
+    """The inverse of :func:`pack_tokens`."""
+    token_ids: array[int] = array("i")
+    token_ids.frombytes(packed)
+    return token_ids
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one request samples. Validated by the API process; the engine trusts it."""
+
+    max_tokens: int | None = None
+    """Most tokens to generate; None: until a stop or the model length limit."""
+    min_tokens: int = 0
+    """Stop tokens are not sampled, and stop strings not looked at, before this many tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    """None: drawn by the engine. Choice j of a seeded request uses a stream derived from (seed, j)."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Number of most likely alternatives to report per token; 0 reports the sampled token only."""
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One HTTP request: ``len(prompts) * n`` choices, admitted whole or refused whole.
+
+    Choice ``i * n + j`` is the j-th answer to prompt i.
+    """
+
+    request_id: int
+    """Unique within the API process that sends it."""
+    prompts: tuple[bytes, ...]
+    """int32 token ids, see :func:`pack_tokens`; at least one id each."""
+    n: int = 1
+    params: SamplingParams
+    arrived: float
+    """``time.monotonic()`` when the request arrived (one clock for all processes of a host)."""
+
+    @property
+    def num_choices(self) -> int:
+        """Answers wanted in all."""
+        return len(self.prompts) * self.n
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The named requests are no longer wanted. Unknown ids are ignored."""
+
+    request_ids: tuple[int, ...]
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """First message of an API process; answered with :class:`EngineInfo` once the engine is ready."""
+
+
+ClientMessage: TypeAlias = Hello | GenerateRequest | Cancel
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural log, of the unmodified logits) at one sampled position."""
+
+    sampled: float
+    top_ids: list[int]
+    top: list[float]
+
+
+class HistogramSnapshot(msgspec.Struct, frozen=True, array_like=True):
+    """A histogram's totals. ``counts[i]`` holds values <= ``bounds[i]``; the last one, the rest."""
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    """One longer than ``bounds``; not cumulative."""
+    sum: float
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's figures since its start, as ``/metrics`` shows them."""
+
+    running: int
+    waiting: int
+    slots_used: int
+    slots_total: int
+    prompt_tokens: int
+    """Prompt tokens absorbed."""
+    generated_tokens: int
+    finished: dict[str, int]
+    """Choices ended, by lower-case name of :class:`FinishReason`."""
+    time_to_first_token: HistogramSnapshot
+    time_per_output_token: HistogramSnapshot
+    end_to_end: HistogramSnapshot
+    queue_time: HistogramSnapshot
+    tokens_per_step: HistogramSnapshot
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What the API process has to know of the engine; sent once it can serve."""
+
+    vocab_size: int
+    """Token ids in [0, vocab_size) are valid in prompts, ``logit_bias`` and ``stop_token_ids``."""
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int | None
+    max_num_seqs: int
+    """Slots: sequences that can run at once."""
+    max_num_queued_reqs: int
+    """Choices that may wait beyond the running ones."""
+    max_logprobs: int
+    default_sampling: dict[str, float | int]
+    """Fields of :class:`SamplingParams` set by the checkpoint's ``generation_config.json``."""
+    state_bytes: int
+    """Memory of one sequence's state."""
+    dtype: str
+    state_dtype: str
+    device: str
+
+
+class StepOutput(msgspec.Struct, kw_only=True, tag=True):
+    """What one engine step means to one API process: parallel columns, one row per choice.
+
+    A row with ``finish_reasons != RUNNING`` is the choice's only terminal event. A terminal row may
+    carry no token: its ``token_ids`` entry is then -1 (a cancelled request, an error).
+    """
+
+    request_ids: list[int] = []
+    choices: list[int] = []
+    token_ids: list[int] = []
+    texts: list[bytes] = []
+    """New text of the choice (UTF-8, possibly cut inside a character; text that might still become
+    a stop string is held back). Empty when the engine has no tokenizer."""
+    finish_reasons: list[int] = []
+    logprobs: dict[int, TokenLogprobs] = {}
+    """By row, for choices that asked."""
+    stop_reasons: dict[int, int | str] = {}
+    """By row: the stop token id or stop string that ended the choice. Not set for end-of-sequence."""
+    accepted: list[int] = []
+    """Request ids now queued or running."""
+    rejected: dict[int, str] = {}
+    """Request ids refused because the queue is full, with the message."""
+    errors: dict[int, str] = {}
+    """By row: message of a choice that ended with FinishReason.ERROR."""
+    stats: EngineStats | None = None
+
+
+class ClientReset(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The API process read too slowly: the engine dropped its messages and cancelled its requests."""
+
+    reason: str
+
+
+EngineMessage: TypeAlias = EngineInfo | StepOutput | ClientReset

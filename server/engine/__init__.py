@@ -1,0 +1,1 @@
+"""The inference engine: model, states, scheduling and sampling."""

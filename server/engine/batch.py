@@ -1,0 +1,66 @@
+"""What one step computes: spans of sequences, and the tensors the model sees."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``[start, start + length)`` of a sequence's transcript, to be absorbed in one step."""
+
+    seq: Sequence
+    slot: int
+    start: int
+    length: int
+    samples: bool
+    """Whether the span's last token yields a new one."""
+    position: int
+    """Index of the sampled token among the sequence's outputs (the random stream's counter)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work. A decode absorbs the newest sampled token; a prefill absorbs prompt tokens."""
+
+    decodes: tuple[Span, ...]
+    prefills: tuple[Span, ...]
+    leased: tuple[Sequence, ...]
+    """Sequences that got their slot in this step: their sampling parameters go to the device."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens absorbed by this step."""
+        return len(self.decodes) + sum(span.length for span in self.prefills)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All spans, decodes first, in the order of their rows."""
+        return self.decodes + self.prefills
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """A batch as the model sees it: decode rows first, then the packed prompt spans.
+
+    Device tensors unless said. D decodes, P prompt spans, T = D + their tokens, R wanted rows.
+
+    Attributes:
+        token_ids_T: int64 [T].
+        num_decodes: D, on the host.
+        slots_N: int64 [D + P], each span's slot.
+        from_zero_N: bool [D + P]; such a span ignores what its slot holds.
+        cu_seqlens: int32 [P + 1], where each prompt span begins, relative to row D.
+        prefill_lengths: lengths of the P prompt spans, on the host.
+        output_rows_R: int64 [R], the rows whose logits are wanted.
+    """
+
+    token_ids_T: Tensor
+    num_decodes: int
+    slots_N: Tensor
+    from_zero_N: Tensor
+    cu_seqlens: Tensor
+    prefill_lengths: tuple[int, ...]
+    output_rows_R: Tensor

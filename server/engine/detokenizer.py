@@ -1,0 +1,49 @@
+"""Stop strings, matched on the bytes of the generated text as they appear."""
+
+
+class StopMatcher:
+    """Finds the first stop string in a text that arrives in pieces.
+
+    Text that might still turn out to be the beginning of a stop string is held back. Matching bytes
+    is exact for UTF-8: a stop string cannot match from the middle of a character.
+    """
+
+    __slots__ = ("_pending", "_stops")
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = [(stop.encode(), stop) for stop in stops]
+        self._pending = b""
+
+    def feed(self, piece: bytes) -> tuple[bytes, str | None]:
+        """Take the next piece.
+
+        Returns:
+            The bytes that are now certain to be output, and the stop string found, if one was. After
+            a match the text from the stop string on is dropped.
+        """
+        text = self._pending + piece
+        first, found = len(text), None
+        for encoded, stop in self._stops:
+            position = text.find(encoded)
+            if position != -1 and position < first:
+                first, found = position, stop
+        if found is not None:
+            self._pending = b""
+            return text[:first], found
+        held = max(_longest_overlap(text, encoded) for encoded, _ in self._stops)
+        certain = len(text) - held
+        self._pending = text[certain:]
+        return text[:certain], None
+
+    def flush(self) -> bytes:
+        """The text held back, once it is known that nothing follows."""
+        held, self._pending = self._pending, b""
+        return held
+
+
+def _longest_overlap(text: bytes, stop: bytes) -> int:
+    """Length of the longest proper prefix of ``stop`` that ends ``text``."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,222 @@
+"""The GLA language model, for inference over a step's packed tokens."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from server.engine.batch import ModelInputs
+from server.engine.config import GLAConfig
+from server.engine.layers import FEATURE_MAP_FUNCTIONS, ConvIndex, short_conv
+from server.engine.state_pool import StateTensors
+from server.kernels import gla_decode, gla_prefill
+
+_GATE_RANK = 16
+_GATE_NORMALIZER = 16
+
+
+class GLAModel(nn.Module):
+    """A ``gla`` checkpoint's network, without gradients.
+
+    Weights are uninitialised until :func:`server.engine.checkpoint.load_model` has filled them. Projections of one
+    input are one matrix; :meth:`checkpoint_tensors` says which part of it each tensor of a checkpoint is.
+
+    Args:
+        config: the architecture.
+        device: where the weights lie; ``meta`` reserves nothing.
+        dtype: of weights and activations: float32, bfloat16 or float16. Gates, norms' statistics, convolution sums
+            and logits are float32.
+    """
+
+    def __init__(self, config: GLAConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        device = torch.device(device)
+        self.embeddings = _matrix(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(GLALayer(config, device, dtype) for _ in range(config.num_hidden_layers))
+        self.norm = _weight(config.hidden_size, device=device, dtype=dtype)
+        self.lm_head = self.embeddings
+        if not config.tie_word_embeddings:
+            self.lm_head = _matrix(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Where each tensor of a checkpoint goes: its name there -> a view of this model's weights, of its shape.
+
+        Biases of short convolutions are included; a checkpoint may be without them.
+        """
+        tensors: dict[str, Tensor] = {"model.embeddings.weight": self.embeddings, "model.norm.weight": self.norm}
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, GLALayer)
+            tensors |= {f"model.layers.{i}.{name}": view for name, view in layer.checkpoint_tensors().items()}
+        if not self.config.tie_word_embeddings:
+            tensors["lm_head.weight"] = self.lm_head
+        return tensors
+
+    @torch.inference_mode()
+    def forward(self, inputs: ModelInputs, state: StateTensors) -> Tensor:
+        """Absorb a step's tokens into the states, and return logits of the wanted rows.
+
+        Args:
+            inputs: the step's tokens and spans, on the model's device.
+            state: the pool; the slots that the inputs name are updated in place, in every layer.
+
+        Returns:
+            float32 [R, vocab_size].
+        """
+        conv_index = None
+        if self.config.use_short_conv:
+            conv_index = ConvIndex.build(
+                self.config.conv_size,
+                inputs.token_ids_T.shape[0],
+                inputs.num_decodes,
+                inputs.cu_seqlens,
+                inputs.slots_N,
+                inputs.from_zero_N,
+            )
+        x_TD = F.embedding(inputs.token_ids_T, self.embeddings)
+        conv_states = [None] * len(self.layers) if state.conv_LSWD is None else state.conv_LSWD.unbind()
+        for layer, state_SGKV, conv_SWD in zip(self.layers, state.recurrent_LSGKV.unbind(), conv_states, strict=True):
+            layer(x_TD, inputs, state_SGKV, conv_SWD, conv_index)
+        x_RD = x_TD.index_select(0, inputs.output_rows_R)
+        x_RD = F.rms_norm(x_RD, self.norm.shape, self.norm, self.config.norm_eps)
+        if x_RD.is_cuda and self.dtype != torch.float32:
+            logits_RV: Tensor = torch.mm(x_RD, self.lm_head.t(), out_dtype=torch.float32)
+            return logits_RV
+        return F.linear(x_RD, self.lm_head).float()
+
+
+class GLALayer(nn.Module):
+    """One layer: gated linear attention and a gated MLP, each behind an RMSNorm and added to its input."""
+
+    def __init__(self, config: GLAConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        width, inner = config.hidden_size, config.intermediate_size
+        self.qkv_sizes = (config.key_dim, config.kv_key_dim, config.kv_value_dim)
+        gate_size = config.value_dim if config.use_output_gate else 0
+        self.in_sizes = (sum(self.qkv_sizes), _GATE_RANK, gate_size)
+        self.feature_map = FEATURE_MAP_FUNCTIONS[config.feature_map] if config.feature_map else None
+        self.scale = config.head_k**-0.5
+
+        self.attn_norm = _weight(width, device=device, dtype=dtype)
+        self.in_proj = _matrix(sum(self.in_sizes), width, device=device, dtype=dtype)  # q, k, v, low-rank, output gate
+        # Gates are exponents, summed over many tokens: their last projection is computed in float32.
+        self.decay_proj = _weight(config.kv_key_dim, _GATE_RANK, device=device, dtype=torch.float32)
+        self.decay_bias = _weight(config.kv_key_dim, device=device, dtype=torch.float32)
+        self.head_norm = _weight(config.head_v, device=device, dtype=dtype) if config.elementwise_affine else None
+        self.out_proj = _matrix(width, config.value_dim, device=device, dtype=dtype)
+        if config.use_short_conv:
+            self.conv_weight = _weight(config.conv_size, self.in_sizes[0], device=device, dtype=torch.float32)
+            self.conv_bias = _weight(self.in_sizes[0], device=device, dtype=torch.float32)
+        self.mlp_norm = _weight(width, device=device, dtype=dtype)
+        self.gate_up_proj = _matrix(2 * inner, width, device=device, dtype=dtype)
+        self.down_proj = _matrix(width, inner, device=device, dtype=dtype)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """As :meth:`GLAModel.checkpoint_tensors`, with names inside the layer."""
+        config = self.config
+        qkv, low_rank, gate = self.in_proj.split(self.in_sizes)
+        q, k, v = qkv.split(self.qkv_sizes)
+        mlp_gate, mlp_up = self.gate_up_proj.chunk(2)
+        tensors = {
+            "attn_norm.weight": self.attn_norm,
+            "attn.q_proj.weight": q,
+            "attn.k_proj.weight": k,
+            "attn.v_proj.weight": v,
+            "attn.gk_proj.0.weight": low_rank,
+            "attn.gk_proj.1.weight": self.decay_proj,
+            "attn.gk_proj.1.bias": self.decay_bias,
+            "attn.o_proj.weight": self.out_proj,
+            "mlp_norm.weight": self.mlp_norm,
+            "mlp.gate_proj.weight": mlp_gate,
+            "mlp.up_proj.weight": mlp_up,
+            "mlp.down_proj.weight": self.down_proj,
+        }
+        if config.use_output_gate:
+            tensors["attn.g_proj.weight"] = gate
+        if self.head_norm is not None:
+            fused = config.fuse_norm and config.use_output_gate
+            tensors[f"attn.{'g_norm_swish_gate' if fused else 'g_norm'}.weight"] = self.head_norm
+        if config.use_short_conv:
+            weights = self.conv_weight.t().unsqueeze(1).split(self.qkv_sizes)  # each [channels, 1, conv_size]
+            for name, weight, bias in zip("qkv", weights, self.conv_bias.split(self.qkv_sizes), strict=True):
+                tensors |= {f"attn.{name}_conv1d.weight": weight, f"attn.{name}_conv1d.bias": bias}
+        return tensors
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        inputs: ModelInputs,
+        state_SGKV: Tensor,
+        conv_SWD: Tensor | None,
+        conv_index: ConvIndex | None,
+    ) -> None:
+        """Add the layer's outputs to ``x_TD`` [T, hidden_size], in place, and update the layer's states."""
+        eps = self.config.norm_eps
+        h_TD = F.rms_norm(x_TD, self.attn_norm.shape, self.attn_norm, eps)
+        qkv, low_rank, gate = F.linear(h_TD, self.in_proj).split(self.in_sizes, dim=1)
+        if conv_index is not None and conv_SWD is not None:
+            qkv = short_conv(qkv, self.conv_weight, self.conv_bias, conv_SWD, conv_index)
+        o_THV = self._attend(qkv, self._log_decay(low_rank), inputs, state_SGKV)
+        o_THV = F.rms_norm(o_THV, (self.config.head_v,), self.head_norm, eps)
+        o_TE = o_THV.flatten(1)
+        if self.config.use_output_gate:
+            o_TE = F.silu(gate).mul_(o_TE)
+        x_TD.addmm_(o_TE, self.out_proj.t())
+
+        h_TD = F.rms_norm(x_TD, self.mlp_norm.shape, self.mlp_norm, eps)
+        mlp_gate, mlp_up = F.linear(h_TD, self.gate_up_proj).chunk(2, dim=1)
+        x_TD.addmm_(F.silu(mlp_gate).mul_(mlp_up), self.down_proj.t())
+
+    def _log_decay(self, low_rank: Tensor) -> Tensor:
+        """Log of the decay per key channel, float32 [T, kv_heads, head_k], all <= 0."""
+        logits = F.linear(low_rank.float(), self.decay_proj, self.decay_bias)
+        g: Tensor = F.logsigmoid(logits).mul_(1 / _GATE_NORMALIZER)
+        if self.config.clamp_min is not None:
+            g.clamp_min_(self.config.clamp_min)
+        return g.view(-1, self.config.num_kv_heads, self.config.head_k)
+
+    def _attend(self, qkv: Tensor, g_TGK: Tensor, inputs: ModelInputs, state_SGKV: Tensor) -> Tensor:
+        """The recurrence over a step's spans: what each token reads, [T, heads, head_v]."""
+        q, k, v = qkv.split(self.qkv_sizes, dim=1)
+        if self.feature_map is not None:
+            q, k = self.feature_map(q), self.feature_map(k)
+        q_THK = q.unflatten(1, (self.config.num_heads, self.config.head_k))
+        k_TGK = k.unflatten(1, (self.config.num_kv_heads, self.config.head_k))
+        v_TGV = v.unflatten(1, (self.config.num_kv_heads, self.config.head_v))
+        d = inputs.num_decodes
+        slots, from_zero = inputs.slots_N, inputs.from_zero_N
+        outputs = []
+        if d:
+            rows = (q_THK[:d], k_TGK[:d], v_TGV[:d], g_TGK[:d])
+            outputs.append(gla_decode(*rows, state_SGKV, slots[:d], from_zero[:d], scale=self.scale))
+        if inputs.prefill_lengths:
+            rows = (q_THK[d:], k_TGK[d:], v_TGV[d:], g_TGK[d:])
+            outputs.append(
+                gla_prefill(
+                    *rows,
+                    state_SGKV,
+                    slots[d:],
+                    from_zero[d:],
+                    inputs.cu_seqlens,
+                    scale=self.scale,
+                    max_length=max(inputs.prefill_lengths),
+                )
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _weight(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised weight without gradient."""
+    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+
+def _matrix(outputs: int, inputs: int, *, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised projection [outputs, inputs].
+
+    On the CPU, one with more outputs than inputs is stored by columns: for a few rows, MKL is then up to three times as
+    fast, which makes decoding a small model 1.4 times as fast.
+    """
+    if device.type == "cpu" and outputs > inputs:
+        return nn.Parameter(torch.empty((inputs, outputs), device=device, dtype=dtype).t(), requires_grad=False)
+    return _weight(outputs, inputs, device=device, dtype=dtype)

@@ -1,0 +1,418 @@
+"""Text to token ids and back: ``tokenizer.json`` or a SentencePiece ``tokenizer.model``. Torch-free.
+
+Both kinds give a table of the bytes each token adds to running text, from which generated text is put together and
+searched for stop strings. It exists only where a token means the same bytes wherever it stands: for byte-level BPE, and
+for SentencePiece-like vocabularies. Other kinds are refused.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+from server.errors import CheckpointError
+from server.jsonfile import read_json_object
+
+_SPACE = "\u2581"  # SentencePiece's visible space
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_MAX_TOKEN_ID = 1 << 24
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        vocab_size: ids are in [0, vocab_size); the model's vocabulary may be larger.
+        bos_token_id: id of the token that begins a text, if there is one.
+        eos_token_id: id of the token that ends a text, if there is one.
+    """
+
+    def __init__(
+        self, token_bytes: list[bytes], *, bos_token_id: int | None, eos_token_id: int | None, dummy_space: bool
+    ) -> None:
+        self.vocab_size = len(token_bytes)
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self._token_bytes = token_bytes
+        self._dummy_space = dummy_space
+
+    @abstractmethod
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The text's token ids; with BOS and EOS where the checkpoint asks for them, unless told not to."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a whole sequence of ids, without special tokens. Bytes that are not UTF-8 become U+FFFD.
+
+        The space that the tokenizer itself puts before every text is taken off. Ids outside [0, vocab_size), which a
+        model may have, are no text.
+        """
+        known = (self._token_bytes[token] for token in token_ids if 0 <= token < self.vocab_size)
+        text = b"".join(known).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self._dummy_space else text
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes each id adds to running text, by id; nothing for special tokens and unused ids."""
+        return list(self._token_bytes)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a checkpoint folder: ``tokenizer.json`` if there is one, else ``tokenizer.model``.
+
+    Raises:
+        CheckpointError: there is neither, or the file is broken or of a kind that is not supported.
+    """
+    config = _TokenizerConfig.from_folder(folder)
+    if (path := folder / "tokenizer.json").is_file():
+        return JsonTokenizer(path, config)
+    if (path := folder / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path, config)
+    raise CheckpointError(
+        f"{folder}: no tokenizer.json and no tokenizer.model; use --tokenizer or --skip-tokenizer-init"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _AddedToken:
+    """A token outside the trained vocabulary, found in text before anything else."""
+
+    token_id: int
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = True
+
+    @property
+    def pattern(self) -> str:
+        """Regular expression, one group, that also takes the white space the token swallows."""
+        pattern = re.escape(self.content)
+        if self.single_word:
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        return "(" + (r"\s*" if self.lstrip else "") + pattern + (r"\s*" if self.rstrip else "") + ")"
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenizerConfig:
+    """What ``tokenizer_config.json`` and ``added_tokens.json`` say, where they exist."""
+
+    path: Path
+    values: Mapping[str, Any]
+    added_tokens: tuple[_AddedToken, ...]
+    """By id."""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "_TokenizerConfig":
+        path = folder / "tokenizer_config.json"
+        values = read_json_object(path) if path.is_file() else {}
+        added: dict[int, _AddedToken] = {}
+        added_path = folder / "added_tokens.json"
+        for content, token_id in (read_json_object(added_path) if added_path.is_file() else {}).items():
+            _add_token(added, added_path, content, token_id, {})
+        decoder = values.get("added_tokens_decoder", {})
+        if not isinstance(decoder, dict):
+            raise CheckpointError(f"{path}: added_tokens_decoder: must be an object")
+        for key, entry in decoder.items():
+            options = entry if isinstance(entry, dict) else {"content": entry}
+            _add_token(added, path, options.get("content"), int(key) if key.isdecimal() else key, options)
+        return cls(path, values, tuple(added[token_id] for token_id in sorted(added)))
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.path}: {key}: must be true or false, is {value!r}")
+        return value
+
+    def token(self, key: str) -> str | None:
+        """The text of a named token such as ``bos_token``; None if there is none."""
+        value = self.values.get(key)
+        content: Any = value.get("content") if isinstance(value, dict) else value
+        if content is None or isinstance(content, str):
+            return content
+        raise CheckpointError(f"{self.path}: {key}: must be a token's text, is {value!r}")
+
+
+def _add_token(
+    added: dict[int, _AddedToken], path: Path, content: object, token_id: object, options: Mapping[str, object]
+) -> None:
+    if not isinstance(content, str) or not content:
+        raise CheckpointError(f"{path}: added token {token_id!r}: must have a text, is {content!r}")
+    if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < _MAX_TOKEN_ID:
+        raise CheckpointError(f"{path}: added token {content!r}: must have an id below 2^24, is {token_id!r}")
+    flags = ("special", "lstrip", "rstrip", "single_word")
+    added[token_id] = _AddedToken(
+        token_id,
+        content,
+        **{flag: options.get(flag) is True for flag in flags},
+        normalized=options.get("normalized") is not False,
+    )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, with SentencePiece's own ids: in a text, a control piece such as ``</s>`` is text.
+
+    Tokens that the configuration adds to the model's vocabulary are found in the text first; the stretches between
+    them go to SentencePiece.
+    """
+
+    def __init__(self, path: Path, config: _TokenizerConfig) -> None:
+        processor = _load_sentencepiece(path)
+        size = processor.vocab_size()
+        added = [
+            token
+            for token in config.added_tokens
+            if token.token_id >= size or processor.id_to_piece(token.token_id) != token.content
+        ]
+        ids = {token.content: token.token_id for token in added}
+        bos = _named_piece(processor, config, "bos_token", processor.bos_id(), ids)
+        eos = _named_piece(processor, config, "eos_token", processor.eos_id(), ids)
+        super().__init__(
+            _sentencepiece_bytes(processor, added, path),
+            bos_token_id=bos,
+            eos_token_id=eos,
+            dummy_space="".join(processor.encode("a", out_type=str)).startswith(_SPACE),
+        )
+        self._prefix = [bos] if bos is not None and config.flag("add_bos_token", True) else []
+        self._suffix = [eos] if eos is not None and config.flag("add_eos_token", False) else []
+        self._processor = self._inner_processor = processor
+        if added and not config.flag("legacy", True):
+            # A stretch behind an added token does not begin the text, so it gets no space put before it. Protobuf
+            # merges a repeated field: these bytes set normalizer_spec.add_dummy_prefix to false.
+            proto = processor.serialized_model_proto() + b"\x1a\x02\x18\x00"
+            self._inner_processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self._added = sorted(added, key=lambda token: -len(token.content))
+        self._added_pattern = re.compile("|".join(token.pattern for token in self._added)) if added else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """See :meth:`Tokenizer.encode`."""
+        ids = self._encode_text(text)
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        if self._added_pattern is None:
+            return list(self._processor.encode(text))
+        ids: list[int] = []
+        end = 0
+        for match in self._added_pattern.finditer(text):
+            ids += self._encode_stretch(text[end : match.start()], begins=end == 0)
+            ids.append(self._added[(match.lastindex or 0) - 1].token_id)
+            end = match.end()
+        return ids + self._encode_stretch(text[end:], begins=end == 0)
+
+    def _encode_stretch(self, text: str, *, begins: bool) -> list[int]:
+        return list((self._processor if begins else self._inner_processor).encode(text))
+
+
+def _load_sentencepiece(path: Path) -> Any:
+    try:
+        # By its contents: the library's own reading of a file name that is not ASCII depends on the locale.
+        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a SentencePiece model: {error}") from error
+
+
+def _named_piece(
+    processor: Any, config: _TokenizerConfig, key: str, default: int, added: Mapping[str, int]
+) -> int | None:
+    """Id of the token the configuration names; the model's own if it says nothing; None if there is none."""
+    if key not in config.values:
+        return default if default >= 0 else None
+    content = config.token(key)
+    if content is None:
+        return None
+    if content in added:
+        return added[content]
+    token_id = int(processor.piece_to_id(content))
+    if processor.id_to_piece(token_id) != content:
+        raise CheckpointError(f"{config.path}: {key}: {content!r} is not in the vocabulary")
+    return token_id
+
+
+def _sentencepiece_bytes(processor: Any, added: Sequence[_AddedToken], path: Path) -> list[bytes]:
+    """The bytes of every piece and added token, by id."""
+    table: list[bytes] = []
+    for token_id in range(processor.vocab_size()):
+        piece = processor.id_to_piece(token_id)
+        if processor.is_control(token_id) or processor.is_unused(token_id):
+            table.append(b"")
+        elif processor.is_unknown(token_id):
+            table.append(processor.decode([token_id]).encode())
+        elif processor.is_byte(token_id):
+            table.append(_byte_piece(piece) or b"")
+        else:
+            table.append(piece.replace(_SPACE, " ").encode())
+    return _with_added(table, added, path)
+
+
+def _with_added(table: list[bytes], added: Sequence[_AddedToken], path: Path) -> list[bytes]:
+    """The table with added tokens put in; special ones are no text."""
+    size = max([len(table), *(token.token_id + 1 for token in added)])
+    if size > len(table) + len(added) + (1 << 16):
+        raise CheckpointError(f"{path}: an added token has id {size - 1}, far beyond the vocabulary of {len(table)}")
+    table += [b""] * (size - len(table))
+    for token in added:
+        table[token.token_id] = b"" if token.special else token.content.encode()
+    return table
+
+
+def _byte_piece(piece: str) -> bytes | None:
+    """The byte of a piece such as ``<0x0A>``; None if it is no byte piece."""
+    match = _BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(match[1]) if match else None
+
+
+class JsonTokenizer(Tokenizer):
+    """A ``tokenizer.json``; it also says where BOS and EOS go, and that special tokens in a text are tokens."""
+
+    def __init__(self, path: Path, config: _TokenizerConfig) -> None:
+        try:
+            source = path.read_text(encoding="utf-8")
+            backend = tokenizers.Tokenizer.from_str(source)
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{path}: not a valid tokenizer: {error}") from error
+        backend.no_truncation()
+        backend.no_padding()
+        decoder = _TokenDecoder.parse(json.loads(source).get("decoder"), path)
+        _complete_added_tokens(backend, config)
+        super().__init__(
+            _json_bytes(backend, decoder, config, path),
+            bos_token_id=_named_token(backend, config, "bos_token"),
+            eos_token_id=_named_token(backend, config, "eos_token"),
+            dummy_space=decoder.dummy_space,
+        )
+        self._backend = backend
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """See :meth:`Tokenizer.encode`."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+def _complete_added_tokens(backend: tokenizers.Tokenizer, config: _TokenizerConfig) -> None:
+    """Add the tokens that only the configuration knows; each must get the id it has there."""
+    for token in config.added_tokens:
+        if backend.token_to_id(token.content) is None:
+            new = tokenizers.AddedToken(
+                token.content,
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=token.normalized,
+                special=token.special,
+            )
+            backend.add_tokens([new])
+        token_id = backend.token_to_id(token.content)
+        if token_id != token.token_id:
+            raise CheckpointError(
+                f"{config.path}: added token {token.content!r} has id {token.token_id}, tokenizer.json gives {token_id}"
+            )
+
+
+def _named_token(backend: tokenizers.Tokenizer, config: _TokenizerConfig, key: str) -> int | None:
+    content = config.token(key)
+    if content is None:
+        return None
+    token_id: int | None = backend.token_to_id(content)
+    if token_id is None:
+        raise CheckpointError(f"{config.path}: {key}: {content!r} is not in the vocabulary")
+    return token_id
+
+
+def _json_bytes(
+    backend: tokenizers.Tokenizer, decoder: "_TokenDecoder", config: _TokenizerConfig, path: Path
+) -> list[bytes]:
+    """The bytes of every token, by id."""
+    named = {config.token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    added = [
+        _AddedToken(token_id, token.content, special=token.special or token.content in named)
+        for token_id, token in backend.get_added_tokens_decoder().items()
+    ]
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    size = max(vocabulary.values(), default=-1) + 1
+    if size > len(vocabulary) + (1 << 16):
+        raise CheckpointError(f"{path}: model.vocab: an id of {size - 1} in a vocabulary of {len(vocabulary)}")
+    table = [b""] * size
+    for token, token_id in vocabulary.items():
+        table[token_id] = decoder.token_bytes(token)
+    return _with_added(table, added, path)
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenDecoder:
+    """The part of a tokenizer.json's ``decoder`` that acts on single tokens.
+
+    Attributes:
+        byte_level: a token's characters stand for bytes.
+        replacements: strings to replace in a token, in order.
+        byte_fallback: ``<0x0A>`` stands for a byte.
+        dummy_space: the decoder takes a space off the front of the whole text.
+    """
+
+    byte_level: bool = False
+    replacements: tuple[tuple[str, str], ...] = ()
+    byte_fallback: bool = False
+    dummy_space: bool = False
+
+    @classmethod
+    def parse(cls, decoder: Any, path: Path) -> "_TokenDecoder":
+        """Read the ``decoder`` object of a tokenizer.json.
+
+        Raises:
+            CheckpointError: its tokens have no bytes of their own.
+        """
+        if decoder is None:
+            raise CheckpointError(f"{path}: decoder: null is not supported; byte-level and SentencePiece-like ones are")
+        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        byte_level = byte_fallback = dummy_space = fused = False
+        replacements: list[tuple[str, str]] = []
+        for step in steps:
+            match step:
+                case {"type": "ByteLevel"} if not fused:
+                    byte_level = True
+                case {"type": "Metaspace", "replacement": str(symbol)} if not fused:
+                    replacements.append((symbol, " "))
+                    # add_prefix_space is the older form of prepend_scheme
+                    never = step.get("prepend_scheme") == "never" or step.get("add_prefix_space") is False
+                    dummy_space = not never
+                case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if not fused:
+                    replacements.append((pattern, content))
+                case {"type": "ByteFallback"} if not fused:
+                    byte_fallback = True
+                case {"type": "Fuse"}:
+                    fused = True
+                case {"type": "Strip", "content": " ", "start": 1, "stop": 0} if fused:
+                    dummy_space = True
+                case _:
+                    raise CheckpointError(
+                        f"{path}: decoder: {json.dumps(step)} is not supported; "
+                        "byte-level and SentencePiece-like decoders are"
+                    )
+        return cls(byte_level, tuple(replacements), byte_fallback, dummy_space)
+
+    def token_bytes(self, token: str) -> bytes:
+        """The bytes a token of the trained vocabulary adds to running text."""
+        if self.byte_level:
+            try:
+                return bytes(_BYTE_LEVEL[char] for char in token)
+            except KeyError:
+                return token.encode()
+        for pattern, content in self.replacements:
+            token = token.replace(pattern, content)
+        return (_byte_piece(token) if self.byte_fallback else None) or token.encode()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Byte-level BPE's characters: printable Latin-1 stands for itself, the other bytes for U+0100 upwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level_alphabet()

@@ -1,0 +1,231 @@
+"""The engine: requests in, step outputs out. No I/O; ``server.engine.process`` wraps it.
+
+A step schedules a batch, launches it and retires the step before: while the device computes, the host
+turns the previous step's tokens into text and decides what ends. On the CPU nothing runs behind the
+host's back, so a step is retired as soon as it is launched.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Iterable
+
+from server.engine.config import GenerationConfig, GLAConfig
+from server.engine.detokenizer import StopMatcher
+from server.engine.memory import build_runner
+from server.engine.outputs import Outbox
+from server.engine.runner import PendingStep
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+from server.engine.state_pool import SlotAllocator
+from server.engine.stats import Figures
+from server.settings import EngineConfig
+from server.tokenizer import load_tokenizer
+from server.types import EngineInfo, EngineStats, FinishReason, GenerateRequest, StepOutput, unpack_tokens
+
+logger = logging.getLogger(__name__)
+
+_SEED_BITS = 63
+
+
+class Engine:
+    """Continuous batching over one device.
+
+    Args:
+        config: what to load and how much of the machine to use.
+        overlap: whether a step is launched before the previous one is retired; None: on CUDA.
+
+    Raises:
+        CheckpointError: the model or tokenizer cannot be loaded.
+        SettingsError: the device is missing, or too small for one sequence.
+
+    Attributes:
+        info: what the API processes need to know.
+    """
+
+    def __init__(self, config: EngineConfig, *, overlap: bool | None = None) -> None:
+        model_config = GLAConfig.from_folder(config.model_folder)
+        generation = GenerationConfig.from_folder(config.model_folder)
+        self._token_bytes: list[bytes] | None = None
+        eos = set(generation.eos_token_ids) | set(model_config.eos_token_ids)
+        if config.tokenizer_folder is not None:
+            tokenizer = load_tokenizer(config.tokenizer_folder)
+            # A model's vocabulary may be padded beyond the tokenizer's: such a token has no text.
+            missing = model_config.vocab_size - tokenizer.vocab_size
+            self._token_bytes = tokenizer.token_bytes() + [b""] * missing
+            if tokenizer.eos_token_id is not None:
+                eos.add(tokenizer.eos_token_id)
+        built = build_runner(config, model_config)
+        self._runner = built.runner
+        self._overlap = built.device.type == "cuda" if overlap is None else overlap
+        self.scheduler = Scheduler(
+            SlotAllocator(built.num_slots),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+        )
+        self.info = EngineInfo(
+            vocab_size=model_config.vocab_size,
+            eos_token_ids=tuple(sorted(token for token in eos if 0 <= token < model_config.vocab_size)),
+            max_model_len=config.max_model_len,
+            max_num_seqs=built.num_slots,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+            max_logprobs=config.max_logprobs,
+            default_sampling=generation.sampling_defaults if config.generation_config == "auto" else {},
+            state_bytes=built.state_bytes,
+            dtype=built.dtype,
+            state_dtype=config.state_dtype,
+            device=built.device_name,
+        )
+        self._eos = frozenset(self.info.eos_token_ids)
+        self._seeds = random.Random(config.seed)
+        self._requests: dict[tuple[bytes, int], list[Sequence]] = {}
+        self._outbox = Outbox()
+        self._figures = Figures()
+        self._pending: PendingStep | None = None
+
+    def submit(self, client: bytes, request: GenerateRequest) -> None:
+        """Queue all choices of a request, or refuse it; the next outputs say which.
+
+        Args:
+            client: the API process, to which the outputs will be addressed.
+            request: validated by the API process.
+        """
+        if not self.scheduler.has_room(request.num_choices):
+            message = (
+                f"the queue is full: {len(self.scheduler.waiting)} choices wait already "
+                f"(--max-num-queued-reqs {self.info.max_num_queued_reqs})"
+            )
+            self._outbox.reject(client, request.request_id, message)
+            return
+        sequences = [self._sequence(client, request, choice) for choice in range(request.num_choices)]
+        self._requests[client, request.request_id] = sequences
+        self.scheduler.add(sequences)
+        self._outbox.accept(client, request.request_id)
+
+    def _sequence(self, client: bytes, request: GenerateRequest, choice: int) -> Sequence:
+        params = request.params
+        prompt = unpack_tokens(request.prompts[choice // request.n])
+        max_tokens = params.max_tokens
+        if self.info.max_model_len is not None:
+            room = self.info.max_model_len - len(prompt)
+            max_tokens = room if max_tokens is None else min(max_tokens, room)
+        if params.seed is None:
+            seed = self._seeds.getrandbits(_SEED_BITS)
+        else:
+            seed = random.Random(f"{params.seed}/{choice}").getrandbits(_SEED_BITS)
+        return Sequence(
+            client=client,
+            request_id=request.request_id,
+            choice=choice,
+            prompt=prompt,
+            params=params,
+            seed=seed,
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+            max_tokens=max_tokens,
+            matcher=StopMatcher(params.stop) if params.stop else None,
+            arrived=request.arrived,
+        )
+
+    def cancel(self, client: bytes, request_ids: Iterable[int]) -> None:
+        """End the named requests' choices now. Unknown ids are ignored: they may have just ended."""
+        for request_id in request_ids:
+            for seq in self._requests.get((client, request_id), ())[:]:
+                self._finish(seq, FinishReason.CANCELLED)
+                self._outbox.end(seq)
+
+    def forget_client(self, client: bytes) -> None:
+        """Cancel all requests of an API process that is gone, and produce nothing more for it."""
+        self.cancel(client, [request_id for owner, request_id in self._requests if owner == client])
+        self._outbox.drop(client)
+
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return self.scheduler.has_work or self._pending is not None
+
+    def step(self) -> None:
+        """Launch the next batch and retire a completed one."""
+        batch = self.scheduler.schedule(time.monotonic())
+        launched = None
+        if batch is not None:
+            launched = self._runner.launch(batch)
+            self._figures.tokens_per_step.observe(batch.num_tokens)
+            for seq in batch.leased:
+                self._figures.queue_time.observe(seq.admitted - seq.arrived)
+        if self._overlap:
+            launched, self._pending = self._pending, launched
+        if launched is not None:
+            self._retire(launched)
+
+    def take_outputs(self) -> dict[bytes, StepOutput]:
+        """Everything to be sent, by API process."""
+        return self._outbox.take()
+
+    def stats(self) -> EngineStats:
+        """The figures as they stand."""
+        figures = self._figures
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            slots_used=self.scheduler.allocator.num_used,
+            slots_total=self.scheduler.allocator.num_slots,
+            prompt_tokens=figures.prompt_tokens,
+            generated_tokens=figures.generated_tokens,
+            finished=dict(figures.finished),
+            time_to_first_token=figures.time_to_first_token.snapshot(),
+            time_per_output_token=figures.time_per_output_token.snapshot(),
+            end_to_end=figures.end_to_end.snapshot(),
+            queue_time=figures.queue_time.snapshot(),
+            tokens_per_step=figures.tokens_per_step.snapshot(),
+        )
+
+    def _retire(self, step: PendingStep) -> None:
+        tokens = step.fetch()
+        now = time.monotonic()
+        for row, (span, token) in enumerate(zip(step.rows, tokens, strict=True)):
+            # A sequence that ended meanwhile was still part of the step launched ahead.
+            if not span.seq.finished:
+                self._advance(span.seq, token, step, row, now)
+        self._figures.prompt_tokens += sum(span.length for span in step.batch.prefills)
+        self.scheduler.retire(step.batch)
+
+    def _advance(self, seq: Sequence, token: int, step: PendingStep, row: int, now: float) -> None:
+        """Append a sampled token to its sequence and decide whether the sequence ends with it."""
+        if token < 0:
+            self._finish(seq, FinishReason.ERROR)
+            self._outbox.end(seq, error="the model's output is not a number (NaN) at this position")
+            return
+        seq.outputs.append(token)
+        self._figures.generated_tokens += 1
+        if len(seq.outputs) == 1:
+            seq.first_token = now
+            self._figures.time_to_first_token.observe(now - seq.arrived)
+        text, reason, stop_reason = self._judge(seq, token)
+        if reason is not FinishReason.RUNNING:
+            self._finish(seq, reason, now)
+        self._outbox.token(seq, token, text, logprobs=step.fetch_logprobs(row), stop_reason=stop_reason)
+
+    def _judge(self, seq: Sequence, token: int) -> tuple[bytes, FinishReason, int | str | None]:
+        """The new token's text, whether it ends the sequence, and which stop string or id did."""
+        flush = seq.matcher.flush if seq.matcher is not None else bytes
+        if token in seq.stop_ids:
+            return flush(), FinishReason.STOP, None if token in self._eos else token
+        text = self._token_bytes[token] if self._token_bytes is not None else b""
+        if seq.matcher is not None and len(seq.outputs) > seq.params.min_tokens:
+            text, found = seq.matcher.feed(text)
+            if found is not None:
+                return text, FinishReason.STOP, found
+        if len(seq.outputs) == seq.max_tokens:
+            return text + flush(), FinishReason.LENGTH, None
+        return text, FinishReason.RUNNING, None
+
+    def _finish(self, seq: Sequence, reason: FinishReason, now: float | None = None) -> None:
+        now = time.monotonic() if now is None else now
+        self.scheduler.finish(seq, reason)
+        self._figures.finished[reason.name.lower()] += 1
+        self._figures.end_to_end.observe(now - seq.arrived)
+        if len(seq.outputs) > 1:
+            self._figures.time_per_output_token.observe((now - seq.first_token) / (len(seq.outputs) - 1))
+        choices = self._requests[seq.client, seq.request_id]
+        choices.remove(seq)
+        if not choices:
+            del self._requests[seq.client, seq.request_id]

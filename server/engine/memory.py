@@ -1,0 +1,203 @@
+"""Loads the model and sizes the state pool to the memory that is left, exactly and once.
+
+States are the only memory that grows with the number of users, and their size is known before the
+first request: so the server finds out at start how many requests it can hold and never runs out later.
+"""
+
+import ctypes
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from server.engine.batch import ModelInputs
+from server.engine.checkpoint import load_model
+from server.engine.config import GLAConfig
+from server.engine.model import GLAModel
+from server.engine.runner import Runner
+from server.engine.sampler import SamplePlan, Sampler
+from server.engine.state_pool import StateTensors, allocate_states, state_bytes
+from server.errors import SettingsError
+from server.settings import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+_MiB = 1 << 20
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROFILE_SLOTS = 4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt(3)."""
+_MALLOC_KEEP = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltRunner:
+    """A runner and what was decided while building it.
+
+    Attributes:
+        num_slots: sequences that can run at once.
+        state_bytes: one sequence's state.
+        dtype: of the weights, by name.
+        device_name: for people.
+    """
+
+    runner: Runner
+    device: torch.device
+    num_slots: int
+    state_bytes: int
+    dtype: str
+    device_name: str
+
+
+def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
+    """Load the weights, measure a worst-case step, and give the rest of the memory to states.
+
+    Raises:
+        CheckpointError: the weights cannot be loaded.
+        SettingsError: CUDA is asked for and absent, or not even one state fits.
+    """
+    device = _resolve_device(config.device)
+    dtype_name = config.dtype
+    if dtype_name == "auto":
+        dtype_name = "float32" if device.type == "cpu" else model_config.dtype
+    dtype, state_dtype = _DTYPES[dtype_name], _DTYPES[config.state_dtype]
+    model = load_model(
+        config.model_folder,
+        model_config,
+        device=device,
+        dtype=dtype,
+        load_format=config.load_format,
+        seed=config.seed,
+    )
+    per_state = state_bytes(model_config, dtype=dtype, state_dtype=state_dtype)
+    per_slot = per_state + Sampler.bytes_per_slot(model_config.vocab_size)
+    profile = allocate_states(model_config, _PROFILE_SLOTS, device=device, dtype=dtype, state_dtype=state_dtype)
+    _run_worst_case(model, profile, config, model_config.vocab_size, device)
+    del profile
+    available = _available_bytes(device, config.gpu_memory_utilization)
+    # The null slot takes memory too.
+    num_slots = min(config.max_num_seqs, available // per_slot - 1)
+    if num_slots < 1:
+        raise SettingsError(
+            f"no memory for a single sequence: each needs {per_slot / _MiB:.1f} MiB for its state and sampling tables, "
+            f"{max(available, 0) / _MiB:.1f} MiB are left on {device.type} within --gpu-memory-utilization "
+            f"{config.gpu_memory_utilization}"
+        )
+    states = allocate_states(model_config, num_slots, device=device, dtype=dtype, state_dtype=state_dtype)
+    sampler = Sampler(num_slots + 1, model_config.vocab_size, device=device)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    logger.info(
+        "%s: %s weights, %.1f MiB; one request's state is %.2f MiB, constant at any length",
+        device_name,
+        dtype_name,
+        sum(p.numel() * p.element_size() for p in model.parameters()) / _MiB,
+        per_state / _MiB,
+    )
+    logger.info(
+        "%d slots of %.2f MiB (%.1f MiB of %.1f MiB available; memory alone would allow %d)",
+        num_slots,
+        per_slot / _MiB,
+        (num_slots + 1) * per_slot / _MiB,
+        available / _MiB,
+        available // per_slot - 1,
+    )
+    return BuiltRunner(
+        Runner(model, states, sampler, device=device), device, num_slots, per_state, dtype_name, device_name
+    )
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingsError("--device cuda: PyTorch finds no CUDA device here (try --device cpu)")
+        device = torch.device("cuda", torch.cuda.current_device())
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return device
+    _prepare_cpu()
+    return torch.device(name)
+
+
+def _prepare_cpu() -> None:
+    """Settings of this process that CPU inference is much faster with.
+
+    One core is left to the API processes: PyTorch's threads wait for each other at every operation, so a
+    single one that has to share its core holds all of them up. OMP_NUM_THREADS overrides this. And freed
+    memory is kept: otherwise every activation of a long prompt is mapped and faulted in anew.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _MALLOC_KEEP)
+        mallopt(_M_MMAP_THRESHOLD, _MALLOC_KEEP)
+
+
+@torch.inference_mode()
+def _run_worst_case(
+    model: GLAModel, states: StateTensors, config: EngineConfig, vocab_size: int, device: torch.device
+) -> None:
+    """The step that takes most memory: a full budget of tokens, every row sampled with everything on.
+
+    It also compiles the kernels and fills the allocator's pools before the first request. On the CPU,
+    where memory is not the limit, a short one does.
+    """
+    num_tokens = config.max_num_batched_tokens if device.type == "cuda" else 64
+    num_rows = min(config.max_num_seqs, num_tokens) if device.type == "cuda" else 1
+    slot = torch.ones(1, dtype=torch.int64, device=device)
+    rows = torch.arange(num_rows, device=device)
+    for num_decodes in (0, 1):
+        prefill = num_tokens - num_decodes
+        logits = model.forward(
+            ModelInputs(
+                token_ids_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+                num_decodes=num_decodes,
+                slots_N=slot.repeat(num_decodes + 1) + torch.arange(num_decodes + 1, device=device),
+                from_zero_N=torch.ones(num_decodes + 1, dtype=torch.bool, device=device),
+                cu_seqlens=torch.tensor([0, prefill], dtype=torch.int32, device=device),
+                prefill_lengths=(prefill,),
+                output_rows_R=rows,
+            ),
+            states,
+        )
+        plan = SamplePlan(0, 0, num_rows, True, True, True, config.max_logprobs)
+        sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
+        sampler.sample(logits, torch.ones_like(rows), torch.zeros_like(rows), plan)
+
+
+def _available_bytes(device: torch.device, utilization: float) -> int:
+    """Memory that states may take, what a step needs at its worst set aside."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        # Taken outside PyTorch's allocator: the CUDA context, kernels, other processes.
+        other = total - free - torch.cuda.memory_reserved(device)
+        return int(total * utilization) - other - peak
+    return int(_free_host_bytes() * utilization)
+
+
+def _free_host_bytes() -> int:
+    """Host memory that can still be taken: the machine's, or the control group's limit if that is less."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError):
+        # No such files (another kernel, an older control group): the page count has to do.
+        logger.debug("no control group limit found")
+    return free
+
+
+def _cpu_name() -> str:
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,183 @@
+"""Runs batches: uploads what the device does not know, launches model and sampler, fetches the tokens.
+
+On CUDA ``launch`` returns before the device has finished; ``PendingStep.fetch`` waits for it. The
+sampled tokens stay on the device as the next step's input, so the next batch can be launched first.
+"""
+
+from array import array
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.batch import Batch, ModelInputs, Span
+from server.engine.model import GLAModel
+from server.engine.sampler import (
+    Sampled,
+    SamplePlan,
+    Sampler,
+    has_penalties,
+    is_filtered,
+    is_greedy,
+    redirect_done,
+)
+from server.engine.state_pool import StateTensors
+from server.types import TokenLogprobs
+
+
+class PendingStep:
+    """A launched batch whose samples are, or will be, on the host.
+
+    Attributes:
+        batch: what was launched.
+        rows: the spans that sample, in the order of the results.
+    """
+
+    __slots__ = ("_event", "_sampled", "batch", "rows")
+
+    def __init__(self, batch: Batch, rows: list[Span], sampled: Sampled | None) -> None:
+        self.batch = batch
+        self.rows = rows
+        self._event: torch.cuda.Event | None = None
+        self._sampled = sampled
+        if sampled is not None and sampled.tokens_R.device.type == "cuda":
+            self._sampled = Sampled(
+                _to_pinned(sampled.tokens_R),
+                None if sampled.logprobs_R is None else _to_pinned(sampled.logprobs_R),
+                None if sampled.top_ids_RK is None else _to_pinned(sampled.top_ids_RK),
+                None if sampled.top_logprobs_RK is None else _to_pinned(sampled.top_logprobs_RK),
+            )
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def fetch(self) -> list[int]:
+        """Wait for the device; the sampled token of each row, -1 where the logits were not numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [] if self._sampled is None else self._sampled.tokens_R.tolist()
+
+    def fetch_logprobs(self, row: int) -> TokenLogprobs | None:
+        """The row's log-probabilities, with as many alternatives as its request wants; None if it wants none."""
+        wanted = self.rows[row].seq.params.logprobs
+        if wanted is None:
+            return None
+        assert self._sampled is not None and self._sampled.logprobs_R is not None
+        top_ids: list[int] = []
+        top: list[float] = []
+        if wanted:
+            assert self._sampled.top_ids_RK is not None and self._sampled.top_logprobs_RK is not None
+            top_ids = self._sampled.top_ids_RK[row, :wanted].tolist()
+            top = self._sampled.top_logprobs_RK[row, :wanted].tolist()
+        return TokenLogprobs(float(self._sampled.logprobs_R[row]), top_ids, top)
+
+
+def _to_pinned(column: Tensor) -> Tensor:
+    # The caching host allocator does not hand the memory out again before the copy has completed.
+    host = torch.empty(column.shape, dtype=column.dtype, pin_memory=True)
+    return host.copy_(column, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """A batch's int64 columns, cut from one upload."""
+
+    token_ids: Tensor
+    slots: Tensor
+    from_zero: Tensor
+    cu_seqlens: Tensor
+    output_rows: Tensor
+    sample_spans: Tensor
+    positions: Tensor
+
+
+class Runner:
+    """One device's model, states and sampler.
+
+    Args:
+        model: weights on the device.
+        states: the pool, null slot included.
+        sampler: its tables have as many slots as the pool.
+        device: where all of them lie.
+    """
+
+    def __init__(self, model: GLAModel, states: StateTensors, sampler: Sampler, *, device: torch.device) -> None:
+        self._model = model
+        self._states = states
+        self._sampler = sampler
+        self._device = device
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> PendingStep:
+        """Start a batch. Steps complete in the order of their launches."""
+        if batch.leased:
+            self._sampler.lease(batch.leased)
+        rows, span_of_row, plan = _plan(batch)
+        columns = self._upload(batch, rows, span_of_row)
+        slots_N = redirect_done(columns.slots, self._sampler.done_S)
+        num_decodes = len(batch.decodes)
+        token_ids_T = columns.token_ids
+        if num_decodes:
+            token_ids_T = torch.cat((self._sampler.last_token_S[slots_N[:num_decodes]], token_ids_T))
+        logits_RV = self._model.forward(
+            ModelInputs(
+                token_ids_T=token_ids_T,
+                num_decodes=num_decodes,
+                slots_N=slots_N,
+                from_zero_N=columns.from_zero.bool(),
+                cu_seqlens=columns.cu_seqlens.int(),
+                prefill_lengths=tuple(span.length for span in batch.prefills),
+                output_rows_R=columns.output_rows,
+            ),
+            self._states,
+        )
+        if not rows:
+            return PendingStep(batch, rows, None)
+        sampled = self._sampler.sample(logits_RV, slots_N[columns.sample_spans], columns.positions, plan)
+        return PendingStep(batch, rows, sampled)
+
+    def _upload(self, batch: Batch, rows: list[Span], span_of_row: list[int]) -> _Columns:
+        """Everything the host knows of the batch, in one copy."""
+        spans = batch.spans
+        offsets = [0]
+        for span in batch.prefills:
+            offsets.append(offsets[-1] + span.length)
+        num_decodes = len(batch.decodes)
+        # The last row of each span; decode row i is span i.
+        last_rows = list(range(num_decodes)) + [num_decodes + end - 1 for end in offsets[1:]]
+        sizes = (offsets[-1], len(spans), len(spans), len(offsets), len(rows), len(rows), len(rows))
+        host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        for span, offset in zip(batch.prefills, offsets, strict=False):
+            prompt = torch.frombuffer(span.seq.prompt, dtype=torch.int32)
+            host[offset : offset + span.length] = prompt[span.start : span.start + span.length]
+        small = array("q", (span.slot for span in spans))
+        small.extend(span.start == 0 for span in spans)
+        small.extend(offsets)
+        small.extend(last_rows[span] for span in span_of_row)
+        small.extend(span_of_row)
+        small.extend(span.position for span in rows)
+        host[offsets[-1] :] = torch.frombuffer(small, dtype=torch.int64)
+        return _Columns(*host.to(self._device, non_blocking=True).split(sizes))
+
+
+def _plan(batch: Batch) -> tuple[list[Span], list[int], SamplePlan]:
+    """Sampling rows in the order greedy, plain, filtered; each row's span; what the rows need."""
+    greedy: list[int] = []
+    plain: list[int] = []
+    filtered: list[int] = []
+    penalties = bias = min_tokens = False
+    num_logprobs: int | None = None
+    spans = batch.spans
+    for index, span in enumerate(spans):
+        if not span.samples:
+            continue
+        seq = span.seq
+        params = seq.params
+        (greedy if is_greedy(seq) else filtered if is_filtered(seq) else plain).append(index)
+        penalties |= has_penalties(seq)
+        bias |= bool(params.logit_bias)
+        min_tokens |= span.position < params.min_tokens
+        if params.logprobs is not None:
+            num_logprobs = max(num_logprobs or 0, params.logprobs)
+    order = greedy + plain + filtered
+    plan = SamplePlan(len(greedy), len(plain), len(filtered), penalties, bias, min_tokens, num_logprobs)
+    return [spans[index] for index in order], order, plan

@@ -1,0 +1,279 @@
+"""Sampling on the device, every row with its own parameters.
+
+All that a sequence's sampling needs lies in tables indexed by slot, written when the slot is leased,
+so a step uploads only which slots it samples. Nothing here waits for the device on CUDA.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.sequence import Sequence
+from server.engine.state_pool import NULL_SLOT
+
+_IN_PROMPT = 1
+_IS_STOP = 2
+_BLOCK = 128
+_CANDIDATES = 1024
+"""Most likely tokens looked at first on the CPU, where sorting a whole vocabulary is slow."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePlan:
+    """What a step's sampling has to do, known on the host, so that nothing unneeded is launched.
+
+    Rows come in the order greedy, plain (temperature only), filtered (top_k, top_p or min_p).
+    """
+
+    num_greedy: int
+    num_plain: int
+    num_filtered: int
+    penalties: bool
+    bias: bool
+    min_tokens: bool
+    num_logprobs: int | None
+    """Alternatives to report, the most any row wants; None: no row wants log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A step's samples, on the device.
+
+    Attributes:
+        tokens_R: int64 [R]; -1 where the model's logits were not numbers.
+        logprobs_R: float32 [R] or None, of the sampled tokens.
+        top_ids_RK, top_logprobs_RK: int64 and float32 [R, K] or None.
+    """
+
+    tokens_R: Tensor
+    logprobs_R: Tensor | None
+    top_ids_RK: Tensor | None
+    top_logprobs_RK: Tensor | None
+
+
+def is_greedy(seq: Sequence) -> bool:
+    """Whether the sequence always takes the most likely token."""
+    return seq.params.temperature < 1e-5 or seq.params.top_k == 1
+
+
+def is_filtered(seq: Sequence) -> bool:
+    """Whether the sequence's sampling leaves tokens out, so that it needs them in order."""
+    params = seq.params
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def has_penalties(seq: Sequence) -> bool:
+    """Whether the sequence's logits depend on the tokens so far."""
+    params = seq.params
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+
+
+class Sampler:
+    """Turns logits into tokens, and remembers by slot what the next step needs of them.
+
+    Args:
+        num_slots: rows of every table, the null slot included.
+        vocab_size: V.
+
+    Attributes:
+        last_token_S: int64 [slots], the newest sampled token: the next decode's input.
+        done_S: bool [slots], set with a stop token: such a slot's rows in a step launched ahead are
+            pointed at the null slot, so the state never absorbs a token past the stop.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, *, device: torch.device) -> None:
+        self._device = device
+        self.vocab_size = vocab_size
+        self.last_token_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.done_S = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        # temperature, top_p, min_p, presence, frequency, repetition
+        self._floats_SP = torch.ones((num_slots, 6), dtype=torch.float32, device=device)
+        # seed, top_k, min_tokens
+        self._ints_SP = torch.zeros((num_slots, 3), dtype=torch.int64, device=device)
+        self._flags_SV = torch.zeros((num_slots, vocab_size), dtype=torch.uint8, device=device)
+        self._counts_SV = torch.zeros((num_slots, vocab_size), dtype=torch.int32, device=device)
+        self._bias_SV = torch.zeros((num_slots, vocab_size), dtype=torch.float32, device=device)
+
+    @staticmethod
+    def bytes_per_slot(vocab_size: int) -> int:
+        """Memory of one slot's rows in all tables."""
+        return vocab_size * (1 + 4 + 4) + 8 + 1 + 6 * 4 + 3 * 8
+
+    def lease(self, sequences: SequenceOf[Sequence]) -> None:
+        """Write the tables' rows of newly leased sequences; what the last tenant left is overwritten."""
+        slots = [seq.slot for seq in sequences]
+        slots_L = self._upload(slots)
+        params = [seq.params for seq in sequences]
+        self.done_S[slots_L] = False
+        self._floats_SP[slots_L] = self._upload(
+            [
+                (p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+                for p in params
+            ],
+            torch.float32,
+        )
+        self._ints_SP[slots_L] = self._upload(
+            [(seq.seed, seq.params.top_k, seq.params.min_tokens) for seq in sequences]
+        )
+        self._flags_SV[slots_L] = 0
+        stops = [(seq.slot, token) for seq in sequences for token in seq.stop_ids]
+        if stops:
+            rows, tokens = self._upload(stops).unbind(1)
+            self._flags_SV[rows, tokens] = _IS_STOP
+        for seq in sequences:
+            if has_penalties(seq):
+                self._counts_SV[seq.slot] = 0
+                if seq.params.repetition_penalty != 1.0:
+                    self._mark_prompt(seq)
+            if seq.params.logit_bias:
+                row = self._bias_SV[seq.slot].zero_()
+                row[self._upload(list(seq.params.logit_bias))] = self._upload(
+                    list(seq.params.logit_bias.values()), torch.float32
+                )
+
+    def _mark_prompt(self, seq: Sequence) -> None:
+        prompt = torch.frombuffer(seq.prompt, dtype=torch.int32).to(self._device, torch.int64)
+        row = self._flags_SV[seq.slot]
+        row[prompt] = row[prompt] | _IN_PROMPT
+
+    def _upload(self, values: object, dtype: torch.dtype = torch.int64) -> Tensor:
+        host = torch.tensor(values, dtype=dtype)
+        if self._device.type == "cuda":
+            return host.pin_memory().to(self._device, non_blocking=True)
+        return host
+
+    def sample(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, plan: SamplePlan) -> Sampled:
+        """Sample one token per row and note it by slot.
+
+        Args:
+            logits_RV: float32 [R, V]; overwritten.
+            slots_R: int64 [R]; the null slot for rows that must not count.
+            positions_R: int64 [R], how many tokens the sequence sampled before.
+            plan: the rows' order and needs.
+        """
+        reference_RV = torch.log_softmax(logits_RV, -1) if plan.num_logprobs is not None else None
+        broken_R = logits_RV.amax(-1).isnan()
+        logits_RV = self._adjust(logits_RV, slots_R, positions_R, plan)
+        tokens_R = self._choose(logits_RV, slots_R, positions_R, plan)
+        if plan.penalties:
+            self._counts_SV.view(-1).index_add_(
+                0, slots_R * self.vocab_size + tokens_R, torch.ones_like(tokens_R, dtype=torch.int32)
+            )
+        self.last_token_S[slots_R] = tokens_R
+        self.done_S[slots_R] = (self._flags_SV[slots_R, tokens_R] & _IS_STOP) != 0
+        chosen = top_ids = top = None
+        if reference_RV is not None and plan.num_logprobs is not None:
+            chosen = reference_RV.gather(1, tokens_R[:, None])[:, 0]
+            if plan.num_logprobs:
+                top, top_ids = reference_RV.topk(plan.num_logprobs, -1)
+        return Sampled(tokens_R.masked_fill(broken_R, -1), chosen, top_ids, top)
+
+    def _adjust(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, plan: SamplePlan) -> Tensor:
+        """Apply bias, penalties and the minimum length, in this order."""
+        if plan.bias:
+            logits_RV = logits_RV + self._bias_SV[slots_R]
+        if plan.penalties:
+            presence, frequency, repetition = self._floats_SP[slots_R, 3:, None].unbind(1)
+            counts_RV = self._counts_SV[slots_R]
+            generated_RV = counts_RV > 0
+            seen_RV = generated_RV | ((self._flags_SV[slots_R] & _IN_PROMPT) != 0)
+            penalised_RV = torch.where(logits_RV > 0, logits_RV / repetition, logits_RV * repetition)
+            logits_RV = torch.where(seen_RV, penalised_RV, logits_RV)
+            logits_RV = logits_RV - frequency * counts_RV - presence * generated_RV
+        if plan.min_tokens:
+            early_R = positions_R < self._ints_SP[slots_R, 2]
+            banned_RV = ((self._flags_SV[slots_R] & _IS_STOP) != 0) & early_R[:, None]
+            logits_RV = logits_RV.masked_fill(banned_RV, -torch.inf)
+        return logits_RV
+
+    def _choose(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, plan: SamplePlan) -> Tensor:
+        parts = []
+        if plan.num_greedy:
+            parts.append(logits_RV[: plan.num_greedy].argmax(-1))
+        if plan.num_plain + plan.num_filtered:
+            slots_R, positions_R = slots_R[plan.num_greedy :], positions_R[plan.num_greedy :]
+            floats_RP, ints_RP = self._floats_SP[slots_R], self._ints_SP[slots_R]
+            uniform_R = uniform(ints_RP[:, 0], positions_R)
+            # The maximum is taken out first: a tiny temperature must not turn large logits into infinities.
+            logits_RV = logits_RV[plan.num_greedy :]
+            logits_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / floats_RP[:, :1]
+            probs_RV = torch.softmax(logits_RV, -1)
+            p = plan.num_plain
+            if p:
+                parts.append(_pick(probs_RV[:p], uniform_R[:p]))
+            if plan.num_filtered:
+                parts.append(
+                    _pick_filtered(probs_RV[p:], ints_RP[p:, 1], floats_RP[p:, 1], floats_RP[p:, 2], uniform_R[p:])
+                )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def uniform(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    """The random number of each (seed, position): float64 [R] in [0, 1), in steps of 2^-40.
+
+    SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter, in wrapping int64 arithmetic: a row's
+    number depends on nothing but its own seed and position.
+    """
+    x = seeds_R + (positions_R + 1) * -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return ((x >> 24) & 0xFFFFFFFFFF).double() * 2.0**-40
+
+
+def _pick(weights_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """Inverse transform sampling from unnormalised weights; never a token of weight zero.
+
+    In two steps, first a block of the vocabulary and then a token of it: a cumulative sum over the whole
+    vocabulary is slow on the CPU.
+    """
+    rows, vocab_size = weights_RV.shape
+    weights_RNB = torch.nn.functional.pad(weights_RV, (0, -vocab_size % _BLOCK)).view(rows, -1, _BLOCK)
+    blocks_RN = weights_RNB.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold_R1 = uniform_R[:, None] * blocks_RN[:, -1:]
+    block_R1 = torch.searchsorted(blocks_RN, threshold_R1, right=True).clamp_(max=blocks_RN.shape[1] - 1)
+    chosen_R1B = weights_RNB.gather(1, block_R1[:, :, None].expand(-1, -1, _BLOCK))
+    tokens_RB = chosen_R1B[:, 0].cumsum(-1, dtype=torch.float64)
+    # What of the threshold is left for the block. Added up in another order, the block may come out a
+    # rounding smaller than above; the threshold must stay under its sum for the last token to have weight.
+    before_R1 = torch.where(block_R1 > 0, blocks_RN.gather(1, (block_R1 - 1).clamp_(min=0)), 0.0)
+    threshold_R1 = torch.minimum(threshold_R1 - before_R1, tokens_RB[:, -1:] * (1 - 2.0**-40))
+    token_R1 = torch.searchsorted(tokens_RB, threshold_R1, right=True)
+    return (block_R1 * _BLOCK + token_R1)[:, 0].clamp_(max=vocab_size - 1)
+
+
+def _pick_filtered(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor, uniform_R: Tensor) -> Tensor:
+    """Sample among the tokens that min_p, top_k and then top_p leave.
+
+    top_p is a share of what min_p and top_k left. A row's result does not depend on how many
+    candidates are sorted, as long as they hold all that is left of the row.
+    """
+    vocab_size = probs_RV.shape[-1]
+    top_k_R1 = top_k_R.masked_fill(top_k_R == 0, vocab_size)[:, None]
+    top_p_R1, min_p_R1 = top_p_R[:, None].double(), min_p_R[:, None]
+    unrestricted_R1 = (top_k_R1 >= vocab_size) & (min_p_R1 == 0)
+    candidates = min(_CANDIDATES, vocab_size) if probs_RV.device.type == "cpu" else vocab_size
+    while True:
+        sorted_RC, ids_RC = probs_RV.topk(candidates) if candidates < vocab_size else probs_RV.sort(descending=True)
+        ranks_C = torch.arange(candidates, device=probs_RV.device)
+        kept_RC = (ranks_C < top_k_R1) & (sorted_RC >= min_p_R1 * sorted_RC[:, :1])
+        cumulative_RC = torch.where(kept_RC, sorted_RC, 0.0).cumsum(-1, dtype=torch.float64)
+        # An unrestricted row's probabilities add up to one; their sum over the candidates may fall short of it.
+        nucleus_R1 = top_p_R1 * torch.where(unrestricted_R1, 1.0, cumulative_RC[:, -1:])
+        if candidates == vocab_size:
+            break
+        complete_R1 = torch.where(unrestricted_R1, cumulative_RC[:, -1:] >= nucleus_R1, ~kept_RC[:, -1:])
+        if bool(complete_R1.all()):
+            break
+        candidates = vocab_size
+    before_RC = cumulative_RC - sorted_RC
+    # The first candidate always stays, however small top_p is.
+    weights_RC = torch.where(kept_RC & ((before_RC < nucleus_R1) | (ranks_C == 0)), sorted_RC, 0.0)
+    return ids_RC.gather(1, _pick(weights_RC, uniform_R)[:, None])[:, 0]
+
+
+def redirect_done(slots_N: Tensor, done_S: Tensor) -> Tensor:
+    """Slots of rows to compute: the null slot for those whose sequence has met its stop token."""
+    return torch.where(done_S[slots_N], NULL_SLOT, slots_N)

@@ -1,0 +1,124 @@
+"""Drives an :class:`Engine` directly and keeps the books that every test wants to see balanced."""
+
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from server.engine.engine import Engine
+from server.settings import EngineConfig
+from server.types import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs, pack_tokens
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+CLASSICS = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
+CLIENT = b"api-0"
+
+
+def engine_config(folder: Path = FIXTURES / "base", *, tokenizer: bool = False, **changes: object) -> EngineConfig:
+    """A small engine's settings on one of the fixtures."""
+    values: dict[str, object] = {
+        "model_folder": folder,
+        "tokenizer_folder": folder if tokenizer else None,
+        "device": "cpu",
+        "dtype": "float32",
+        "state_dtype": "float32",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "max_model_len": None,
+        "gpu_memory_utilization": 0.5,
+        "max_num_queued_reqs": 1000,
+        "max_logprobs": 20,
+        "generation_config": "none",
+        "load_format": "auto",
+        "seed": 0,
+    }
+    return EngineConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+@dataclass
+class Answer:
+    """What one choice produced."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: bytes = b""
+    finish_reason: FinishReason = FinishReason.RUNNING
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: str | None = None
+
+
+class Driver:
+    """One API process's view of an engine, without the process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.answers: dict[tuple[int, int], Answer] = {}
+        self.accepted: set[int] = set()
+        self.rejected: dict[int, str] = {}
+        self._next_id = 0
+
+    def submit(self, prompts: list[list[int]], n: int = 1, **params: object) -> int:
+        request_id = self._next_id
+        self._next_id += 1
+        request = GenerateRequest(
+            request_id=request_id,
+            prompts=tuple(map(pack_tokens, prompts)),
+            n=n,
+            params=SamplingParams(**params),  # type: ignore[arg-type]
+            arrived=time.monotonic(),
+        )
+        self.engine.submit(CLIENT, request)
+        self.collect()
+        return request_id
+
+    def cancel(self, request_id: int) -> None:
+        self.engine.cancel(CLIENT, [request_id])
+        self.collect()
+
+    def step(self) -> None:
+        self.engine.step()
+        self.collect()
+
+    def run(self, limit: int = 100_000) -> None:
+        for _ in range(limit):
+            if not self.engine.has_work():
+                return
+            self.step()
+        raise AssertionError(f"the engine still has work after {limit} steps")
+
+    def collect(self) -> None:
+        for client, message in self.engine.take_outputs().items():
+            assert client == CLIENT
+            self.accepted.update(message.accepted)
+            self.rejected.update(message.rejected)
+            columns = (message.request_ids, message.choices, message.token_ids, message.texts, message.finish_reasons)
+            for row, (request_id, choice, token_id, text, reason) in enumerate(zip(*columns, strict=True)):
+                assert request_id in self.accepted, "an event for a request that was never accepted"
+                answer = self.answers.setdefault((request_id, choice), Answer())
+                assert answer.finish_reason is FinishReason.RUNNING, "an event after the terminal event"
+                if token_id >= 0:
+                    answer.token_ids.append(token_id)
+                answer.text += text
+                answer.finish_reason = FinishReason(reason)
+                answer.stop_reason = message.stop_reasons.get(row)
+                answer.error = message.errors.get(row)
+                if row in message.logprobs:
+                    answer.logprobs.append(message.logprobs[row])
+
+    def complete(self, prompt: list[int], **params: object) -> Answer:
+        """One choice, alone in the engine, to its end."""
+        request_id = self.submit([prompt], **params)
+        self.run()
+        return self.answers[request_id, 0]
+
+
+def random_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, vocab_size) for _ in range(length)]
+
+
+def states_of(engine: Engine, slot: int) -> torch.Tensor:
+    """One slot's recurrent states [L, G, K, V]."""
+    return engine._runner._states.recurrent_LSGKV[:, slot]

@@ -1,0 +1,277 @@
+"""The sampler against independent arithmetic, and its promise that a row depends on nothing but itself."""
+
+import math
+from array import array
+from collections import Counter
+
+import pytest
+import torch
+
+from server.engine import sampler as sampler_module
+from server.engine.sampler import SamplePlan, Sampler, has_penalties, is_filtered, is_greedy, uniform
+from server.engine.sequence import Sequence
+from server.types import SamplingParams
+
+VOCAB = 40
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+def make_sequence(params: SamplingParams, slot: int, *, seed: int = 1, prompt: tuple[int, ...] = (1,)) -> Sequence:
+    return Sequence(
+        client=b"c",
+        request_id=0,
+        choice=0,
+        prompt=array("i", prompt),
+        params=params,
+        seed=seed,
+        stop_ids=frozenset(params.stop_token_ids),
+        max_tokens=params.max_tokens,
+        matcher=None,
+        arrived=0.0,
+        slot=slot,
+    )
+
+
+def plan_for(sequences: list[Sequence], position: int = 0) -> tuple[list[int], SamplePlan]:
+    """The order of rows and the plan, as the runner makes them."""
+    greedy = [i for i, s in enumerate(sequences) if is_greedy(s)]
+    filtered = [i for i, s in enumerate(sequences) if i not in greedy and is_filtered(s)]
+    plain = [i for i in range(len(sequences)) if i not in greedy and i not in filtered]
+    wanted = [s.params.logprobs for s in sequences if s.params.logprobs is not None]
+    plan = SamplePlan(
+        len(greedy),
+        len(plain),
+        len(filtered),
+        any(map(has_penalties, sequences)),
+        any(s.params.logit_bias for s in sequences),
+        any(position < s.params.min_tokens for s in sequences),
+        max(wanted) if wanted else None,
+    )
+    return greedy + plain + filtered, plan
+
+
+def sample(sampler: Sampler, sequences: list[Sequence], logits: torch.Tensor, position: int = 0) -> list[int]:
+    """One step; tokens in the order of ``sequences``."""
+    order, plan = plan_for(sequences, position)
+    device = sampler.done_S.device
+    slots = torch.tensor([sequences[i].slot for i in order], device=device)
+    positions = torch.full((len(order),), position, device=device)
+    tokens = sampler.sample(logits[order].to(device, copy=True), slots, positions, plan).tokens_R.tolist()
+    return [tokens[order.index(i)] for i in range(len(sequences))]
+
+
+def expected_distribution(logits: torch.Tensor, params: SamplingParams) -> list[float]:
+    """What the parameters mean, one token at a time."""
+    scaled = [x / params.temperature for x in logits.tolist()]
+    peak = max(scaled)
+    weights = [math.exp(x - peak) for x in scaled]
+    total = sum(weights)
+    probs = [w / total for w in weights]
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])
+    kept = [i for i in order if probs[i] >= params.min_p * probs[order[0]]]
+    if params.top_k:
+        kept = kept[: params.top_k]
+    mass = sum(probs[i] for i in kept)
+    nucleus, so_far = [], 0.0
+    for i in kept:
+        if nucleus and so_far >= params.top_p * mass:
+            break
+        nucleus.append(i)
+        so_far += probs[i]
+    return [probs[i] / so_far if i in nucleus else 0.0 for i in range(len(probs))]
+
+
+CASES = [
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.5),
+    SamplingParams(temperature=1.3, top_p=0.8),
+    SamplingParams(temperature=1.0, top_k=5),
+    SamplingParams(temperature=1.0, min_p=0.2),
+    SamplingParams(temperature=1.5, top_k=20, top_p=0.7, min_p=0.02),
+]
+
+
+@pytest.mark.parametrize("candidates", [8, VOCAB])
+@pytest.mark.parametrize("params", CASES)
+def test_frequencies_match_the_distribution(
+    params: SamplingParams, candidates: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(sampler_module, "_CANDIDATES", candidates)
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)) * 2
+    draws = 20_000
+    sampler = Sampler(2, VOCAB, device=device)
+    seq = make_sequence(params, slot=1)
+    sampler.lease([seq])
+    _, one = plan_for([seq])
+    plan = SamplePlan(one.num_greedy, one.num_plain * draws, one.num_filtered * draws, False, False, False, None)
+    tokens = sampler.sample(
+        logits.repeat(draws, 1).to(device),
+        torch.ones(draws, dtype=torch.int64, device=device),
+        torch.arange(draws, device=device),
+        plan,
+    ).tokens_R
+    counts = Counter(tokens.tolist())
+    expected = expected_distribution(logits, params)
+    for token, probability in enumerate(expected):
+        deviation = 5 * math.sqrt(probability * (1 - probability) / draws)
+        assert abs(counts[token] / draws - probability) <= deviation, (token, counts[token], probability)
+
+
+def mixed_sequences() -> list[Sequence]:
+    params = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_p=0.9),
+        SamplingParams(temperature=2.0, top_k=3),
+        SamplingParams(temperature=1.0, min_p=0.3, logit_bias={3: 4.0, 5: -100.0}),
+        SamplingParams(temperature=1.0, top_p=0.5, presence_penalty=1.5, frequency_penalty=0.5),
+        SamplingParams(temperature=0.9, repetition_penalty=1.4, top_p=0.95, logprobs=3),
+        SamplingParams(temperature=1.0, min_tokens=3, stop_token_ids=(0, 1, 2, 3, 4, 5)),
+    ]
+    return [make_sequence(p, slot=i + 1, seed=100 + i, prompt=(i, i + 7)) for i, p in enumerate(params)]
+
+
+def test_a_row_is_the_same_alone_and_in_any_batch(device: torch.device) -> None:
+    logits = torch.randn(10, len(mixed_sequences()), VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+    together = Sampler(9, VOCAB, device=device)
+    sequences = mixed_sequences()
+    together.lease(sequences)
+    batched = [sample(together, sequences, logits[t], t) for t in range(10)]
+    for i, seq in enumerate(mixed_sequences()):
+        alone = Sampler(9, VOCAB, device=device)
+        alone.lease([seq])
+        tokens = [sample(alone, [seq], logits[t, i : i + 1], t)[0] for t in range(10)]
+        assert tokens == [row[i] for row in batched], seq.params
+
+
+def test_candidates_looked_at_first_do_not_change_the_token(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+    logits = torch.randn(200, 1, VOCAB, generator=torch.Generator().manual_seed(2))
+    picked = []
+    for candidates in (2, 10, VOCAB):
+        monkeypatch.setattr(sampler_module, "_CANDIDATES", candidates)
+        sampler = Sampler(2, VOCAB, device=device)
+        seq = make_sequence(params, slot=1)
+        sampler.lease([seq])
+        picked.append([sample(sampler, [seq], logits[t], t)[0] for t in range(200)])
+    assert picked[0] == picked[1] == picked[2]
+
+
+def test_penalties_follow_the_formula(device: torch.device) -> None:
+    params = SamplingParams(
+        temperature=0.0, presence_penalty=0.7, frequency_penalty=0.3, repetition_penalty=1.5, logprobs=1
+    )
+    seq = make_sequence(params, slot=1, prompt=(2, 2, 9))
+    sampler = Sampler(2, VOCAB, device=device)
+    sampler.lease([seq])
+    generator = torch.Generator().manual_seed(3)
+    outputs: list[int] = []
+    for position in range(30):
+        logits = torch.randn(1, VOCAB, generator=generator) * 0.5
+        expected = logits[0].tolist()
+        for token in range(VOCAB):
+            if token in (2, 9) or token in outputs:
+                expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+            count = outputs.count(token)
+            expected[token] -= 0.3 * count + 0.7 * (count > 0)
+        token = sample(sampler, [seq], logits, position)[0]
+        assert token == max(range(VOCAB), key=expected.__getitem__)
+        outputs.append(token)
+    assert len(set(outputs)) > 10, "the penalties did not spread the tokens"
+
+
+def test_a_lease_clears_the_last_tenant(device: torch.device) -> None:
+    sampler = Sampler(2, VOCAB, device=device)
+    greedy_logits = torch.zeros(1, VOCAB)
+    greedy_logits[0, 7] = 1.0
+    first = make_sequence(
+        SamplingParams(
+            temperature=0.0,
+            logit_bias={7: -50.0, 8: 50.0},
+            frequency_penalty=2.0,
+            repetition_penalty=2.0,
+            stop_token_ids=(7, 8),
+        ),
+        slot=1,
+        prompt=(7,),
+    )
+    sampler.lease([first])
+    assert sample(sampler, [first], greedy_logits) == [8]
+    assert bool(sampler.done_S[1]), "a stop token ends the row on the device"
+    second = make_sequence(
+        SamplingParams(temperature=0.0, logit_bias={3: 0.1}, frequency_penalty=0.01, repetition_penalty=1.01), slot=1
+    )
+    sampler.lease([second])
+    assert not bool(sampler.done_S[1])
+    assert sample(sampler, [second], greedy_logits) == [7]
+    assert not bool(sampler.done_S[1])
+
+
+def test_min_tokens_bans_stop_tokens_only_until_then(device: torch.device) -> None:
+    seq = make_sequence(SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(7,)), slot=1)
+    sampler = Sampler(2, VOCAB, device=device)
+    sampler.lease([seq])
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7], logits[0, 9] = 2.0, 1.0
+    assert [sample(sampler, [seq], logits, position)[0] for position in range(3)] == [9, 9, 7]
+
+
+def test_logprobs_are_of_the_unmodified_logits(device: torch.device) -> None:
+    seq = make_sequence(SamplingParams(temperature=0.0, logit_bias={4: 100.0}, logprobs=3), slot=1)
+    sampler = Sampler(2, VOCAB, device=device)
+    sampler.lease([seq])
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(4))
+    reference = logits.double().log_softmax(-1)[0]
+    _, plan = plan_for([seq])
+    sampled = sampler.sample(
+        logits.to(device, copy=True), torch.tensor([1], device=device), torch.tensor([0], device=device), plan
+    )
+    assert sampled.tokens_R.tolist() == [4]
+    assert sampled.logprobs_R is not None and sampled.top_ids_RK is not None and sampled.top_logprobs_RK is not None
+    assert abs(float(sampled.logprobs_R[0]) - float(reference[4])) < 1e-5
+    top = reference.topk(3)
+    assert sampled.top_ids_RK[0].tolist() == top.indices.tolist()
+    assert torch.allclose(sampled.top_logprobs_RK[0].double().cpu(), top.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), *CASES])
+def test_not_a_number_is_reported_and_stays_in_its_row(params: SamplingParams, device: torch.device) -> None:
+    sequences = [make_sequence(params, slot=1, seed=5), make_sequence(params, slot=2, seed=6)]
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(5))
+    healthy = Sampler(3, VOCAB, device=device)
+    healthy.lease(sequences)
+    expected = sample(healthy, sequences, logits)[1]
+    logits[0, 3] = torch.nan
+    sampler = Sampler(3, VOCAB, device=device)
+    sampler.lease(sequences)
+    assert sample(sampler, sequences, logits) == [-1, expected]
+
+
+def test_extreme_logits_and_temperatures_stay_finite(device: torch.device) -> None:
+    sampler = Sampler(2, VOCAB, device=device)
+    for temperature, scale in ((1e-4, 3e38), (1e-3, 1e30), (100.0, 1e-30)):
+        seq = make_sequence(SamplingParams(temperature=temperature, top_p=0.9), slot=1)
+        sampler.lease([seq])
+        logits = torch.zeros(1, VOCAB)
+        logits[0, 11] = scale
+        token = sample(sampler, [seq], logits)[0]
+        assert token == 11 if scale > 1 else 0 <= token < VOCAB
+
+
+def test_uniform_numbers_look_uniform_and_do_not_repeat() -> None:
+    seeds = torch.arange(300).repeat_interleave(300)
+    numbers = uniform(seeds, torch.arange(300).repeat(300))
+    assert len(set(numbers.tolist())) > 300 * 300 - 5
+    assert float(numbers.min()) >= 0 and float(numbers.max()) < 1
+    histogram = torch.histc(numbers.float(), bins=100, min=0, max=1)
+    chi_square = float(((histogram - 900) ** 2 / 900).sum())
+    assert 50 < chi_square < 160
+    grid = numbers.view(300, 300)
+    correlation = torch.corrcoef(torch.stack((grid[:-1].flatten(), grid[1:].flatten())))[0, 1]
+    assert abs(float(correlation)) < 0.02

@@ -1,0 +1,202 @@
+"""The scheduler under random traffic, with an integrity check after every step. No model is involved."""
+
+import random
+from array import array
+
+import pytest
+
+from server.engine.batch import Batch
+from server.engine.scheduler import PREFILL_GRID, Scheduler
+from server.engine.sequence import Sequence
+from server.engine.state_pool import SlotAllocator
+from server.types import FinishReason, SamplingParams
+
+
+def make_sequence(prompt_length: int, max_tokens: int | None = 8, request_id: int = 0) -> Sequence:
+    return Sequence(
+        client=b"c",
+        request_id=request_id,
+        choice=0,
+        prompt=array("i", range(prompt_length)),
+        params=SamplingParams(max_tokens=max_tokens),
+        seed=0,
+        stop_ids=frozenset(),
+        max_tokens=max_tokens,
+        matcher=None,
+        arrived=0.0,
+    )
+
+
+def make_scheduler(slots: int = 4, budget: int = 128, queued: int = 1000) -> Scheduler:
+    return Scheduler(SlotAllocator(slots), max_num_batched_tokens=budget, max_num_queued_reqs=queued)
+
+
+def check_integrity(scheduler: Scheduler, everyone: list[Sequence], in_flight: list[Batch]) -> None:
+    """What must hold between any two calls."""
+    flying = [span for batch in in_flight for span in batch.spans]
+    holders = [seq for seq in everyone if seq.slot is not None]
+    slots = [seq.slot for seq in holders]
+    assert len(set(slots)) == len(slots), "two sequences share a slot"
+    assert 0 not in slots, "the null slot was leased"
+    assert len(slots) == scheduler.allocator.num_used
+    assert scheduler.allocator.num_used + scheduler.allocator.num_free == scheduler.allocator.num_slots
+    for span in flying:
+        assert span.seq.slot == span.slot, "a slot in flight was released"
+    for seq in everyone:
+        assert seq.in_flight == sum(span.seq is seq for span in flying)
+        assert (seq in scheduler.running) == (seq.slot is not None and not seq.finished)
+        assert (seq in scheduler.waiting) == (seq.slot is None and not seq.finished)
+        if seq.finished:
+            assert (seq.slot is None) == (seq.in_flight == 0), "a finished sequence keeps an idle slot"
+        # The state never absorbs more than the prompt and the tokens sampled before.
+        assert seq.num_launched <= len(seq.prompt) + max(0, seq.num_sampled - 1)
+        assert seq.max_tokens is None or seq.num_sampled <= seq.max_tokens
+
+
+def check_batch(scheduler: Scheduler, batch: Batch, budget: int) -> None:
+    for span in batch.prefills:
+        end = span.start + span.length
+        assert span.length > 0
+        assert end % PREFILL_GRID == 0 or end == len(span.seq.prompt), "a piece ends off the grid"
+        assert span.samples == (end == len(span.seq.prompt))
+    for span in batch.decodes:
+        assert span.length == 1 and span.samples and span.start >= len(span.seq.prompt)
+    assert len({span.seq for span in batch.spans}) == len(batch.spans), "a sequence twice in a batch"
+    assert [span.slot for span in batch.decodes] == sorted(span.slot for span in batch.decodes)
+    prompt_tokens = sum(span.length for span in batch.prefills)
+    assert prompt_tokens <= max(budget - len(batch.decodes), PREFILL_GRID)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_random_traces_keep_integrity(seed: int, overlap: bool) -> None:
+    """Arrivals, endings and cancellations in any order, with and without a step in flight."""
+    rng = random.Random(seed)
+    budget = rng.choice([64, 65, 128, 300, 2048])
+    scheduler = make_scheduler(slots=rng.randint(1, 6), budget=budget, queued=rng.randint(0, 8))
+    everyone: list[Sequence] = []
+    flying: list[Batch] = []
+    absorbed: dict[Sequence, int] = {}
+    for step in range(120):
+        if step < 80 and rng.random() < 0.5:
+            group = [
+                make_sequence(rng.choice([1, 5, 63, 64, 65, 200, 700]), rng.choice([1, 2, 5, 20]))
+                for _ in range(rng.randint(1, 3))
+            ]
+            if scheduler.has_room(len(group)):
+                scheduler.add(group)
+                everyone += group
+        alive = [seq for seq in everyone if not seq.finished]
+        if alive and rng.random() < 0.15:
+            scheduler.finish(rng.choice(alive), FinishReason.CANCELLED)
+            check_integrity(scheduler, everyone, flying)
+        batch = scheduler.schedule(now=float(step))
+        if batch is not None:
+            check_batch(scheduler, batch, budget)
+            for span in batch.spans:
+                assert span.start == absorbed.get(span.seq, 0), "tokens skipped or absorbed twice"
+                absorbed[span.seq] = span.start + span.length
+            flying.append(batch)
+        check_integrity(scheduler, everyone, flying)
+        while len(flying) > (1 if overlap and batch is not None else 0):
+            done = flying.pop(0)
+            for span in done.spans:
+                if span.samples and not span.seq.finished:
+                    span.seq.outputs.append(0)
+                    if len(span.seq.outputs) == span.seq.max_tokens:
+                        scheduler.finish(span.seq, FinishReason.LENGTH)
+                    elif rng.random() < 0.1:
+                        scheduler.finish(span.seq, FinishReason.STOP)
+            scheduler.retire(done)
+            check_integrity(scheduler, everyone, flying)
+        if step >= 80 and not scheduler.has_work and not flying:
+            break
+    else:
+        while scheduler.has_work:
+            batch = scheduler.schedule(now=0.0)
+            assert batch is not None, "work is left but nothing can be scheduled"
+            for span in batch.spans:
+                if span.samples:
+                    span.seq.outputs.append(0)
+                    if len(span.seq.outputs) == span.seq.max_tokens and not span.seq.finished:
+                        scheduler.finish(span.seq, FinishReason.LENGTH)
+            scheduler.retire(batch)
+    assert all(seq.finished for seq in everyone)
+    assert scheduler.allocator.num_used == 0
+
+
+def test_decodes_come_first_and_a_prompt_still_moves() -> None:
+    scheduler = make_scheduler(slots=100, budget=64, queued=100)
+    short = [make_sequence(1, max_tokens=None) for _ in range(80)]
+    scheduler.add(short)
+    for _ in range(3):
+        batch = scheduler.schedule(0.0)
+        assert batch is not None
+        scheduler.retire(batch)
+    long = make_sequence(1000, max_tokens=None)
+    scheduler.add([long])
+    lengths = []
+    while long.prompt_remaining:
+        batch = scheduler.schedule(0.0)
+        assert batch is not None
+        assert len(batch.decodes) == 80
+        lengths.append(sum(span.length for span in batch.prefills))
+        scheduler.retire(batch)
+    # 80 decodes overfill the budget of 64; the prompt moves by one grid piece per step all the same.
+    assert lengths == [64] * 15 + [40]
+
+
+def test_admission_is_first_come_first_served() -> None:
+    scheduler = make_scheduler(slots=2, budget=128)
+    first, second, third = (make_sequence(300) for _ in range(3))
+    scheduler.add([first, second, third])
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    assert [(span.seq, span.length) for span in batch.prefills] == [(first, 128)]
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    assert [(span.seq, span.start, span.length) for span in batch.prefills] == [(first, 128, 128)]
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    # 300 - 256 = 44 tokens end the first prompt; the second gets the grid pieces that fit into the rest.
+    assert [(span.seq, span.length) for span in batch.prefills] == [(first, 44), (second, 64)]
+    assert third in scheduler.waiting
+
+
+def test_a_slot_in_flight_is_not_released() -> None:
+    scheduler = make_scheduler(slots=1)
+    seq, next_seq = make_sequence(3), make_sequence(3)
+    scheduler.add([seq, next_seq])
+    first = scheduler.schedule(0.0)
+    ahead = scheduler.schedule(0.0)
+    assert first is not None and ahead is not None
+    scheduler.finish(seq, FinishReason.STOP)
+    scheduler.retire(first)
+    assert scheduler.schedule(0.0) is None, "the only slot is still referred to by the step launched ahead"
+    scheduler.retire(ahead)
+    batch = scheduler.schedule(0.0)
+    assert batch is not None and batch.leased == (next_seq,)
+
+
+def test_room_counts_free_slots_and_queue_places() -> None:
+    scheduler = make_scheduler(slots=2, queued=3)
+    assert scheduler.has_room(5)
+    assert not scheduler.has_room(6)
+    scheduler.add([make_sequence(3) for _ in range(4)])
+    assert scheduler.has_room(1)
+    assert not scheduler.has_room(2)
+    assert scheduler.schedule(0.0) is not None
+    # Two run now, two wait: one place is left.
+    assert scheduler.has_room(1)
+    assert not scheduler.has_room(2)
+
+
+def test_slots_are_leased_lowest_first_and_not_twice() -> None:
+    allocator = SlotAllocator(3)
+    assert [allocator.lease() for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="no free slot"):
+        allocator.lease()
+    allocator.release(2)
+    with pytest.raises(RuntimeError, match="slot 2 released but not leased"):
+        allocator.release(2)
+    assert allocator.lease() == 2

@@ -20,7 +20,7 @@ from server.engine.model import GLAModel
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
 from server.engine.state_pool import StateTensors, allocate_states, state_bytes
-from server.errors import SettingsError
+from server.errors import CheckpointError, SettingsError
 from server.settings import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,15 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
     if dtype_name == "auto":
         dtype_name = "float32" if device.type == "cpu" else model_config.dtype
     dtype, state_dtype = _DTYPES[dtype_name], _DTYPES[config.state_dtype]
+    if device.type == "cuda":
+        # Imported here: it brings Triton, which a CPU server does without.
+        from server.kernels.shapes import MAX_HEAD_K
+
+        if model_config.head_k > MAX_HEAD_K:
+            raise CheckpointError(
+                f"{config.model_folder / 'config.json'}: head_k is {model_config.head_k}; "
+                f"the CUDA kernels take at most {MAX_HEAD_K}"
+            )
     model = load_model(
         config.model_folder,
         model_config,

@@ -32,7 +32,9 @@ class GLAModel(nn.Module):
         self.config = config
         self.dtype = dtype
         device = torch.device(device)
-        self.embeddings = _matrix(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        # Looked up row by row; multiplied, by columns on the CPU, only where it is the output projection too.
+        embeddings = _matrix if config.tie_word_embeddings else _weight
+        self.embeddings = embeddings(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(GLALayer(config, device, dtype) for _ in range(config.num_hidden_layers))
         self.norm = _weight(config.hidden_size, device=device, dtype=dtype)
         self.lm_head = self.embeddings
@@ -181,29 +183,31 @@ class GLALayer(nn.Module):
         q, k, v = qkv.split(self.qkv_sizes, dim=1)
         if self.feature_map is not None:
             q, k = self.feature_map(q), self.feature_map(k)
-        q_THK = q.unflatten(1, (self.config.num_heads, self.config.head_k))
-        k_TGK = k.unflatten(1, (self.config.num_kv_heads, self.config.head_k))
-        v_TGV = v.unflatten(1, (self.config.num_kv_heads, self.config.head_v))
+        q_THK = q.view(-1, self.config.num_heads, self.config.head_k)
+        k_TGK = k.view(-1, self.config.num_kv_heads, self.config.head_k)
+        v_TGV = v.view(-1, self.config.num_kv_heads, self.config.head_v)
         d = inputs.num_decodes
         slots, from_zero = inputs.slots_N, inputs.from_zero_N
-        outputs = []
-        if d:
-            rows = (q_THK[:d], k_TGK[:d], v_TGV[:d], g_TGK[:d])
-            outputs.append(gla_decode(*rows, state_SGKV, slots[:d], from_zero[:d], scale=self.scale))
-        if inputs.prefill_lengths:
-            rows = (q_THK[d:], k_TGK[d:], v_TGV[d:], g_TGK[d:])
-            outputs.append(
-                gla_prefill(
-                    *rows,
-                    state_SGKV,
-                    slots[d:],
-                    from_zero[d:],
-                    inputs.cu_seqlens,
-                    scale=self.scale,
-                    max_length=max(inputs.prefill_lengths),
-                )
-            )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if not inputs.prefill_lengths:
+            return gla_decode(q_THK, k_TGK, v_TGV, g_TGK, state_SGKV, slots, from_zero, scale=self.scale)
+        o_prefill = gla_prefill(
+            q_THK[d:],
+            k_TGK[d:],
+            v_TGV[d:],
+            g_TGK[d:],
+            state_SGKV,
+            slots[d:],
+            from_zero[d:],
+            inputs.cu_seqlens,
+            scale=self.scale,
+            max_length=max(inputs.prefill_lengths),
+        )
+        if not d:
+            return o_prefill
+        o_decode = gla_decode(
+            q_THK[:d], k_TGK[:d], v_TGV[:d], g_TGK[:d], state_SGKV, slots[:d], from_zero[:d], scale=self.scale
+        )
+        return torch.cat((o_decode, o_prefill))
 
 
 def _weight(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -1,0 +1,355 @@
+"""The API process's view of the engine: submit a request, read its choices' events, cancel it.
+
+One message of the engine carries a token for each running choice. It is taken apart here, row by row,
+into the mailboxes of the waiting requests; each mailbox wakes its reader at most once per wake-up of
+the channel, however many rows arrived, and no task exists per token.
+"""
+
+import asyncio
+import enum
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import msgspec
+
+from server.errors import ApiError, EngineUnavailableError, InternalError, QueueFullError
+from server.ipc import ClientChannel
+from server.types import (
+    Cancel,
+    ClientReset,
+    EngineInfo,
+    EngineMessage,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    Hello,
+    SamplingParams,
+    StepOutput,
+    TokenLogprobs,
+    pack_tokens,
+)
+
+_CANCEL_RETRY_SECONDS = 0.05
+_REASONS = {int(reason): reason for reason in FinishReason}
+
+
+class EngineStatus(enum.Enum):
+    """Whether requests can be submitted; only READY takes any."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class ChoiceEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened to one choice since the mailbox was last read.
+
+    Attributes:
+        choice: ``i * n + j`` for the j-th answer to prompt i.
+        token_ids: new tokens; empty in an event that only ends the choice.
+        text: new text as UTF-8, possibly cut inside a character.
+        logprobs: one per token id if the request asked for them, else empty.
+        finish_reason: RUNNING, or why the choice ended: no event of this choice follows.
+        stop_reason: the stop string or stop token id that ended the choice.
+    """
+
+    choice: int
+    token_ids: list[int]
+    text: bytes
+    logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+
+
+class _Pending:
+    """What arrived for one choice since the mailbox was last read."""
+
+    __slots__ = ("finish_reason", "logprobs", "stop_reason", "texts", "token_ids")
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.texts: list[bytes] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason = FinishReason.RUNNING
+        self.stop_reason: int | str | None = None
+
+    def event(self, choice: int) -> ChoiceEvent:
+        return ChoiceEvent(
+            choice=choice,
+            token_ids=self.token_ids,
+            text=self.texts[0] if len(self.texts) == 1 else b"".join(self.texts),
+            logprobs=self.logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+class Mailbox:
+    """The events of one request, read with ``async for``; made by :meth:`EngineClient.submit`.
+
+    Iteration yields lists of :class:`ChoiceEvent` and ends once every choice has ended. A slow reader
+    gets fewer, longer lists: what arrived for a choice meanwhile is joined into one event.
+
+    Raises (from the iteration):
+        EngineUnavailableError: the engine died, was reset or is shutting down.
+        InternalError: the engine could not finish a choice.
+
+    Attributes:
+        num_choices: ``len(prompts) * n``.
+    """
+
+    __slots__ = ("_accepted", "_closed", "_error", "_on_close", "_open", "_pending", "_waiter", "num_choices")
+
+    def __init__(self, num_choices: int, accepted: "asyncio.Future[None]", on_close: Callable[[bool], None]) -> None:
+        self.num_choices = num_choices
+        self._open = set(range(num_choices))
+        self._accepted = accepted
+        self._pending: dict[int, _Pending] = {}
+        self._error: ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._on_close = on_close
+        self._closed = False
+
+    def __aiter__(self) -> "Mailbox":
+        return self
+
+    async def __anext__(self) -> list[ChoiceEvent]:
+        while not self._pending:
+            if self._error is not None:
+                # One error may end many requests; each shows its own traceback.
+                raise self._error.with_traceback(None)
+            if not self._open or self._closed:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        pending, self._pending = self._pending, {}
+        return [row.event(choice) for choice, row in pending.items()]
+
+    async def __aenter__(self) -> "Mailbox":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel the request at the engine unless it has ended. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._pending = {}
+            self._on_close(bool(self._open))
+            self._wake()
+
+    # The rest is called by EngineClient.
+
+    def _accept(self) -> None:
+        if not self._accepted.done():
+            self._accepted.set_result(None)
+
+    def _take(self, message: StepOutput, row: int) -> None:
+        """Add a row of an engine message; a choice that has ended takes no more."""
+        choice = message.choices[row]
+        if choice not in self._open:
+            return
+        reason = _REASONS[message.finish_reasons[row]]
+        if reason is not FinishReason.RUNNING:
+            self._open.discard(choice)
+            if reason is FinishReason.ERROR:
+                self._fail(InternalError(message.errors.get(row, "the engine could not finish the request")))
+                return
+            if reason is FinishReason.CANCELLED:
+                self._fail(EngineUnavailableError("the engine cancelled the request"))
+                return
+        pending = self._pending.get(choice)
+        if pending is None:
+            pending = self._pending[choice] = _Pending()
+        token_id = message.token_ids[row]
+        if token_id >= 0:
+            pending.token_ids.append(token_id)
+        pending.texts.append(message.texts[row])
+        pending.finish_reason = reason
+        if row in message.logprobs:
+            pending.logprobs.append(message.logprobs[row])
+        if row in message.stop_reasons:
+            pending.stop_reason = message.stop_reasons[row]
+
+    def _fail(self, error: ApiError) -> None:
+        """End the iteration with this error, after what has arrived so far."""
+        if self._error is None:
+            self._error = error
+        if not self._accepted.done():
+            self._accepted.set_exception(self._error)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    @property
+    def _ended(self) -> bool:
+        return not self._open
+
+
+class EngineClient:
+    """Connects an API process to the engine process.
+
+    Args:
+        address: ``ipc://`` path that the engine binds, now or later.
+
+    Attributes:
+        info: what the engine said of itself; None until it is ready.
+        stats: the newest snapshot of the engine's figures.
+        status: whether requests can be submitted.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.info: EngineInfo | None = None
+        self.stats: EngineStats | None = None
+        self.status = EngineStatus.STARTING
+        self._channel = ClientChannel(address, self._receive)
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._ids = itertools.count(1)
+        self._cancels: list[int] = []
+        self._cancel_timer: asyncio.Handle | None = None
+        self._ready = asyncio.Event()
+
+    async def start(self) -> None:
+        """Connect and introduce this process; returns at once, the engine answers when it is ready."""
+        self._channel.start(asyncio.get_running_loop())
+        self._channel.send(Hello())
+
+    async def close(self) -> None:
+        """Fail what is open and disconnect."""
+        self.fail_all(EngineUnavailableError("the server is shutting down"))
+        self._flush_cancels()
+        if self._cancel_timer is not None:
+            self._cancel_timer.cancel()
+        self._channel.close()
+
+    async def wait_ready(self) -> None:
+        """Return once the engine can serve."""
+        await self._ready.wait()
+
+    async def submit(self, *, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams) -> Mailbox:
+        """Hand a request to the engine and wait until it is queued there.
+
+        A caller that is cancelled while it waits cancels the request at the engine.
+
+        Args:
+            prompts: token ids, at least one prompt and one id in each; validated by the caller.
+            n: answers to each prompt.
+
+        Raises:
+            QueueFullError: too many wait already.
+            EngineUnavailableError: the engine is starting, draining, dead or does not read.
+        """
+        self._require_ready()
+        request = GenerateRequest(
+            request_id=next(self._ids),
+            prompts=tuple(pack_tokens(prompt) for prompt in prompts),
+            n=n,
+            params=params,
+            arrived=time.monotonic(),
+        )
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        mailbox = Mailbox(
+            request.num_choices, accepted, lambda unfinished: self._forget(request.request_id, unfinished)
+        )
+        if not self._channel.send(request):
+            raise EngineUnavailableError("the engine does not read its requests")
+        self._mailboxes[request.request_id] = mailbox
+        try:
+            await accepted
+        except BaseException:
+            mailbox.close()
+            raise
+        return mailbox
+
+    def drain(self) -> None:
+        """Take no new requests; running ones go on."""
+        if self.status is not EngineStatus.DEAD:
+            self.status = EngineStatus.DRAINING
+
+    def fail_all(self, error: ApiError) -> None:
+        """End every open request with this error and cancel it at the engine."""
+        for request_id, mailbox in tuple(self._mailboxes.items()):
+            mailbox._fail(error)
+            self._forget(request_id, unfinished=True)
+
+    def engine_died(self) -> None:
+        """End every open request, refuse new ones."""
+        self.status = EngineStatus.DEAD
+        self.fail_all(EngineUnavailableError("the engine died while it worked on this request"))
+        self._cancels.clear()
+
+    def _require_ready(self) -> None:
+        if self.status is EngineStatus.READY:
+            return
+        raise EngineUnavailableError(
+            {
+                EngineStatus.STARTING: "the engine is still loading the model",
+                EngineStatus.DRAINING: "the server is shutting down",
+                EngineStatus.DEAD: "the engine is dead",
+            }[self.status]
+        )
+
+    def _receive(self, messages: list[EngineMessage]) -> None:
+        touched: dict[int, Mailbox] = {}
+        for message in messages:
+            if isinstance(message, StepOutput):
+                self._receive_step(message, touched)
+            elif isinstance(message, EngineInfo):
+                self.info = message
+                if self.status is EngineStatus.STARTING:
+                    self.status = EngineStatus.READY
+                self._ready.set()
+            else:
+                self._receive_reset(message)
+        for request_id, mailbox in touched.items():
+            mailbox._wake()
+            if mailbox._ended:
+                self._mailboxes.pop(request_id, None)
+
+    def _receive_step(self, message: StepOutput, touched: dict[int, Mailbox]) -> None:
+        if message.stats is not None:
+            self.stats = message.stats
+        mailboxes = self._mailboxes
+        for request_id in message.accepted:
+            if request_id in mailboxes:
+                mailboxes[request_id]._accept()
+        for request_id, reason in message.rejected.items():
+            if request_id in mailboxes:
+                mailboxes.pop(request_id)._fail(QueueFullError(reason))
+        for row, request_id in enumerate(message.request_ids):
+            mailbox = mailboxes.get(request_id)
+            if mailbox is not None:
+                mailbox._take(message, row)
+                touched[request_id] = mailbox
+
+    def _receive_reset(self, message: ClientReset) -> None:
+        self.fail_all(EngineUnavailableError(f"the request was dropped: {message.reason}"))
+
+    def _forget(self, request_id: int, unfinished: bool) -> None:
+        """The mailbox is closed or failed; its request, unless it has ended, is of no more use."""
+        if self._mailboxes.pop(request_id, None) is None or not unfinished:
+            return
+        self._cancels.append(request_id)
+        if self._cancel_timer is None:
+            # Clients often go in numbers, a whole load generator's for instance: one message for all.
+            self._cancel_timer = asyncio.get_running_loop().call_soon(self._flush_cancels)
+
+    def _flush_cancels(self) -> None:
+        self._cancel_timer = None
+        if not self._cancels:
+            return
+        if self._channel.send(Cancel(request_ids=tuple(self._cancels))):
+            self._cancels.clear()
+        else:
+            self._cancel_timer = asyncio.get_running_loop().call_later(_CANCEL_RETRY_SECONDS, self._flush_cancels)

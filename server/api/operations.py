@@ -1,0 +1,46 @@
+"""Routes for those who run the server: health, version, metrics. No key needed."""
+
+from fastapi import APIRouter
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.responses import Response
+
+from server import __version__
+from server.api.client import EngineClient, EngineStatus
+from server.api.completions import ready_info
+from server.api.schemas import ErrorResponse, Health, Version
+from server.metrics import EngineCollector
+
+
+def operations_router(client: EngineClient) -> APIRouter:
+    """The routes, bound to one engine."""
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(lambda: client.stats, lambda: client.status is EngineStatus.READY))
+    router = APIRouter()
+
+    @router.get(
+        "/health",
+        summary="Whether requests are served",
+        responses={503: {"model": ErrorResponse, "description": "The engine is starting, draining or dead."}},
+    )
+    async def health() -> Health:
+        """200 while the engine takes requests, else 503."""
+        ready_info(client)
+        return Health(status="ready")
+
+    @router.get("/version", summary="The server's version")
+    async def version() -> Version:
+        """The version of Gale."""
+        return Version(version=__version__)
+
+    @router.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        """The engine's newest figures in Prometheus' text format."""
+        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    return router

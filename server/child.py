@@ -1,0 +1,127 @@
+"""What the launcher and its child processes share: control messages, and how a child begins.
+
+The launcher holds one pipe to each child. A child that reads end-of-file from its pipe has lost the
+launcher and ends.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import NoReturn, TypeAlias
+
+from server.errors import GaleError, SettingsError
+from server.logs import LogSettings, setup_logging
+from server.types import EngineInfo
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that only the launcher acts on."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Child to launcher: it can serve. The engine adds what it found out while loading."""
+
+    info: EngineInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Child to launcher, its last words: why it ends, and what the launcher should exit with."""
+
+    reason: str
+    exit_code: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Launcher to API process: accept no more, end what runs within ``timeout`` seconds, exit."""
+
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDied:
+    """Launcher to API process: end open streams with an error, answer 503, then exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Launcher to engine process: the API processes are gone, exit."""
+
+
+ToLauncher: TypeAlias = Ready | Failed
+ToApi: TypeAlias = Drain | EngineDied
+ToEngine: TypeAlias = Stop
+
+
+@dataclass(frozen=True, slots=True)
+class ChildContext:
+    """Given to each child at its start.
+
+    Attributes:
+        name: in log lines and in process listings.
+        launcher_pid: the parent.
+        address: where the engine binds its socket.
+        control: this child's end of its pipe.
+    """
+
+    name: str
+    launcher_pid: int
+    address: str
+    control: "Connection[ToLauncher, ToApi | ToEngine]"
+    logs: LogSettings
+
+    @contextlib.contextmanager
+    def role(self) -> Iterator[None]:
+        """Around all that a child does, imports included.
+
+        The child dies with the launcher, ignores the signals that a terminal sends to the whole process
+        group (the launcher spawned it with these blocked, so none was deadly before), logs under its
+        name, and tells the launcher in one line why it failed, if it does.
+
+        Exits:
+            At the end, at once: with the process go its memory and sockets, and taking torch apart piece by
+            piece would cost a second. 0, or 1 after an exception.
+        """
+        self._begin()
+        try:
+            yield
+        except GaleError as error:
+            self._fail(str(error), exit_code=2 if isinstance(error, SettingsError) else 1)
+        except Exception as error:
+            logger.exception("the %s process failed", self.name)
+            first_line = (str(error).splitlines() or [""])[0]
+            self._fail(f"the {self.name} process failed: {type(error).__name__}: {first_line}")
+        logging.shutdown()
+        os._exit(0)
+
+    def tell(self, message: ToLauncher) -> None:
+        """Send to the launcher; a launcher that is gone needs no news."""
+        with contextlib.suppress(OSError):
+            self.control.send(message)
+
+    def _begin(self) -> None:
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(_PR_SET_NAME, f"gale-{self.name}".encode()[:15])
+        if os.getppid() != self.launcher_pid:
+            os._exit(1)  # The launcher died before it could take this child along.
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        setup_logging(self.logs, self.name)
+
+    def _fail(self, reason: str, exit_code: int = 1) -> NoReturn:
+        self.tell(Failed(reason, exit_code))
+        logging.shutdown()
+        os._exit(1)

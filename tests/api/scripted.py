@@ -1,0 +1,332 @@
+"""A scripted engine behind the real EngineClient, and the application on a real socket.
+
+The engine's answer is a function of the prompt and the choice alone, so tests can compute it: choice j
+of a prompt continues ``SCRIPT`` from position ``len(prompt) + j``, one byte per token.
+"""
+
+import asyncio
+import itertools
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import httpx
+import uvicorn
+
+from server.api.app import create_app
+from server.api.client import EngineClient
+from server.engine.detokenizer import StopMatcher
+from server.settings import ApiSettings, hash_key
+from server.types import (
+    Cancel,
+    ClientMessage,
+    EngineInfo,
+    EngineMessage,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    Hello,
+    HistogramSnapshot,
+    StepOutput,
+    TokenLogprobs,
+    unpack_tokens,
+)
+
+SCRIPT = "Grüße, naïve 世界! It was 🌊 and then. ".encode()
+BOS, EOS, ALIAS, VOCAB = 256, 257, 258, 300
+"""Ids 0..255 are bytes, ALIAS is the text "aß", the rest up to VOCAB has no text."""
+
+INFO = EngineInfo(
+    vocab_size=VOCAB,
+    eos_token_ids=(EOS,),
+    max_model_len=2000,
+    max_num_seqs=8,
+    max_num_queued_reqs=8,
+    max_logprobs=5,
+    default_sampling={"temperature": 0.7, "top_p": 0.9, "top_k": 40},
+    state_bytes=1024,
+    dtype="float32",
+    state_dtype="float32",
+    device="scripted",
+)
+
+
+class ByteTokenizer:
+    """One token per byte."""
+
+    vocab_size = 259
+    bos_token_id: int | None = BOS
+    eos_token_id: int | None = EOS
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        table = self.token_bytes()
+        return b"".join(table[token] for token in token_ids if token < len(table)).decode(errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        return [bytes([value]) for value in range(256)] + [b"", b"", "aß".encode()]
+
+
+def script(prompt_length: int, choice: int) -> Iterator[int]:
+    """What choice ``choice`` of a prompt of so many tokens is answered with, for ever."""
+    return (SCRIPT[position % len(SCRIPT)] for position in itertools.count(prompt_length + choice))
+
+
+def script_tokens(prompt_length: int, choice: int, count: int) -> list[int]:
+    """The first tokens of it."""
+    return list(itertools.islice(script(prompt_length, choice), count))
+
+
+def script_text(prompt_length: int, choice: int, count: int) -> str:
+    """The text of these tokens."""
+    return bytes(script_tokens(prompt_length, choice, count)).decode(errors="replace")
+
+
+@dataclass
+class Running:
+    """A choice in the scripted engine."""
+
+    request: GenerateRequest
+    choice: int
+    matcher: StopMatcher | None
+    tokens: Iterator[int]
+    sent: int = 0
+
+
+@dataclass
+class ScriptedEngine:
+    """Takes the place of the channel to the engine process.
+
+    Attributes:
+        info: what it says of itself.
+        paused: no tokens are produced while set.
+        mute: requests are not even accepted while set.
+        requests: everything ever submitted.
+        running: choices not yet ended, by request id and choice.
+    """
+
+    info: EngineInfo = INFO
+    paused: bool = False
+    mute: bool = False
+    requests: list[GenerateRequest] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+    running: dict[tuple[int, int], Running] = field(default_factory=dict)
+    generated: int = 0
+    fail_after: int | None = None
+    """A choice ends with an error after so many tokens."""
+    stop_after: int | None = None
+    """A choice comes to its end of sequence after so many tokens."""
+
+    def connect(self, address: str, receive: Callable[[list[EngineMessage]], None]) -> "ScriptedEngine":
+        self._receive = receive
+        return self
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+
+    def close(self) -> None:
+        self.running.clear()
+
+    def send(self, message: ClientMessage) -> bool:
+        if isinstance(message, Hello):
+            self.loop.call_soon(lambda: self._receive([self.info]))
+        elif isinstance(message, Cancel):
+            self.cancelled += message.request_ids
+            for key in [key for key in self.running if key[0] in message.request_ids]:
+                del self.running[key]
+        elif not self.mute:
+            self.loop.call_soon(self._submit, message)
+        return True
+
+    def _submit(self, request: GenerateRequest) -> None:
+        if len(self.running) + request.num_choices > self.info.max_num_seqs + self.info.max_num_queued_reqs:
+            self._receive([StepOutput(rejected={request.request_id: "the queue is full"})])
+            return
+        self.requests.append(request)
+        idle = not self.running
+        for choice in range(request.num_choices):
+            prompt = unpack_tokens(request.prompts[choice // request.n])
+            tokens = script(len(prompt), choice % request.n)
+            matcher = StopMatcher(request.params.stop) if request.params.stop else None
+            self.running[request.request_id, choice] = Running(request, choice, matcher, tokens)
+        self._receive([StepOutput(accepted=[request.request_id])])
+        if idle:
+            self.loop.call_soon(self._tick)
+
+    def _tick(self) -> None:
+        if self.running:
+            if not self.paused:
+                self.step()
+            self.loop.call_later(0.001 if self.paused else 0, self._tick)
+
+    def steps(self, count: int) -> None:
+        """Several steps within one turn of the event loop."""
+        for _ in range(count):
+            self.step()
+
+    def step(self) -> None:
+        """One token for every choice."""
+        output = StepOutput(stats=self.stats())
+        for key, running in list(self.running.items()):
+            self._advance(output, key, running)
+        self._receive([output])
+
+    def _advance(self, output: StepOutput, key: tuple[int, int], running: Running) -> None:
+        params = running.request.params
+        token = next(running.tokens)
+        running.sent += 1
+        self.generated += 1
+        row = len(output.request_ids)
+        text, reason = bytes([token]), FinishReason.RUNNING
+        if token in params.stop_token_ids:
+            text, reason = b"", FinishReason.STOP
+            output.stop_reasons[row] = token
+        elif running.matcher is not None:
+            text, found = running.matcher.feed(text)
+            if found is not None:
+                reason = FinishReason.STOP
+                output.stop_reasons[row] = found
+        if reason is FinishReason.RUNNING and running.sent == params.max_tokens:
+            reason = FinishReason.LENGTH
+            text += running.matcher.flush() if running.matcher is not None else b""
+        if self.stop_after == running.sent:
+            reason = FinishReason.STOP
+        if self.fail_after == running.sent:
+            reason = FinishReason.ERROR
+            output.errors[row] = "the scripted engine failed"
+        if params.logprobs is not None:
+            # ALIAS first, then the sampled token, then a byte that is no text of its own.
+            top = [(ALIAS, -0.5), (token, -1.0), (0xE2, float("-inf")), (65, -20.0), (66, -21.0)][: params.logprobs]
+            output.logprobs[row] = TokenLogprobs(-1.0, [item[0] for item in top], [item[1] for item in top])
+        if reason is not FinishReason.RUNNING:
+            del self.running[key]
+        output.request_ids.append(key[0])
+        output.choices.append(key[1])
+        output.token_ids.append(token)
+        output.texts.append(text)
+        output.finish_reasons.append(reason)
+
+    def stats(self) -> EngineStats:
+        histogram = HistogramSnapshot((0.1, 1.0), [1, 2, 3], 12.5)
+        return EngineStats(
+            running=len(self.running),
+            waiting=0,
+            slots_used=len(self.running),
+            slots_total=self.info.max_num_seqs,
+            prompt_tokens=7,
+            generated_tokens=self.generated,
+            finished={"stop": 1, "length": 2, "cancelled": 3, "error": 0},
+            time_to_first_token=histogram,
+            time_per_output_token=histogram,
+            end_to_end=histogram,
+            queue_time=histogram,
+            tokens_per_step=histogram,
+        )
+
+
+class Web(uvicorn.Server):
+    """Uvicorn that stops when told to, not at its next tick."""
+
+    stop: asyncio.Event
+
+    async def main_loop(self) -> None:
+        self.stop = asyncio.Event()
+        await self.stop.wait()
+
+
+class Server:
+    """The application on a real socket, in a thread, with its scripted engine.
+
+    Attributes:
+        engine: the scripted engine; touch it through :meth:`call` while requests run.
+        client: the engine client in the application.
+        http: an httpx client bound to the server.
+        port: where it listens, on 127.0.0.1.
+    """
+
+    engine: ScriptedEngine
+    client: EngineClient
+    http: httpx.Client
+    port: int
+    loop: asyncio.AbstractEventLoop
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the server's event loop."""
+
+        async def run() -> Any:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
+
+    def complete(self, prompt: Any = "abc", **fields: Any) -> httpx.Response:
+        """POST a completion; the default engine answers 16 tokens."""
+        return self.http.post("/v1/completions", json={"prompt": prompt, **fields})
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+
+def api_settings(**changes: Any) -> ApiSettings:
+    """Settings of a server of one model with two names."""
+    fields: dict[str, Any] = {
+        "served_model_names": ("scripted", "org/scripted"),
+        "api_keys": (),
+        "tokenizer_folder": None,
+        "max_logprobs": 5,
+        "max_model_len": 2000,
+        "max_body_bytes": 100_000,
+        "created": 1_700_000_000,
+    }
+    fields["api_keys"] = tuple(map(hash_key, changes.pop("keys", ())))
+    return ApiSettings(**{**fields, **changes})
+
+
+@contextmanager
+def serve(engine: ScriptedEngine | None = None, *, tokenizer: Any = ByteTokenizer, **changes: Any) -> Iterator[Server]:
+    """Run the application until the block ends.
+
+    Args:
+        engine: default: a fresh one.
+        tokenizer: its class; None: serve without one.
+        changes: of :func:`api_settings`.
+    """
+    server = Server()
+    server.engine = engine or ScriptedEngine()
+    # With the protocol named, asyncio turns Nagle's algorithm off; else every answer is 40 ms late.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    server.port = listener.getsockname()[1]
+    ready = threading.Event()
+
+    async def main(web: Web) -> None:
+        server.loop = asyncio.get_running_loop()
+        await server.client.start()
+        serving = asyncio.ensure_future(web.serve([listener]))
+        while not web.started:
+            await asyncio.sleep(0.001)
+        ready.set()
+        await serving
+        await server.client.close()
+
+    with mock.patch("server.api.client.ClientChannel", server.engine.connect):
+        server.client = EngineClient("scripted")
+    app = create_app(api_settings(**changes), server.client, tokenizer and tokenizer())
+    web = Web(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=lambda: asyncio.run(main(web)), name="server")
+    thread.start()
+    try:
+        assert ready.wait(10)
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=10) as server.http:
+            yield server
+    finally:
+        server.loop.call_soon_threadsafe(web.stop.set)
+        thread.join(10)
+        listener.close()
+    assert not thread.is_alive()

@@ -1,0 +1,240 @@
+"""The forms of answers: whole and streamed, text, token ids, log-probabilities, usage."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from server.api.schemas import Completion
+from tests.api.scripted import ALIAS, BOS, SCRIPT, VOCAB, ScriptedEngine, Server, script_text, script_tokens, serve
+
+
+def stream(server: Server, **fields: Any) -> tuple[list[dict[str, Any]], str]:
+    """All chunks of a stream, checked for form, and the raw text."""
+    response = server.complete(stream=True, **fields)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *lines, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(line.startswith("data: {") and "\n" not in line for line in lines)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    for chunk in chunks:
+        Completion.model_validate(chunk)
+        assert chunk["object"] == "text_completion"
+        assert chunk["model"] == "scripted"
+    assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+    return chunks, response.text
+
+
+def gather(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What the chunks add up to, by choice."""
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        for piece in chunk["choices"]:
+            choice = choices.setdefault(piece["index"], {"text": "", "token_ids": [], "logprobs": None})
+            assert choice.get("finish_reason") is None, "nothing follows the end"
+            choice["text"] += piece["text"]
+            choice["token_ids"] += piece.get("token_ids") or []
+            choice["finish_reason"] = piece["finish_reason"]
+            choice["stop_reason"] = piece.get("stop_reason")
+            if "prompt_token_ids" in piece:
+                assert "prompt_token_ids" not in choice
+                choice["prompt_token_ids"] = piece["prompt_token_ids"]
+            if piece["logprobs"] is not None:
+                merged = choice["logprobs"] = choice["logprobs"] or {name: [] for name in piece["logprobs"]}
+                for name, values in piece["logprobs"].items():
+                    merged[name] += values
+    return choices
+
+
+def test_whole_answer(server: Server) -> None:
+    response = server.complete("abc", max_tokens=20)
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    Completion.model_validate(body)
+    assert list(body) == ["id", "object", "created", "model", "choices", "usage"]
+    assert body["id"].startswith("cmpl-")
+    assert body["object"] == "text_completion"
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "text": script_text(4, 0, 20),
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+        }
+    ]
+    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 20, "total_tokens": 24}
+
+
+def test_sixteen_tokens_by_default(server: Server) -> None:
+    assert server.complete().json()["usage"]["completion_tokens"] == 16
+    assert server.complete(max_tokens=None).json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lengths"),
+    [
+        ("abc", [4]),
+        (["abc"], [4]),
+        (["a", "bcd"], [2, 4]),
+        ([5, 6, 7], [3]),
+        ([[5], [6, 7]], [1, 2]),
+    ],
+)
+def test_every_form_of_prompt(server: Server, prompt: Any, lengths: list[int]) -> None:
+    body = server.complete(prompt, n=2).json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(2 * len(lengths)))
+    expected = [script_text(length, choice, 16) for length in lengths for choice in range(2)]
+    assert [choice["text"] for choice in body["choices"]] == expected
+    assert body["usage"] == {
+        "prompt_tokens": sum(lengths),
+        "completion_tokens": 32 * len(lengths),
+        "total_tokens": sum(lengths) + 32 * len(lengths),
+    }
+    chunks, _ = stream(server, prompt=prompt, n=2)
+    assert [choice["text"] for _, choice in sorted(gather(chunks).items())] == expected
+
+
+def test_stream_adds_up_to_the_whole_answer(server: Server) -> None:
+    """For random requests, character by character and field by field."""
+    rng = random.Random(0)
+    for _ in range(40):
+        fields: dict[str, Any] = {
+            "prompt": ["x" * rng.randrange(1, 40) for _ in range(rng.randrange(1, 3))],
+            "max_tokens": rng.randrange(1, 60),
+            "n": rng.randrange(1, 4),
+            "stop": rng.choice([None, "世", "was 🌊", ["naï", "nd"], "界!"]),
+            "stop_token_ids": rng.choice([None, [0x87], [33]]),
+            "return_token_ids": rng.random() < 0.5,
+            **rng.choice([{"echo": True}, {"logprobs": rng.randrange(6)}, {}]),
+        }
+        whole = server.complete(**fields).json()
+        chunks, _ = stream(server, stream_options={"include_usage": True}, **fields)
+        assert chunks[-1]["choices"] == []
+        assert chunks[-1]["usage"] == whole["usage"]
+        assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks[:-1])
+        pieces = gather(chunks)
+        for choice in whole["choices"]:
+            piece = pieces[choice["index"]]
+            for name in ("text", "finish_reason", "stop_reason", "logprobs"):
+                assert piece[name] == choice[name], name
+            if fields["return_token_ids"]:
+                assert piece["token_ids"] == choice["token_ids"]
+                assert piece["prompt_token_ids"] == choice["prompt_token_ids"]
+
+
+def test_no_empty_choices_unless_usage_was_asked_for(server: Server) -> None:
+    for options in (None, {}, {"include_usage": False}):
+        chunks, text = stream(server, stream_options=options)
+        assert all(len(chunk["choices"]) == 1 for chunk in chunks)
+        assert all("usage" not in chunk for chunk in chunks)
+        assert not any(line.startswith(":") for line in text.split("\n")), "no comments"
+
+
+def test_chunks_tell_something(server: Server) -> None:
+    """An incomplete character, or what may become a stop string, makes no chunk."""
+    chunks, _ = stream(server, prompt="abc", max_tokens=len(SCRIPT), stop=["It wasn't"])
+    assert all(chunk["choices"][0]["text"] or chunk["choices"][0]["finish_reason"] for chunk in chunks)
+    assert all("\ufffd" not in chunk["choices"][0]["text"] for chunk in chunks)
+    with_ids, _ = stream(server, prompt="abc", max_tokens=len(SCRIPT), stop=["It wasn't"], return_token_ids=True)
+    assert any(not chunk["choices"][0]["text"] and chunk["choices"][0]["token_ids"] for chunk in with_ids)
+
+
+def test_character_cut_by_the_end_becomes_a_replacement(server: Server) -> None:
+    # The prompt's length puts the first token on the first byte of a character of three bytes.
+    start = SCRIPT.index("世".encode())
+    prompt = [1] * start
+    assert server.complete(prompt, max_tokens=2).json()["choices"][0]["text"] == "\ufffd"
+    chunks, _ = stream(server, prompt=prompt, max_tokens=2)
+    assert gather(chunks)[0]["text"] == "\ufffd"
+    assert server.complete(prompt, max_tokens=3).json()["choices"][0]["text"] == "世"
+
+
+def test_stop_string(server: Server) -> None:
+    (choice,) = server.complete("abc", max_tokens=60, stop=["It"]).json()["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["stop_reason"] == "It"
+    assert choice["text"] == script_text(4, 0, 60).partition("It")[0]
+
+
+def test_stop_token_id(server: Server) -> None:
+    (choice,) = server.complete("abc", max_tokens=60, stop_token_ids=[ord("!")]).json()["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", ord("!"))
+    assert choice["text"] == script_text(4, 0, 60).partition("!")[0]
+
+
+def test_echo(server: Server) -> None:
+    body = server.complete(["ab", "ü"], echo=True, n=2, max_tokens=5).json()
+    texts = [choice["text"] for choice in body["choices"]]
+    assert texts == ["ab" + script_text(3, j, 5) for j in range(2)] + ["ü" + script_text(3, j, 5) for j in range(2)]
+    assert body["usage"]["completion_tokens"] == 20
+    (choice,) = server.complete([BOS, *b"hi"], echo=True, max_tokens=5).json()["choices"]
+    assert choice["text"] == "hi" + script_text(3, 0, 5)
+    # Ids of the model beyond the tokenizer's have no text.
+    (choice,) = server.complete([*b"hi", VOCAB - 1], echo=True, max_tokens=5, logprobs=None).json()["choices"]
+    assert choice["text"] == "hi" + script_text(3, 0, 5)
+
+
+def test_echo_streams_the_prompt_before_the_first_token() -> None:
+    with serve(ScriptedEngine(paused=True)) as server:
+        fields = {"prompt": "Once", "echo": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=fields) as response:
+            lines = response.iter_lines()
+            assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"] == "Once"
+            server.engine.paused = False
+            assert list(lines)[-2] == "data: [DONE]"
+
+
+def test_token_ids(server: Server) -> None:
+    body = server.complete(["ab", "c"], n=2, max_tokens=5, return_token_ids=True).json()
+    assert [choice["token_ids"] for choice in body["choices"]] == [
+        script_tokens(length, choice, 5) for length in (3, 2) for choice in range(2)
+    ]
+    prompts = [[BOS, *b"ab"]] * 2 + [[BOS, *b"c"]] * 2
+    assert [choice["prompt_token_ids"] for choice in body["choices"]] == prompts
+
+
+def test_without_a_tokenizer_the_ids_are_the_answer() -> None:
+    with serve(tokenizer=None) as server:
+        (choice,) = server.complete([1, 2, 3], max_tokens=5, logprobs=1).json()["choices"]
+        assert choice["token_ids"] == script_tokens(3, 0, 5)
+        assert "prompt_token_ids" not in choice
+        assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in script_tokens(3, 0, 5)]
+        chunks, _ = stream(server, prompt=[1, 2, 3], max_tokens=5)
+        assert gather(chunks)[0]["token_ids"] == script_tokens(3, 0, 5)
+
+
+def test_logprobs(server: Server) -> None:
+    start = SCRIPT.index("世".encode()) - 1
+    (choice,) = server.complete([1] * start, max_tokens=5, logprobs=3).json()["choices"]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == " 世界"[:2] + "\ufffd"
+    assert logprobs["tokens"] == [" ", "bytes:\\xe4", "bytes:\\xb8", "bytes:\\x96", "bytes:\\xe7"]
+    assert logprobs["token_logprobs"] == [-1.0] * 5
+    # A token within a character begins where the character does.
+    assert logprobs["text_offset"] == [0, 1, 1, 1, 2]
+    assert logprobs["top_logprobs"][0] == {"aß": -0.5, " ": -1.0, "bytes:\\xe2": -9999.0}
+    assert len(logprobs["top_logprobs"]) == 5
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, ["G"]), (1, ["aß", "G"]), (2, ["aß", "G"])])
+def test_top_logprobs_hold_the_sampled_token(server: Server, number: int, expected: list[str]) -> None:
+    assert ALIAS > 255
+    prompt = [1] * len(SCRIPT)
+    (choice,) = server.complete(prompt, max_tokens=1, logprobs=number).json()["choices"]
+    assert list(choice["logprobs"]["top_logprobs"][0]) == expected
+
+
+def test_no_logprobs_unless_asked_for(server: Server) -> None:
+    assert server.complete().json()["choices"][0]["logprobs"] is None
+
+
+def test_large_prompts_take_the_same_way(server: Server) -> None:
+    """Bodies beyond the size from which on they are prepared in a thread."""
+    prompts = [[1] * 1900 for _ in range(8)]
+    body = server.complete(prompts, max_tokens=2).json()
+    assert [choice["text"] for choice in body["choices"]] == [script_text(1900, 0, 2)] * 8
+    response = server.complete([*prompts, [300]])
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")

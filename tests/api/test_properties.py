@@ -1,0 +1,155 @@
+"""Whatever comes in, the answer is an answer: no input makes the server fail."""
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.api.body import parse_json
+from server.api.client import ChoiceEvent
+from server.api.rendering import ChunkRenderer, TokenNames, render_completion
+from server.api.schemas import CompletionRequest
+from server.api.validation import CompletionJob, CompletionValidator
+from server.errors import ApiError
+from server.types import FinishReason, SamplingParams
+from tests.api.scripted import INFO, VOCAB, ByteTokenizer, ScriptedEngine, Server, serve
+
+FIELDS = [*CompletionRequest.model_fields, "user", "suffix", "priority", "unknown", "stream_options"]
+
+texts = st.text(st.characters(codec=None), max_size=6)
+scalars = st.none() | st.booleans() | st.integers() | st.integers(-3, VOCAB + 3) | st.floats(width=64) | texts
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(texts | st.from_regex(r"\d{1,3}", fullmatch=True), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+prompts = (
+    texts
+    | st.lists(texts, max_size=3)
+    | st.lists(st.integers(-1, VOCAB), max_size=5)
+    | st.lists(st.lists(st.integers(-1, VOCAB), max_size=3), max_size=3)
+)
+plausible: dict[str, st.SearchStrategy[Any]] = {
+    "prompt": prompts,
+    "max_tokens": st.integers(0, 9),
+    "min_tokens": st.integers(0, 5),
+    "temperature": st.floats(-0.5, 3),
+    "top_p": st.floats(0, 1),
+    "top_k": st.integers(-2, VOCAB + 1),
+    "n": st.integers(0, 5),
+    "logprobs": st.integers(0, 6),
+    "stop": texts | st.lists(texts, max_size=3),
+    "stop_token_ids": st.lists(st.integers(0, VOCAB), max_size=3),
+    "logit_bias": st.dictionaries(st.integers(0, VOCAB).map(str), st.floats(-101, 101), max_size=3),
+    "stream": st.booleans(),
+    "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans() | st.none()}),
+    "echo": st.booleans(),
+    "return_token_ids": st.booleans(),
+}
+bodies = st.one_of(
+    st.fixed_dictionaries({"prompt": prompts | values}, optional={name: values for name in FIELDS if name != "prompt"}),
+    st.fixed_dictionaries(
+        {"prompt": prompts}, optional={name: plausible[name] for name in plausible if name != "prompt"}
+    ),
+    st.builds(lambda name, value: {"prompt": "a", name: value}, st.sampled_from(FIELDS) | texts, values),
+)
+
+
+def encode(body: Any) -> bytes:
+    return json.dumps(body).encode()
+
+
+@given(body=bodies.map(encode) | st.binary(max_size=40) | values.map(encode))
+@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), None], ids=["text", "ids"])
+def test_every_body_is_a_job_or_a_clear_refusal(tokenizer: Any, body: bytes) -> None:
+    try:
+        job = CompletionValidator(("m",), INFO, tokenizer).job(parse_json(body))
+    except ApiError as error:
+        assert error.status in (400, 404)
+        assert error.message
+    else:
+        params = job.params
+        assert 1 <= job.num_choices <= INFO.max_num_seqs + INFO.max_num_queued_reqs
+        assert all(0 <= token < VOCAB for prompt in job.prompts for token in prompt)
+        assert all(0 < len(prompt) < INFO.max_model_len for prompt in job.prompts)  # type: ignore[operator]
+        assert params.max_tokens is not None
+        assert 0 <= params.min_tokens <= params.max_tokens
+        assert 0 <= params.top_k < VOCAB
+        assert 0 < params.top_p <= 1
+        assert all(0 <= token < VOCAB for token in (*params.stop_token_ids, *params.logit_bias))
+        "".join(params.stop).encode()
+
+
+@pytest.fixture(scope="module")
+def quick_server() -> Iterator[Server]:
+    """A server whose answers are short, whatever is asked for."""
+    with serve(ScriptedEngine(stop_after=7)) as running:
+        yield running
+
+
+@given(body=bodies)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_input_gives_a_5xx(quick_server: Server, body: Any) -> None:
+    response = quick_server.http.post("/v1/completions", content=encode(body))
+    assert response.status_code in (200, 400, 404)
+    if response.status_code == 200:
+        assert '"error"' not in response.text
+    else:
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error"
+
+
+@given(
+    data=st.binary(max_size=60) | st.text(max_size=20).map(str.encode),
+    cuts=st.lists(st.integers(0, 60), max_size=10),
+    choices=st.integers(1, 3),
+    echoed=st.text(max_size=5),
+)
+@settings(max_examples=200, deadline=None)
+def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int], choices: int, echoed: str) -> None:
+    bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    pieces = [data[start:end] for start, end in pairwise(bounds)]
+    job = CompletionJob(
+        model="m",
+        prompts=[[1]],
+        echoed=[echoed],
+        n=choices,
+        params=SamplingParams(),
+        stream=True,
+        include_usage=True,
+        prompt_token_ids=False,
+        token_ids=False,
+    )
+    renderer = ChunkRenderer(job, "id", 0, TokenNames(None))
+    streamed = renderer.opening()
+    events: list[list[ChoiceEvent]] = [[] for _ in range(choices)]
+    for number, piece in enumerate(pieces):
+        reason = FinishReason.LENGTH if number == len(pieces) - 1 else FinishReason.RUNNING
+        for choice in range(choices):
+            event = ChoiceEvent(
+                choice=choice, token_ids=[5], text=piece, logprobs=[], finish_reason=reason, stop_reason=None
+            )
+            events[choice].append(event)
+        streamed += renderer.chunks([own[-1] for own in events])
+    assert renderer.done
+    expected = [echoed + data.decode(errors="replace")] * choices
+    whole = json.loads(render_completion(job, "id", 0, events, TokenNames(None)))
+    assert [choice["text"] for choice in whole["choices"]] == expected
+    *lines, done, _ = streamed.decode().split("\n\n")
+    assert done == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert chunks.pop()["usage"] == whole["usage"]
+    texts = [""] * choices
+    for chunk in chunks:
+        (piece_of,) = chunk["choices"]
+        texts[piece_of["index"]] += piece_of["text"]
+    assert texts == expected

@@ -1,0 +1,170 @@
+"""Keys, models, operations, unknown routes, the OpenAPI document."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server import __version__
+from server.api.schemas import HARMLESS_FIELDS, NEUTRAL_VALUES, CompletionRequest
+from tests.api.scripted import Server, serve
+
+ROUTES = [("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/scripted"), ("GET", "/v1/unknown")]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer wrong",
+        "Bearer first, Bearer second",
+        "Basic first",
+        "first",
+        "Bearer \xff",
+        "Bearer FIRST",
+    ],
+)
+def test_every_v1_route_wants_a_key(header: str | None) -> None:
+    headers = {} if header is None else {b"authorization": header.encode("latin-1")}
+    with serve(keys=("first", "second", "clé")) as server:
+        for method, path in ROUTES:
+            response = server.http.request(method, path, headers=headers)
+            assert response.status_code == 401, path
+            error = response.json()["error"]
+            assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/health", "/version", "/metrics"):
+            assert server.http.get(path).status_code == 200
+        assert server.http.get("/openapi.json").status_code == 401
+        assert server.engine.requests == []
+
+
+@pytest.mark.parametrize("header", ["Bearer first", "Bearer second", "bearer first", "Bearer  clé"])
+def test_a_valid_key_opens(header: str) -> None:
+    with serve(keys=("first", "second", "clé")) as server:
+        headers = {b"authorization": header.encode()}
+        assert server.http.get("/v1/models", headers=headers).status_code == 200
+        assert server.http.post("/v1/completions", json={"prompt": "a"}, headers=headers).status_code == 200
+        assert server.http.get("/v1/unknown", headers=headers).status_code == 404
+
+
+def test_models(server: Server) -> None:
+    body = server.http.get("/v1/models").json()
+    assert body["object"] == "list"
+    assert body["data"] == [
+        {
+            "id": name,
+            "object": "model",
+            "created": 1_700_000_000,
+            "owned_by": "gale",
+            "root": "scripted",
+            "max_model_len": 2000,
+        }
+        for name in ("scripted", "org/scripted")
+    ]
+    assert server.http.get("/v1/models/org/scripted").json() == body["data"][1]
+    assert server.http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+
+
+def test_health_and_version(server: Server) -> None:
+    assert server.http.get("/health").json() == {"status": "ready"}
+    assert server.http.get("/version").json() == {"version": __version__}
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/completions/", "/metrics/", "/docs", "/nope", "/V1/models"])
+def test_unknown_routes(server: Server, path: str) -> None:
+    response = server.http.get(path)
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert path in error["message"]
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/completions"), ("POST", "/v1/models"), ("PUT", "/metrics")])
+def test_wrong_methods(server: Server, method: str, path: str) -> None:
+    response = server.http.request(method, path)
+    assert response.status_code == 405
+    assert response.headers["allow"]
+    assert response.json()["error"]["code"] == "method_not_supported"
+
+
+def test_metrics() -> None:
+    with serve() as server:
+        assert server.complete(max_tokens=5).status_code == 200
+        response = server.http.get("/metrics")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    values = {(sample.name, *sample.labels.values()): sample.value for f in families.values() for sample in f.samples}
+    assert values["gale_engine_ready",] == 1
+    assert values["gale_slots_capacity",] == 8
+    assert values["gale_requests_running",] == 1
+    assert values["gale_prompt_tokens_total",] == 7
+    assert values["gale_generated_tokens_total",] == 4
+    assert values["gale_requests_finished_total", "cancelled"] == 3
+    for name in (
+        "gale_time_to_first_token_seconds",
+        "gale_time_per_output_token_seconds",
+        "gale_request_duration_seconds",
+        "gale_queue_time_seconds",
+        "gale_step_tokens",
+    ):
+        assert families[name].type == "histogram"
+        assert [values[f"{name}_bucket", bound] for bound in ("0.1", "1.0", "+Inf")] == [1, 3, 6]
+        assert values[f"{name}_count",] == 6
+        assert values[f"{name}_sum",] == 12.5
+
+
+def test_metrics_follow_prometheus_conventions(server: Server) -> None:
+    """What `promtool check metrics` looks at."""
+    server.complete()
+    for family in text_string_to_metric_families(server.http.get("/metrics").text):
+        assert family.name.startswith("gale_")
+        assert ":" not in family.name
+        assert family.name == family.name.lower()
+        assert family.documentation
+        assert not family.name.endswith("_total"), "the parser strips it from counters; nothing else may have it"
+        assert family.type in ("gauge", "counter", "histogram")
+        if family.type == "gauge":
+            assert not family.name.endswith(("_count", "_sum", "_bucket"))
+
+
+def resolve(document: dict[str, Any], reference: str) -> dict[str, Any]:
+    node = document
+    for part in reference.removeprefix("#/").split("/"):
+        node = node[part]
+    return node
+
+
+def test_openapi_document_is_whole(server: Server) -> None:
+    document = server.http.get("/openapi.json").json()
+    references = set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(document)))
+    assert len(references) > 5
+    for reference in references:
+        assert resolve(document, reference)
+    operation = document["paths"]["/v1/completions"]["post"]
+    request = resolve(document, operation["requestBody"]["content"]["application/json"]["schema"]["$ref"])
+    assert set(request["properties"]) == set(CompletionRequest.model_fields) | HARMLESS_FIELDS | set(NEUTRAL_VALUES)
+    assert all(field.get("description") for field in request["properties"].values())
+    assert request["additionalProperties"] is False
+    assert request["required"] == ["prompt"]
+    assert set(operation["responses"]) == {"200", "400", "401", "404", "413", "415", "500", "503"}
+    assert set(document["paths"]) == {
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model}",
+        "/health",
+        "/version",
+        "/metrics",
+    }
+
+
+def test_openapi_document_names_the_key() -> None:
+    with serve(keys=("k",)) as server:
+        document = server.http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert document["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
+    assert "security" not in document["paths"]["/health"]["get"]

@@ -1,0 +1,146 @@
+"""The life of a server: start, signals, the death of its parts, and nothing left behind."""
+
+import json
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.running import RunningServer, Stream, run_to_end
+
+MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
+ENDLESS = 1_000_000
+
+
+def test_drain_finishes_what_runs(tmp_path: Path) -> None:
+    flags = ("--api-key", "topsecret", "--log-format", "json", "--shutdown-timeout", "60")
+    with RunningServer(tmp_path, *flags) as server:
+        key = {"Authorization": "Bearer topsecret"}
+        assert httpx.get(f"{server.base_url}/v1/models").status_code == 401
+        with Stream(server.base_url, 100, headers=key) as stream:
+            next(stream)
+            server.signal(signal.SIGTERM)
+            assert not any("topsecret" in part for child in server.children for part in child.cmdline())
+            events = list(stream)
+            assert events[-1]["choices"][0]["finish_reason"] == "length"
+            assert stream.done
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.base_url}/health")
+        assert server.wait_end() == 0
+        lines = [json.loads(line) for line in server.log.splitlines()]
+    assert {line["process"] for line in lines} == {"launcher", "engine"}
+    assert "topsecret" not in server.log
+
+
+def test_drain_cancels_after_its_timeout(tmp_path: Path) -> None:
+    with RunningServer(tmp_path, "--shutdown-timeout", "0.3") as server, Stream(server.base_url, ENDLESS) as stream:
+        next(stream)
+        server.signal(signal.SIGTERM)
+        events = list(stream)
+        assert events[-1]["error"]["type"] == "service_unavailable"
+        assert stream.done
+        assert server.wait_end() == 0
+
+
+def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    with RunningServer(tmp_path) as server, Stream(server.base_url, ENDLESS) as stream:
+        next(stream)
+        server.interrupt()
+        server.wait_for_log("SIGINT: no new requests")
+        for _ in range(20):
+            next(stream)
+        server.interrupt()
+        started = time.monotonic()
+        assert server.wait_end() == 128 + signal.SIGINT
+        assert time.monotonic() - started < 3
+
+
+def test_engine_death(tmp_path: Path) -> None:
+    with (
+        RunningServer(tmp_path) as server,
+        Stream(server.base_url, ENDLESS) as stream,
+        httpx.Client(base_url=server.base_url) as client,
+    ):
+        assert client.get("/health").status_code == 200
+        next(stream)
+        server.child("gale-engine").kill()
+        events = list(stream)
+        assert events[-1]["error"]["type"] == "service_unavailable"
+        assert stream.done
+        refused = client.post("/v1/completions", json={"prompt": "It was"})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert refused.json()["error"]["code"] == "engine_unavailable"
+        assert client.get("/health").status_code == 503
+        assert server.wait_end() == 1
+        assert server.log.splitlines()[-1] == "gale serve: error: the engine process was killed by SIGKILL"
+
+
+def test_several_api_processes_and_the_death_of_one(tmp_path: Path) -> None:
+    with RunningServer(tmp_path, "--api-server-count", "2") as server:
+        for _ in range(30):
+            assert httpx.get(f"{server.base_url}/health").status_code == 200
+        assert len({server.complete(8)["choices"][0]["text"] for _ in range(6)}) == 1
+        # One port, and still not anybody else's.
+        port = server.base_url.rsplit(":", 1)[1]
+        code, stderr = run_to_end("--port", port, "--api-server-count", "2")
+        assert (code, len(stderr.splitlines())) == (1, 1)
+        assert f"port {port}: the port is in use" in stderr
+        server.child("gale-api-1").kill()
+        assert server.wait_end() == 1
+        assert server.log.splitlines()[-1] == "gale serve: error: the api-1 process was killed by SIGKILL"
+
+
+def test_children_die_with_the_launcher(tmp_path: Path) -> None:
+    with RunningServer(tmp_path, wait_ready=False) as server:
+        # The API process answers while the engine loads.
+        assert httpx.get(f"{server.base_url}/health", timeout=30).status_code == 503
+        server.signal(signal.SIGKILL)
+        assert {"gale-engine", "gale-api-0"} <= {child.name() for child in server.children}
+        assert server.wait_end() == -signal.SIGKILL
+
+
+def test_signal_while_loading_ends_in_order(tmp_path: Path) -> None:
+    with RunningServer(tmp_path, wait_ready=False) as server:
+        server.signal(signal.SIGTERM)
+        assert server.wait_end() == 0
+
+
+def test_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        code, stderr = run_to_end("--port", port)
+        code_json, stderr_json = run_to_end("--port", port, "--log-format", "json")
+    assert code == 1
+    reason = f"cannot listen on 127.0.0.1 port {port}: the port is in use"
+    assert stderr == f"gale serve: error: {reason}\n"
+    assert code_json == 1
+    assert json.loads(stderr_json)["message"] == reason
+
+
+def test_unknown_host_name() -> None:
+    code, stderr = run_to_end("--port", "0", "--host", "no such host")
+    assert (code, len(stderr.splitlines())) == (2, 1)
+    assert "--host: cannot resolve 'no such host'" in stderr
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    code, stderr = run_to_end("--port", "0", str(tmp_path))
+    assert (code, len(stderr.splitlines())) == (1, 1)
+    assert str(tmp_path) in stderr
+
+
+def test_checkpoint_found_broken_by_the_engine(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    weights = folder / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size // 2)
+    code, stderr = run_to_end("--port", "0", str(folder))
+    assert code == 1
+    assert str(weights) in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr

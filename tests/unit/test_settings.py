@@ -1,0 +1,137 @@
+"""Settings: defaults, limits, and what each component gets."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from server.errors import SettingsError
+from server.settings import ApiSettings, EngineConfig, Settings, hash_key
+
+# One value per flag, each different from its default, and where it must arrive.
+GIVEN = {
+    "model": "org/model",
+    "tokenizer": "org/tokenizer",
+    "revision": "v2",
+    "served_model_name": ("first", "second"),
+    "load_format": "dummy",
+    "generation_config": "none",
+    "skip_tokenizer_init": False,
+    "host": "0.0.0.0",
+    "port": 1234,
+    "api_key": ("secret",),
+    "max_logprobs": 3,
+    "max_body_bytes": 1000,
+    "api_server_count": 4,
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "state_dtype": "float32",
+    "max_num_seqs": 17,
+    "max_num_batched_tokens": 640,
+    "max_model_len": 5000,
+    "gpu_memory_utilization": 0.5,
+    "max_num_queued_reqs": 6,
+    "seed": 99,
+    "shutdown_timeout": 3.5,
+    "log_level": "error",
+    "log_format": "json",
+}
+
+
+def test_given_values_cover_every_setting() -> None:
+    assert set(GIVEN) == set(Settings.model_fields)
+
+
+def test_engine_gets_its_part() -> None:
+    config = Settings.from_flags(GIVEN).engine_config(Path("model"), Path("tokenizer"))
+    assert dataclasses.asdict(config) == {
+        "model_folder": Path("model"),
+        "tokenizer_folder": Path("tokenizer"),
+        **{name: GIVEN[name] for name in GIVEN if name in {field.name for field in dataclasses.fields(EngineConfig)}},
+    }
+
+
+def test_api_gets_its_part() -> None:
+    api = Settings.from_flags(GIVEN).api_settings(Path("model"), None)
+    assert api == ApiSettings(
+        served_model_names=("first", "second"),
+        api_keys=(hash_key("secret"),),
+        tokenizer_folder=None,
+        max_logprobs=3,
+        max_model_len=5000,
+        max_body_bytes=1000,
+        created=api.created,
+    )
+
+
+def test_defaults() -> None:
+    settings = Settings.from_flags({})
+    assert (settings.host, settings.port, settings.device, settings.dtype) == ("127.0.0.1", 8000, "auto", "auto")
+    assert settings.max_model_len is None
+    assert settings.max_body_bytes == 64 * 1024 * 1024
+    assert settings.api_settings(Path("shipped"), None).api_keys == ()
+
+
+def test_key_stands_nowhere_in_clear_text() -> None:
+    settings = Settings.from_flags({"api_key": ["topsecret"]})
+    api = settings.api_settings(Path("model"), None)
+    assert "topsecret" not in repr(settings) + str(settings) + repr(api) + settings.model_dump_json()
+    assert api.api_keys == ("53336a676c64c1396553b2b7c92f38126768827c93b64d9142069c10eda7a721",)
+
+
+def test_names_of_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert Settings.from_flags({}).model_names(Path("assets/shipped")) == ("shipped",)
+    assert Settings.from_flags({"model": "org/name"}).model_names(Path("cache/xyz")) == ("org/name",)
+    given = f"{folder}/"
+    assert Settings.from_flags({"model": given}).model_names(folder) == ("my-model", given)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"port": 65536}, "--port"),
+        ({"port": -1}, "--port"),
+        ({"port": "eight"}, "--port"),
+        ({"host": ""}, "--host"),
+        ({"device": "gpu"}, "--device"),
+        ({"dtype": "float64"}, "--dtype"),
+        ({"state_dtype": "bfloat16"}, "--state-dtype"),
+        ({"max_num_seqs": 0}, "--max-num-seqs"),
+        ({"max_num_batched_tokens": 63}, "--max-num-batched-tokens"),
+        ({"max_model_len": 0}, "--max-model-len"),
+        ({"gpu_memory_utilization": 0}, "--gpu-memory-utilization"),
+        ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization"),
+        ({"gpu_memory_utilization": "nan"}, "--gpu-memory-utilization"),
+        ({"max_num_queued_reqs": -1}, "--max-num-queued-reqs"),
+        ({"max_logprobs": -1}, "--max-logprobs"),
+        ({"max_body_bytes": 0}, "--max-body-bytes"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 1 << 63}, "--seed"),
+        ({"api_server_count": 0}, "--api-server-count"),
+        ({"shutdown_timeout": -1}, "--shutdown-timeout"),
+        ({"shutdown_timeout": "inf"}, "--shutdown-timeout"),
+        ({"log_level": "loud"}, "--log-level"),
+        ({"log_format": "xml"}, "--log-format"),
+        ({"load_format": "pickle"}, "--load-format"),
+        ({"generation_config": "all"}, "--generation-config"),
+        ({"served_model_name": [""]}, "--served-model-name"),
+        ({"api_key": [""]}, "--api-key"),
+        ({"skip_tokenizer_init": True, "tokenizer": "x"}, "--skip-tokenizer-init"),
+        ({"revision": "main"}, "--revision"),
+        ({"revision": "main", "model": "."}, "--revision"),
+        ({"colour": "red"}, "--colour"),
+    ],
+)
+def test_impossible_values_name_their_flag(flags: dict[str, object], named: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_flags(flags)
+    assert str(caught.value).startswith(named)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_key_is_not_repeated_in_the_error() -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_flags({"api_key": [{"topsecret": 1}]})
+    assert "topsecret" not in str(caught.value)

@@ -318,7 +318,7 @@ def serve(engine: ScriptedEngine | None = None, *, tokenizer: Any = ByteTokenize
     with mock.patch("server.api.client.ClientChannel", server.engine.connect):
         server.client = EngineClient("scripted")
     app = create_app(api_settings(**changes), server.client, tokenizer and tokenizer())
-    web = Web(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    web = Web(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(main(web)), name="server")
     thread.start()
     try:

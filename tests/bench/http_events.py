@@ -124,7 +124,7 @@ async def run(streams: int, tokens: int) -> None:
         client = EngineClient("source")
     await client.start()
     app = create_app(api_settings(max_model_len=None), client, ByteTokenizer())  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     serving = asyncio.ensure_future(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)

@@ -16,8 +16,8 @@ from server.engine.state_pool import NULL_SLOT
 _IN_PROMPT = 1
 _IS_STOP = 2
 _BLOCK = 128
-_CANDIDATES = 1024
-"""Most likely tokens looked at first on the CPU, where sorting a whole vocabulary is slow."""
+_CANDIDATES = (64, 512, 2048)
+"""How many of the most likely tokens are looked at first on the CPU, where sorting a whole vocabulary is slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,7 @@ def _pick(weights_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """
     rows, vocab_size = weights_RV.shape
     weights_RNB = torch.nn.functional.pad(weights_RV, (0, -vocab_size % _BLOCK)).view(rows, -1, _BLOCK)
-    blocks_RN = weights_RNB.sum(-1, dtype=torch.float64).cumsum(-1)
+    blocks_RN = weights_RNB.sum(-1).cumsum(-1, dtype=torch.float64)
     threshold_R1 = uniform_R[:, None] * blocks_RN[:, -1:]
     block_R1 = torch.searchsorted(blocks_RN, threshold_R1, right=True).clamp_(max=blocks_RN.shape[1] - 1)
     chosen_R1B = weights_RNB.gather(1, block_R1[:, :, None].expand(-1, -1, _BLOCK))
@@ -245,33 +245,49 @@ def _pick(weights_RV: Tensor, uniform_R: Tensor) -> Tensor:
 
 
 def _pick_filtered(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor, uniform_R: Tensor) -> Tensor:
-    """Sample among the tokens that min_p, top_k and then top_p leave.
+    """Sample among the tokens that min_p, top_k and then top_p leave; top_p is a share of what the others left.
 
-    top_p is a share of what min_p and top_k left. A row's result does not depend on how many
-    candidates are sorted, as long as they hold all that is left of the row.
+    A row's result does not depend on how many candidates are sorted, as long as they hold all that is left of
+    the row. On the CPU, where sorting a whole vocabulary is slow, few are tried first, and more for those rows
+    that need them; on CUDA, where looking at the outcome would mean waiting, all are sorted at once.
+    """
+    vocab_size = probs_RV.shape[-1]
+    rungs = [rung for rung in _CANDIDATES if rung < vocab_size] if probs_RV.device.type == "cpu" else []
+    columns = (probs_RV, top_k_R, top_p_R, min_p_R, uniform_R)
+    tokens_R, complete_R = _pick_among(rungs[0] if rungs else vocab_size, *columns)
+    for rung in (*rungs[1:], vocab_size) if rungs else ():
+        if bool(complete_R.all()):
+            break
+        (rows,) = (~complete_R).nonzero(as_tuple=True)
+        tokens_R[rows], complete_R[rows] = _pick_among(rung, *(column[rows] for column in columns))
+    return tokens_R
+
+
+def _pick_among(
+    candidates: int, probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor, uniform_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sample among each row's most likely candidates.
+
+    Returns:
+        The tokens int64 [R], and whether the candidates held all that is left of each row, bool [R]: if not,
+        the row's token means nothing.
     """
     vocab_size = probs_RV.shape[-1]
     top_k_R1 = top_k_R.masked_fill(top_k_R == 0, vocab_size)[:, None]
     top_p_R1, min_p_R1 = top_p_R[:, None].double(), min_p_R[:, None]
+    sorted_RC, ids_RC = probs_RV.topk(candidates) if candidates < vocab_size else probs_RV.sort(descending=True)
+    ranks_C = torch.arange(candidates, device=probs_RV.device)
+    kept_RC = (ranks_C < top_k_R1) & (sorted_RC >= min_p_R1 * sorted_RC[:, :1])
+    cumulative_RC = torch.where(kept_RC, sorted_RC, 0.0).cumsum(-1, dtype=torch.float64)
+    # An unrestricted row's probabilities add up to one; their sum over the candidates may fall short of it.
     unrestricted_R1 = (top_k_R1 >= vocab_size) & (min_p_R1 == 0)
-    candidates = min(_CANDIDATES, vocab_size) if probs_RV.device.type == "cpu" else vocab_size
-    while True:
-        sorted_RC, ids_RC = probs_RV.topk(candidates) if candidates < vocab_size else probs_RV.sort(descending=True)
-        ranks_C = torch.arange(candidates, device=probs_RV.device)
-        kept_RC = (ranks_C < top_k_R1) & (sorted_RC >= min_p_R1 * sorted_RC[:, :1])
-        cumulative_RC = torch.where(kept_RC, sorted_RC, 0.0).cumsum(-1, dtype=torch.float64)
-        # An unrestricted row's probabilities add up to one; their sum over the candidates may fall short of it.
-        nucleus_R1 = top_p_R1 * torch.where(unrestricted_R1, 1.0, cumulative_RC[:, -1:])
-        if candidates == vocab_size:
-            break
-        complete_R1 = torch.where(unrestricted_R1, cumulative_RC[:, -1:] >= nucleus_R1, ~kept_RC[:, -1:])
-        if bool(complete_R1.all()):
-            break
-        candidates = vocab_size
-    before_RC = cumulative_RC - sorted_RC
+    nucleus_R1 = top_p_R1 * torch.where(unrestricted_R1, 1.0, cumulative_RC[:, -1:])
+    complete_R1 = torch.where(unrestricted_R1, cumulative_RC[:, -1:] >= nucleus_R1, ~kept_RC[:, -1:])
     # The first candidate always stays, however small top_p is.
-    weights_RC = torch.where(kept_RC & ((before_RC < nucleus_R1) | (ranks_C == 0)), sorted_RC, 0.0)
-    return ids_RC.gather(1, _pick(weights_RC, uniform_R)[:, None])[:, 0]
+    in_nucleus_RC = (cumulative_RC - sorted_RC < nucleus_R1) | (ranks_C == 0)
+    weights_RC = torch.where(kept_RC & in_nucleus_RC, sorted_RC, 0.0)
+    tokens_R1 = ids_RC.gather(1, _pick(weights_RC, uniform_R)[:, None])
+    return tokens_R1[:, 0], complete_R1[:, 0]
 
 
 def redirect_done(slots_N: Tensor, done_S: Tensor) -> Tensor:

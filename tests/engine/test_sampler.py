@@ -95,10 +95,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("candidates", [8, VOCAB])
+@pytest.mark.parametrize("candidates", [(2, 8), ()])
 @pytest.mark.parametrize("params", CASES)
 def test_frequencies_match_the_distribution(
-    params: SamplingParams, candidates: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    params: SamplingParams, candidates: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     monkeypatch.setattr(sampler_module, "_CANDIDATES", candidates)
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)) * 2
@@ -154,7 +154,7 @@ def test_candidates_looked_at_first_do_not_change_the_token(
     params = SamplingParams(temperature=1.0, top_p=0.9)
     logits = torch.randn(200, 1, VOCAB, generator=torch.Generator().manual_seed(2))
     picked = []
-    for candidates in (2, 10, VOCAB):
+    for candidates in ((2, 10), (10,), ()):
         monkeypatch.setattr(sampler_module, "_CANDIDATES", candidates)
         sampler = Sampler(2, VOCAB, device=device)
         seq = make_sequence(params, slot=1)

@@ -32,17 +32,13 @@ serve: $(VENV)/.serve ## Serve MODEL (default: the shipped model) on HOST:PORT; 
 	exec $(BIN)/gale serve $(if $(MODEL),--model '$(MODEL)') --host '$(HOST)' --port '$(PORT)' --device '$(DEVICE)' $(ARGS)
 
 .PHONY: test
-test: check ## Run make check, then every test that needs no GPU and is not slow.
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(WORKERS) $(PYTEST_ARGS)
+test: check ## Run make check, then every test that needs no GPU.
+	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.test ## Run the GPU tests; fails where there is no CUDA device.
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: torch finds no CUDA device")'
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
-
-.PHONY: test-slow
-test-slow: $(VENV)/.test ## Run the slow tests, those that need no GPU.
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(VENV)/.test ## Lint, formatting and types, without changing a file.

@@ -142,7 +142,9 @@ class Settings(BaseModel):
         bool, _flag(_MODEL, "Serve without a tokenizer: prompts and answers are token ids.")
     ] = False
 
-    host: Annotated[str, Field(min_length=1), _flag(_HTTP, "Address or host name to listen on.")] = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1), _flag(_HTTP, "Address or host name to listen on.", env="GALE_HOST")] = (
+        "127.0.0.1"
+    )
     port: Annotated[int, Field(ge=0, le=65535), _flag(_HTTP, "Port to listen on; 0 picks a free one.")] = 8000
     api_key: Annotated[
         tuple[SecretStr, ...],

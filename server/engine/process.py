@@ -1,6 +1,7 @@
 """The engine process: reads requests from the socket, steps the engine, sends what came out."""
 
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 from server.child import ChildContext, Ready
@@ -96,6 +97,8 @@ def main(context: ChildContext, config: EngineConfig) -> None:
         GaleError: the model cannot be served.
     """
     channel = EngineChannel(context.address)
+    # torch would say at every start that there is no NumPy, which nothing here uses.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     # Imported late: torch takes a second or two.
     from server.engine.engine import Engine
 

@@ -16,8 +16,8 @@ from server.engine.state_pool import NULL_SLOT
 _IN_PROMPT = 1
 _IS_STOP = 2
 _BLOCK = 128
-_CANDIDATES = (64, 512, 2048)
-"""How many of the most likely tokens are looked at first on the CPU, where sorting a whole vocabulary is slow."""
+_ATTEMPT_SHIFT = 40
+"""Random numbers of a position's further attempts come from positions that no sequence reaches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +204,11 @@ class Sampler:
             if p:
                 parts.append(_pick(probs_RV[:p], uniform_R[:p]))
             if plan.num_filtered:
-                parts.append(
-                    _pick_filtered(probs_RV[p:], ints_RP[p:, 1], floats_RP[p:, 1], floats_RP[p:, 2], uniform_R[p:])
-                )
+                filters = (probs_RV[p:], ints_RP[p:, 1], floats_RP[p:, 1], floats_RP[p:, 2])
+                if probs_RV.is_cuda:
+                    parts.append(_pick_sorted(*filters, uniform_R[p:]))
+                else:
+                    parts.append(_pick_by_rejection(*filters, ints_RP[p:, 0], positions_R[p:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -244,50 +246,72 @@ def _pick(weights_RV: Tensor, uniform_R: Tensor) -> Tensor:
     return (block_R1 * _BLOCK + token_R1)[:, 0].clamp_(max=vocab_size - 1)
 
 
-def _pick_filtered(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor, uniform_R: Tensor) -> Tensor:
-    """Sample among the tokens that min_p, top_k and then top_p leave; top_p is a share of what the others left.
+def _pick_by_rejection(
+    probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor, seeds_R: Tensor, positions_R: Tensor
+) -> Tensor:
+    """Sample among the tokens that min_p, top_k and then top_p leave, without sorting.
 
-    A row's result does not depend on how many candidates are sorted, as long as they hold all that is left of
-    the row. On the CPU, where sorting a whole vocabulary is slow, few are tried first, and more for those rows
-    that need them; on CUDA, where looking at the outcome would mean waiting, all are sorted at once.
+    A token is drawn from all, and is rejected if the tokens likelier than it show that it is left out; then
+    it and all that are less likely are out of the next draw. Whatever is left in is accepted with a chance
+    in proportion to its probability, so the outcome has the filtered distribution exactly (the idea is
+    FlashInfer's, https://flashinfer.ai/2025/03/10/sampling.html). One draw nearly always does. It takes a
+    look at the outcome of each, so it is for the CPU.
     """
-    vocab_size = probs_RV.shape[-1]
-    rungs = [rung for rung in _CANDIDATES if rung < vocab_size] if probs_RV.device.type == "cpu" else []
-    columns = (probs_RV, top_k_R, top_p_R, min_p_R, uniform_R)
-    tokens_R, complete_R = _pick_among(rungs[0] if rungs else vocab_size, *columns)
-    for rung in (*rungs[1:], vocab_size) if rungs else ():
-        if bool(complete_R.all()):
+    tokens_R = torch.empty_like(top_k_R)
+    top_k_R = torch.where(top_k_R == 0, probs_RV.shape[-1], top_k_R)
+    least_R = min_p_R * probs_RV.amax(-1)
+    nucleus_R = _nucleus(probs_RV, top_k_R, top_p_R, least_R)
+    pivot_R = torch.zeros_like(least_R)
+    rows = torch.arange(len(tokens_R))
+    attempt = 0
+    while len(rows):
+        uniform_R = uniform(seeds_R, positions_R + (attempt << _ATTEMPT_SHIFT))
+        drawn_R = _pick(torch.where(probs_RV > pivot_R[:, None], probs_RV, 0.0) if attempt else probs_RV, uniform_R)
+        tokens_R[rows] = drawn_R
+        prob_R = probs_RV.gather(1, drawn_R[:, None])[:, 0]
+        likelier_RV = probs_RV > prob_R[:, None]
+        mass_R = torch.where(likelier_RV, probs_RV, 0.0).sum(-1)
+        left_R = (prob_R >= least_R) & (likelier_RV.sum(-1) < top_k_R) & (mass_R < nucleus_R)
+        # Not even a token of the draw: the probabilities are no numbers, and no other draw would be better.
+        left_R |= ~(prob_R > pivot_R)
+        if bool(left_R.all()):
             break
-        (rows,) = (~complete_R).nonzero(as_tuple=True)
-        tokens_R[rows], complete_R[rows] = _pick_among(rung, *(column[rows] for column in columns))
+        again = ~left_R
+        rows, pivot_R = rows[again], prob_R[again]
+        columns = (probs_RV, top_k_R, least_R, nucleus_R, seeds_R, positions_R)
+        probs_RV, top_k_R, least_R, nucleus_R, seeds_R, positions_R = (column[again] for column in columns)
+        attempt += 1
     return tokens_R
 
 
-def _pick_among(
-    candidates: int, probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor, uniform_R: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sample among each row's most likely candidates.
+def _nucleus(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, least_R: Tensor) -> Tensor:
+    """The probability that likelier tokens may have before top_p leaves a token out: float64 [R].
 
-    Returns:
-        The tokens int64 [R], and whether the candidates held all that is left of each row, bool [R]: if not,
-        the row's token means nothing.
+    It is top_p's share of what a least probability and top_k leave; infinite where top_p leaves nothing out.
     """
+    nucleus_R = torch.where(top_p_R < 1, top_p_R.double(), torch.inf)
+    (rows,) = ((top_p_R < 1) & ((top_k_R < probs_RV.shape[-1]) | (least_R > 0))).nonzero(as_tuple=True)
+    if len(rows):
+        sorted_XV = probs_RV[rows].sort(descending=True).values
+        kept_XV = sorted_XV >= least_R[rows, None]
+        kept_XV &= torch.arange(sorted_XV.shape[-1]) < top_k_R[rows, None]
+        nucleus_R[rows] *= torch.where(kept_XV, sorted_XV, 0.0).sum(-1, dtype=torch.float64)
+    return nucleus_R
+
+
+def _pick_sorted(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor, uniform_R: Tensor) -> Tensor:
+    """Sample among the tokens that min_p, top_k and then top_p leave, by sorting all: on CUDA, without waiting."""
     vocab_size = probs_RV.shape[-1]
-    top_k_R1 = top_k_R.masked_fill(top_k_R == 0, vocab_size)[:, None]
-    top_p_R1, min_p_R1 = top_p_R[:, None].double(), min_p_R[:, None]
-    sorted_RC, ids_RC = probs_RV.topk(candidates) if candidates < vocab_size else probs_RV.sort(descending=True)
-    ranks_C = torch.arange(candidates, device=probs_RV.device)
-    kept_RC = (ranks_C < top_k_R1) & (sorted_RC >= min_p_R1 * sorted_RC[:, :1])
-    cumulative_RC = torch.where(kept_RC, sorted_RC, 0.0).cumsum(-1, dtype=torch.float64)
-    # An unrestricted row's probabilities add up to one; their sum over the candidates may fall short of it.
-    unrestricted_R1 = (top_k_R1 >= vocab_size) & (min_p_R1 == 0)
-    nucleus_R1 = top_p_R1 * torch.where(unrestricted_R1, 1.0, cumulative_RC[:, -1:])
-    complete_R1 = torch.where(unrestricted_R1, cumulative_RC[:, -1:] >= nucleus_R1, ~kept_RC[:, -1:])
-    # The first candidate always stays, however small top_p is.
-    in_nucleus_RC = (cumulative_RC - sorted_RC < nucleus_R1) | (ranks_C == 0)
-    weights_RC = torch.where(kept_RC & in_nucleus_RC, sorted_RC, 0.0)
-    tokens_R1 = ids_RC.gather(1, _pick(weights_RC, uniform_R)[:, None])
-    return tokens_R1[:, 0], complete_R1[:, 0]
+    top_k_R1 = torch.where(top_k_R == 0, vocab_size, top_k_R)[:, None]
+    sorted_RV, ids_RV = probs_RV.sort(descending=True)
+    ranks_V = torch.arange(vocab_size, device=probs_RV.device)
+    kept_RV = (ranks_V < top_k_R1) & (sorted_RV >= min_p_R[:, None] * sorted_RV[:, :1])
+    cumulative_RV = torch.where(kept_RV, sorted_RV, 0.0).cumsum(-1, dtype=torch.float64)
+    nucleus_R1 = top_p_R[:, None].double() * cumulative_RV[:, -1:]
+    # The first token always stays, however small top_p is.
+    in_nucleus_RV = (cumulative_RV - sorted_RV < nucleus_R1) | (ranks_V == 0)
+    weights_RV = torch.where(kept_RV & in_nucleus_RV, sorted_RV, 0.0)
+    return ids_RV.gather(1, _pick(weights_RV, uniform_R)[:, None])[:, 0]
 
 
 def redirect_done(slots_N: Tensor, done_S: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from server.engine.batch import ModelInputs
 from server.engine.config import GLAConfig
 from server.engine.layers import FEATURE_MAP_FUNCTIONS, ConvIndex, short_conv
 from server.engine.state_pool import StateTensors
-from server.kernels import gla_decode, gla_prefill
+from server.kernels import gla_decode, gla_prefill, log_decay, norm_gate, rms_norm, swiglu
 
 _GATE_RANK = 16
 _GATE_NORMALIZER = 16
@@ -80,7 +80,7 @@ class GLAModel(nn.Module):
         for layer, state_SGKV, conv_SWD in zip(self.layers, state.recurrent_LSGKV.unbind(), conv_states, strict=True):
             layer(x_TD, inputs, state_SGKV, conv_SWD, conv_index)
         x_RD = x_TD.index_select(0, inputs.output_rows_R)
-        x_RD = F.rms_norm(x_RD, self.norm.shape, self.norm, self.config.norm_eps)
+        x_RD = rms_norm(x_RD, self.norm, eps=self.config.norm_eps)
         if x_RD.is_cuda and self.dtype != torch.float32:
             logits_RV: Tensor = torch.mm(x_RD, self.lm_head.t(), out_dtype=torch.float32)
             return logits_RV
@@ -155,27 +155,22 @@ class GLALayer(nn.Module):
     ) -> None:
         """Add the layer's outputs to ``x_TD`` [T, hidden_size], in place, and update the layer's states."""
         eps = self.config.norm_eps
-        h_TD = F.rms_norm(x_TD, self.attn_norm.shape, self.attn_norm, eps)
+        h_TD = rms_norm(x_TD, self.attn_norm, eps=eps)
         qkv, low_rank, gate = F.linear(h_TD, self.in_proj).split(self.in_sizes, dim=1)
         if conv_index is not None and conv_SWD is not None:
             qkv = short_conv(qkv, self.conv_weight, self.conv_bias, conv_SWD, conv_index)
         o_THV = self._attend(qkv, self._log_decay(low_rank), inputs, state_SGKV)
-        o_THV = F.rms_norm(o_THV, (self.config.head_v,), self.head_norm, eps)
-        o_TE = o_THV.flatten(1)
-        if self.config.use_output_gate:
-            o_TE = F.silu(gate).mul_(o_TE)
+        o_TE = norm_gate(o_THV, self.head_norm, gate if self.config.use_output_gate else None, eps=eps)
         x_TD.addmm_(o_TE, self.out_proj.t())
 
-        h_TD = F.rms_norm(x_TD, self.mlp_norm.shape, self.mlp_norm, eps)
-        mlp_gate, mlp_up = F.linear(h_TD, self.gate_up_proj).chunk(2, dim=1)
-        x_TD.addmm_(F.silu(mlp_gate).mul_(mlp_up), self.down_proj.t())
+        h_TD = rms_norm(x_TD, self.mlp_norm, eps=eps)
+        x_TD.addmm_(swiglu(F.linear(h_TD, self.gate_up_proj)), self.down_proj.t())
 
     def _log_decay(self, low_rank: Tensor) -> Tensor:
         """Log of the decay per key channel, float32 [T, kv_heads, head_k], all <= 0."""
-        logits = F.linear(low_rank.float(), self.decay_proj, self.decay_bias)
-        g: Tensor = F.logsigmoid(logits).mul_(1 / _GATE_NORMALIZER)
-        if self.config.clamp_min is not None:
-            g.clamp_min_(self.config.clamp_min)
+        g = log_decay(
+            low_rank, self.decay_proj, self.decay_bias, normalizer=_GATE_NORMALIZER, clamp_min=self.config.clamp_min
+        )
         return g.view(-1, self.config.num_kv_heads, self.config.head_k)
 
     def _attend(self, qkv: Tensor, g_TGK: Tensor, inputs: ModelInputs, state_SGKV: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gated linear attention as two operations; the only door to the kernels.
+"""Gated linear attention as two operations, and the small ones around it; the only door to the kernels.
 
 For every token t of a span and every kv head, with S of shape [head_k, head_v]::
 
@@ -7,11 +7,12 @@ For every token t of a span and every kv head, with S of shape [head_k, head_v]:
 The states live in a pool and are read and updated in place, by slot. H query heads share G kv heads: query head h
 reads the state of kv head ``h // (H // G)``, and a state is never repeated for the heads that share it.
 
-CPU tensors are computed by :mod:`server.kernels.reference`, CUDA tensors by the Triton kernels in
-:mod:`server.kernels.prefill` and :mod:`server.kernels.decode`, which are imported at their first use.
+CPU tensors are computed by :mod:`server.kernels.reference`, CUDA tensors by Triton kernels in modules that are imported
+at their first use.
 
 Letters in names and comments: T packed tokens, N spans or rows, S slots of the pool, H query heads, G kv heads,
-K channels of a key (head_k), V channels of a value (head_v).
+K channels of a key (head_k), V channels of a value (head_v), D = G * K, E = H * V, I inner channels of the MLP,
+R rank of the gate.
 """
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from server.kernels import reference
 
-__all__ = ["gla_decode", "gla_prefill"]
+__all__ = ["gla_decode", "gla_prefill", "log_decay", "norm_gate", "rms_norm", "swiglu"]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,6 +120,118 @@ def gla_decode(
     return reference.gla_decode(q_NHK, k_NGK, v_NGV, g_NGK, state_SGKV, slots_N, from_zero_N, scale=scale)
 
 
+def log_decay(
+    low_rank_TR: Tensor, weight_DR: Tensor, bias_D: Tensor, *, normalizer: float, clamp_min: float | None
+) -> Tensor:
+    """logsigmoid(weight @ low_rank + bias) / normalizer, at least ``clamp_min``: the gate's log decays.
+
+    Args:
+        low_rank_TR: the gate's inner projection [T, R], float32, bfloat16 or float16; rows may be strided.
+        weight_DR: float32 [D, R], contiguous.
+        bias_D: float32 [D].
+        normalizer: divisor, > 0.
+        clamp_min: lower bound, <= 0; None: none.
+
+    Returns:
+        float32 [T, D], contiguous, all <= 0.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
+    """
+    device = low_rank_TR.device
+    _check_dimensions("low_rank", low_rank_TR, 2)
+    _check_dimensions("weight", weight_DR, 2)
+    channels = weight_DR.shape[0]
+    _check_tensor("low_rank", low_rank_TR, (low_rank_TR.shape[0], weight_DR.shape[1]), _INPUT_DTYPES, device)
+    _check_tensor("weight", weight_DR, tuple(weight_DR.shape), (torch.float32,), device)
+    if not weight_DR.is_contiguous():
+        raise ValueError(f"weight: must be contiguous, strides are {weight_DR.stride()}")
+    _check_tensor("bias", bias_D, (channels,), (torch.float32,), device)
+    if low_rank_TR.is_cuda:
+        from server.kernels import gate
+
+        return gate.log_decay(low_rank_TR, weight_DR, bias_D, normalizer=normalizer, clamp_min=clamp_min)
+    return reference.log_decay(low_rank_TR, weight_DR, bias_D, normalizer=normalizer, clamp_min=clamp_min)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm of every row, the mean square in float32.
+
+    Args:
+        x_TD: [T, D], float32, bfloat16 or float16; rows may be strided. D is any number of channels here.
+        weight_D: [D], of x's dtype.
+        eps: added to the mean square.
+
+    Returns:
+        [T, D] of x's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
+    """
+    _check_dimensions("x", x_TD, 2)
+    _check_tensor("x", x_TD, tuple(x_TD.shape), _INPUT_DTYPES, x_TD.device)
+    _check_tensor("weight", weight_D, tuple(x_TD.shape[1:]), (x_TD.dtype,), x_TD.device)
+    if x_TD.is_cuda:
+        from server.kernels import norm
+
+        return norm.rms_norm(x_TD, weight_D, eps=eps)
+    return reference.rms_norm(x_TD, weight_D, eps=eps)
+
+
+def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *, eps: float) -> Tensor:
+    """RMSNorm over the channels of every head, times swish of the output gate.
+
+    Args:
+        o_THV: what the recurrence returned [T, H, V], float32, bfloat16 or float16; its first two dimensions may be
+            strided.
+        weight_V: of the norm [V], of o's dtype; None: ones.
+        gate_TE: the output gate [T, E], of o's dtype, rows may be strided; None: no gate.
+        eps: added to the mean square.
+
+    Returns:
+        [T, E] of o's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
+    """
+    device, dtype = o_THV.device, (o_THV.dtype,)
+    _check_dimensions("o", o_THV, 3)
+    tokens, heads, head_v = o_THV.shape
+    _check_tensor("o", o_THV, (tokens, heads, head_v), _INPUT_DTYPES, device)
+    if weight_V is not None:
+        _check_tensor("weight", weight_V, (head_v,), dtype, device)
+    if gate_TE is not None:
+        _check_tensor("gate", gate_TE, (tokens, heads * head_v), dtype, device)
+    if o_THV.is_cuda:
+        from server.kernels import norm
+
+        return norm.norm_gate(o_THV, weight_V, gate_TE, eps=eps)
+    return reference.norm_gate(o_THV, weight_V, gate_TE, eps=eps)
+
+
+def swiglu(gate_up_TJ: Tensor) -> Tensor:
+    """swish(gate) * up, the gated MLP's activation.
+
+    Args:
+        gate_up_TJ: gate and up side by side [T, 2 * I], float32, bfloat16 or float16; rows may be strided.
+
+    Returns:
+        [T, I] of the input's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype or stride is not as above; the message names the argument.
+    """
+    _check_dimensions("gate_up", gate_up_TJ, 2)
+    if gate_up_TJ.shape[1] % 2:
+        raise ValueError(f"gate_up: must have an even number of columns, has {gate_up_TJ.shape[1]}")
+    _check_tensor("gate_up", gate_up_TJ, tuple(gate_up_TJ.shape), _INPUT_DTYPES, gate_up_TJ.device)
+    if gate_up_TJ.is_cuda:
+        from server.kernels import mlp
+
+        return mlp.swiglu(gate_up_TJ)
+    return reference.swiglu(gate_up_TJ)
+
+
 def _check(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -151,6 +264,12 @@ def _check(
         raise ValueError(f"state: its last three dimensions must be contiguous, strides are {state_SGKV.stride()}")
     _check_tensor("slots", slots_N, tuple(slots_N.shape), (torch.int64,), device)
     _check_tensor("from_zero", from_zero_N, tuple(slots_N.shape), (torch.bool,), device)
+
+
+def _check_dimensions(name: str, tensor: Tensor, dimensions: int) -> None:
+    """Raise ValueError unless the tensor has so many dimensions."""
+    if tensor.dim() != dimensions:
+        raise ValueError(f"{name}: must have {dimensions} dimensions, has shape {tuple(tensor.shape)}")
 
 
 def _check_tensor(

@@ -20,6 +20,7 @@ States are float32 and are updated in place in the pool, without being gathered 
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
@@ -27,6 +28,31 @@ BLOCK = 16
 _MIDDLE = BLOCK // 2 - 1
 _MAX_EXPONENT = 80.0
 """Of a factor inside a block. exp(80) = 5.5e34 leaves room for the factor it multiplies; exp overflows at 88.7."""
+
+
+def log_decay(
+    low_rank_TR: Tensor, weight_DR: Tensor, bias_D: Tensor, *, normalizer: float, clamp_min: float | None
+) -> Tensor:
+    """Log decays from the gate's inner projection; see :func:`server.kernels.log_decay`."""
+    g_TD: Tensor = F.logsigmoid(F.linear(low_rank_TR.float(), weight_DR, bias_D)).mul_(1 / normalizer)
+    return g_TD if clamp_min is None else g_TD.clamp_min_(clamp_min)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm; see :func:`server.kernels.rms_norm`."""
+    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+
+def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *, eps: float) -> Tensor:
+    """RMSNorm per head, times swish of the output gate; see :func:`server.kernels.norm_gate`."""
+    o_TE = F.rms_norm(o_THV, o_THV.shape[2:], weight_V, eps).flatten(1)
+    return o_TE if gate_TE is None else F.silu(gate_TE).mul_(o_TE)
+
+
+def swiglu(gate_up_TJ: Tensor) -> Tensor:
+    """The gated MLP's activation; see :func:`server.kernels.swiglu`."""
+    gate_TI, up_TI = gate_up_TJ.chunk(2, dim=1)
+    return F.silu(gate_TI).mul_(up_TI)
 
 
 def gla_decode(

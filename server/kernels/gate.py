@@ -1,0 +1,82 @@
+"""The low-rank gate, from its inner projection to log decays, as one Triton kernel.
+
+The rank is 16, so the product is a handful of additions per channel: no work for tensor cores, and it stays float32.
+"""
+
+# Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.kernels.shapes import next_power_of_2
+
+_BLOCK_D = 64
+
+
+def log_decay(
+    low_rank_TR: Tensor, weight_DR: Tensor, bias_D: Tensor, *, normalizer: float, clamp_min: float | None
+) -> Tensor:
+    """See :func:`server.kernels.log_decay`, which has checked the arguments."""
+    tokens, rank = low_rank_TR.shape
+    channels = bias_D.shape[0]
+    # Few tokens: one per program, for the shortest time. Many: several, which share a load of the weights.
+    block_t = 1 if tokens <= 256 else 16
+    g_TD = torch.empty((tokens, channels), dtype=torch.float32, device=bias_D.device)
+    if tokens == 0:
+        return g_TD
+    with torch.cuda.device_of(low_rank_TR):
+        log_decay_kernel[(triton.cdiv(channels, _BLOCK_D), triton.cdiv(tokens, block_t))](
+            low_rank_TR,
+            weight_DR,
+            bias_D,
+            g_TD,
+            tokens,
+            low_rank_TR.stride(0),
+            1 / normalizer,
+            -float("inf") if clamp_min is None else clamp_min,
+            D=channels,
+            R=rank,
+            BR=next_power_of_2(rank),
+            BT=block_t,
+            BD=_BLOCK_D,
+            num_warps=2,
+        )
+    return g_TD
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def log_decay_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_g,
+    tokens,
+    stride_xt,
+    factor,
+    clamp_min,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Grid: (channel tiles, token tiles)."""
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    o_r = tl.arange(0, BR)
+    m_d = o_d < D
+    m_r = o_r < R
+    b_weight = tl.load(p_weight + o_d[:, None] * R + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
+    b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)
+    for i in range(BT):
+        i_t = tl.program_id(1).to(tl.int64) * BT + i
+        b_x = tl.load(p_x + i_t * stride_xt + o_r, mask=m_r & (i_t < tokens), other=0.0).to(tl.float32)
+        b_g = tl.sum(b_weight * b_x[None, :], axis=1) + b_bias  # [BD]
+        # logsigmoid(x) = min(x, 0) - log(1 + e), where e = exp(-|x|); a small e, lost in 1 + e, takes the series.
+        b_e = tl.exp(-tl.abs(b_g))
+        b_series = b_e * (1.0 - b_e * (1 / 2 - b_e * (1 / 3 - b_e * (1 / 4))))
+        b_log = tl.where(b_e < 0.03, b_series, tl.log(1.0 + b_e))
+        b_g = tl.maximum((tl.minimum(b_g, 0.0) - b_log) * factor, clamp_min, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(p_g + i_t * D + o_d, b_g, mask=m_d & (i_t < tokens))

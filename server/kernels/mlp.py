@@ -1,0 +1,35 @@
+"""The gated MLP's activation, swish(gate) * up, as one Triton kernel."""
+
+# Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 512
+
+
+def swiglu(gate_up_TJ: Tensor) -> Tensor:
+    """See :func:`server.kernels.swiglu`, which has checked the arguments."""
+    tokens, both = gate_up_TJ.shape
+    out_TI = torch.empty((tokens, both // 2), dtype=gate_up_TJ.dtype, device=gate_up_TJ.device)
+    if out_TI.numel() == 0:
+        return out_TI
+    with torch.cuda.device_of(gate_up_TJ):
+        swiglu_kernel[(tokens, triton.cdiv(both // 2, _BLOCK))](
+            gate_up_TJ, out_TI, gate_up_TJ.stride(0), INNER=both // 2, BI=_BLOCK, num_warps=2
+        )
+    return out_TI
+
+
+@triton.jit
+def swiglu_kernel(p_gate_up, p_out, stride_t, INNER: tl.constexpr, BI: tl.constexpr):
+    """Grid: (tokens, channel tiles)."""
+    i_t = tl.program_id(0).to(tl.int64)
+    o_i = tl.program_id(1) * BI + tl.arange(0, BI)
+    m_i = o_i < INNER
+    b_gate = tl.load(p_gate_up + i_t * stride_t + o_i, mask=m_i, other=0.0).to(tl.float32)
+    b_up = tl.load(p_gate_up + i_t * stride_t + INNER + o_i, mask=m_i, other=0.0).to(tl.float32)
+    tl.store(p_out + i_t * INNER + o_i, b_gate * tl.sigmoid(b_gate) * b_up, mask=m_i)

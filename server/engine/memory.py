@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import platform
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from server.engine.batch import ModelInputs
 from server.engine.checkpoint import load_model
 from server.engine.config import GLAConfig
+from server.engine.graphs import MAX_ROWS, DecodeGraphs
 from server.engine.model import GLAModel
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
@@ -85,8 +87,12 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
     per_slot = per_state + Sampler.bytes_per_slot(model_config.vocab_size)
     profile = allocate_states(model_config, _PROFILE_SLOTS, device=device, dtype=dtype, state_dtype=state_dtype)
     _run_worst_case(model, profile, config, model_config.vocab_size, device)
-    del profile
     available = _available_bytes(device, config.gpu_memory_utilization)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream is not None:
+        max_rows = min(config.max_num_seqs, available // per_slot, MAX_ROWS)
+        available -= _graph_bytes(model, profile, model_config.vocab_size, max_rows, stream)
+    del profile
     # The null slot takes memory too.
     num_slots = min(config.max_num_seqs, available // per_slot - 1)
     if num_slots < 1:
@@ -97,6 +103,11 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         )
     states = allocate_states(model_config, num_slots, device=device, dtype=dtype, state_dtype=state_dtype)
     sampler = Sampler(num_slots + 1, model_config.vocab_size, device=device)
+    graphs = None
+    if stream is not None:
+        start = time.monotonic()
+        graphs = DecodeGraphs(model, states, sampler, max_rows=min(num_slots, MAX_ROWS), stream=stream)
+        logger.info("decode graphs captured in %.2f s", time.monotonic() - start)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     logger.info(
         "%s: %s weights, %.1f MiB; one request's state is %.2f MiB, constant at any length",
@@ -113,9 +124,8 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         available / _MiB,
         available // per_slot - 1,
     )
-    return BuiltRunner(
-        Runner(model, states, sampler, device=device), device, num_slots, per_state, dtype_name, device_name
-    )
+    runner = Runner(model, states, sampler, device=device, graphs=graphs)
+    return BuiltRunner(runner, device, num_slots, per_state, dtype_name, device_name)
 
 
 def _resolve_device(name: str) -> torch.device:
@@ -176,6 +186,29 @@ def _run_worst_case(
         plan = SamplePlan(0, 0, num_rows, True, True, True, config.max_logprobs)
         sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
         sampler.sample(logits, torch.ones_like(rows), torch.zeros_like(rows), plan)
+
+
+def _graph_bytes(
+    model: GLAModel, states: StateTensors, vocab_size: int, max_rows: int, stream: torch.cuda.Stream
+) -> int:
+    """Memory that decode graphs up to this size take, in PyTorch's allocator and in the driver.
+
+    Found by capturing them against a few slots: the graphs in use hold the pool's address, so they can be captured
+    only when the pool has been sized.
+    """
+    if max_rows < 1:
+        return 0
+    torch.cuda.empty_cache()
+    free_before, _ = torch.cuda.mem_get_info(stream.device)
+    sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=stream.device)
+    graphs = DecodeGraphs(model, states, sampler, max_rows=max_rows, stream=stream)
+    torch.cuda.synchronize(stream.device)
+    torch.cuda.empty_cache()
+    free_after, _ = torch.cuda.mem_get_info(stream.device)
+    del graphs
+    torch.cuda.empty_cache()
+    logger.info("decode graphs up to %d rows take %.1f MiB", max_rows, (free_before - free_after) / _MiB)
+    return free_before - free_after
 
 
 def _available_bytes(device: torch.device, utilization: float) -> int:

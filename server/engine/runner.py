@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import Batch, ModelInputs, Span
+from server.engine.graphs import DecodeGraphs
 from server.engine.model import GLAModel
 from server.engine.sampler import (
     Sampled,
@@ -98,13 +99,24 @@ class Runner:
         states: the pool, null slot included.
         sampler: its tables have as many slots as the pool.
         device: where all of them lie.
+        graphs: captured decode steps of the three, for batches without prompts; None: every batch is launched kernel
+            by kernel.
     """
 
-    def __init__(self, model: GLAModel, states: StateTensors, sampler: Sampler, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: GLAModel,
+        states: StateTensors,
+        sampler: Sampler,
+        *,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self._model = model
         self._states = states
         self._sampler = sampler
         self._device = device
+        self._graphs = graphs
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
@@ -112,6 +124,10 @@ class Runner:
         if batch.leased:
             self._sampler.lease(batch.leased)
         rows, span_of_row, plan = _plan(batch)
+        if self._graphs is not None and not batch.prefills and len(rows) <= self._graphs.max_rows:
+            slots = [span.slot for span in batch.decodes]
+            sampled = self._graphs.launch(slots, span_of_row, [span.position for span in rows], plan)
+            return PendingStep(batch, rows, sampled)
         columns = self._upload(batch, rows, span_of_row)
         slots_N = redirect_done(columns.slots, self._sampler.done_S)
         num_decodes = len(batch.decodes)

@@ -134,12 +134,14 @@ class Sampler:
                 )
 
     def _mark_prompt(self, seq: Sequence) -> None:
-        prompt = torch.frombuffer(seq.prompt, dtype=torch.int32).to(self._device, torch.int64)
+        prompt = self._to_device(torch.frombuffer(seq.prompt, dtype=torch.int32)).long()
         row = self._flags_SV[seq.slot]
         row[prompt] = row[prompt] | _IN_PROMPT
 
     def _upload(self, values: object, dtype: torch.dtype = torch.int64) -> Tensor:
-        host = torch.tensor(values, dtype=dtype)
+        return self._to_device(torch.tensor(values, dtype=dtype))
+
+    def _to_device(self, host: Tensor) -> Tensor:
         if self._device.type == "cuda":
             return host.pin_memory().to(self._device, non_blocking=True)
         return host

@@ -106,7 +106,8 @@ class Sampler:
         slots = [seq.slot for seq in sequences]
         slots_L = self._upload(slots)
         params = [seq.params for seq in sequences]
-        self.done_S[slots_L] = False
+        # Assigning a Python number to tensor[indices] would copy it to the device and wait for the copy.
+        self.done_S.index_fill_(0, slots_L, False)
         self._floats_SP[slots_L] = self._upload(
             [
                 (p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
@@ -117,11 +118,11 @@ class Sampler:
         self._ints_SP[slots_L] = self._upload(
             [(seq.seed, seq.params.top_k, seq.params.min_tokens) for seq in sequences]
         )
-        self._flags_SV[slots_L] = 0
+        self._flags_SV.index_fill_(0, slots_L, 0)
         stops = [(seq.slot, token) for seq in sequences for token in seq.stop_ids]
         if stops:
             rows, tokens = self._upload(stops).unbind(1)
-            self._flags_SV[rows, tokens] = _IS_STOP
+            self._flags_SV[rows, tokens] = torch.full_like(rows, _IS_STOP, dtype=torch.uint8)
         for seq in sequences:
             if has_penalties(seq):
                 self._counts_SV[seq.slot] = 0

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from server.engine import graphs as graphs_module
+from server.engine.batch import Batch
 from server.engine.engine import Engine
 from server.engine.graphs import DecodeGraphs, ladder
+from server.engine.runner import PendingStep
 from server.engine.sampler import SamplePlan
 from server.types import FinishReason
 from tests.engine.driving import FIXTURES, Answer, Driver, engine_config, random_prompt
@@ -168,19 +170,21 @@ def test_steps_with_a_prompt_run_without_a_graph(make_driver: MakeDriver, monkey
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("steps", ["decodes", "admissions and prompts"])
 @pytest.mark.parametrize("params", [PARAMS[:1], PARAMS[1:2], PARAMS], ids=["greedy", "plain", "mixed"])
 def test_launching_never_waits_for_the_device(
-    params: list[dict[str, object]], make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+    params: list[dict[str, object]], steps: str, make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Admission, prompts and decodes alike."""
     driver = make_driver("cuda", graphs=True)
     traffic(driver, 0, params)  # compiles and loads what is loaded at first use
     launch = driver.engine._runner.launch
 
-    def watched(batch: object) -> object:
+    def watched(batch: Batch) -> PendingStep:
+        if bool(batch.prefills) == (steps == "decodes"):
+            return launch(batch)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return launch(batch)  # type: ignore[arg-type]
+            return launch(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

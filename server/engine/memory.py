@@ -165,10 +165,11 @@ def _run_worst_case(
     It also compiles the kernels and fills the allocator's pools before the first request. On the CPU,
     where memory is not the limit, a short one does.
     """
-    num_tokens = config.max_num_batched_tokens if device.type == "cuda" else 64
-    num_rows = min(config.max_num_seqs, num_tokens) if device.type == "cuda" else 1
+    on_cuda = device.type == "cuda"
+    num_tokens = config.max_num_batched_tokens if on_cuda else 64
+    num_rows = config.max_num_seqs if on_cuda else 1
     slot = torch.ones(1, dtype=torch.int64, device=device)
-    rows = torch.arange(num_rows, device=device)
+    rows = torch.arange(num_rows, device=device) % num_tokens
     for num_decodes in (0, 1):
         prefill = num_tokens - num_decodes
         logits = model.forward(
@@ -215,7 +216,8 @@ def _available_bytes(device: torch.device, utilization: float) -> int:
     """Memory that states may take, what a step needs at its worst set aside."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
+        # Reserved, not allocated: what the allocator holds in pieces too small for the next request counts, too.
+        peak = torch.cuda.max_memory_reserved(device)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         # Taken outside PyTorch's allocator: the CUDA context, kernels, other processes.

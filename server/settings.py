@@ -74,7 +74,6 @@ class ApiSettings:
         served_model_names: names clients may ask for; the first one stands in the answers.
         api_keys: SHA-256 of each accepted key, lower-case hex (see :func:`hash_key`); empty: no key needed.
         tokenizer_folder: where the tokenizer lies; None: prompts and answers are token ids.
-        max_logprobs: most alternatives per token that a request may ask for.
         max_model_len: most tokens of prompt and answer together; None: unlimited.
         max_body_bytes: larger request bodies are refused.
         created: Unix time of the server's start, shown by ``/v1/models``.
@@ -83,7 +82,6 @@ class ApiSettings:
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...]
     tokenizer_folder: Path | None
-    max_logprobs: int
     max_model_len: int | None
     max_body_bytes: int
     created: int
@@ -169,12 +167,12 @@ class Settings(BaseModel):
     ] = "auto"
     state_dtype: Annotated[StateDtype, _flag(_ENGINE, "Type of the recurrent states.")] = "float32"
     max_num_seqs: Annotated[
-        int, Field(ge=1, le=65536), _flag(_ENGINE, "Sequences that run at once; fewer if memory holds fewer states.")
+        int, Field(ge=1, le=65535), _flag(_ENGINE, "Sequences that run at once; fewer if memory holds fewer states.")
     ] = 256
     max_num_batched_tokens: Annotated[
         int,
         Field(ge=CHUNK, le=1 << 20),
-        _flag(_ENGINE, "Most tokens in one step: decodes first, then pieces of prompts."),
+        _flag(_ENGINE, "Most tokens in one step: decodes first, then pieces of prompts. At least --max-num-seqs + 64."),
     ] = 2048
     max_model_len: Annotated[
         int | None,
@@ -209,6 +207,12 @@ class Settings(BaseModel):
             raise ValueError("--skip-tokenizer-init and --tokenizer exclude each other")
         if not all(key.get_secret_value() for key in self.api_key):
             raise ValueError("--api-key: a key must not be empty")
+        if self.max_num_batched_tokens < self.max_num_seqs + CHUNK:
+            # A step takes one token of every decoding sequence and at least one piece of a prompt.
+            raise ValueError(
+                f"--max-num-batched-tokens must be at least --max-num-seqs + {CHUNK}, "
+                f"that is {self.max_num_seqs + CHUNK}, is {self.max_num_batched_tokens}"
+            )
         if self.revision is not None and (self.model is None or _is_folder(self.model)):
             raise ValueError("--revision needs a hub id as --model; a local folder has no revisions")
         return self
@@ -263,7 +267,6 @@ class Settings(BaseModel):
             served_model_names=self.model_names(model_folder),
             api_keys=tuple(hash_key(key.get_secret_value()) for key in self.api_key),
             tokenizer_folder=tokenizer_folder,
-            max_logprobs=self.max_logprobs,
             max_model_len=self.max_model_len,
             max_body_bytes=self.max_body_bytes,
             created=int(time.time()),

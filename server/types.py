@@ -57,7 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     seed: int | None = None
-    """None: drawn by the engine. Choice j of a seeded request uses a stream derived from (seed, j)."""
+    """None: drawn by the engine. The j-th answer to each prompt uses a stream derived from (seed, j)."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False

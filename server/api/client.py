@@ -32,6 +32,8 @@ from server.types import (
 )
 
 _CANCEL_RETRY_SECONDS = 0.05
+_MAX_UNREAD_TOKENS = 1 << 16
+"""What a request may leave unread before it is ended: a client that never reads must not hold a slot for ever."""
 _REASONS = {int(reason): reason for reason in FinishReason}
 
 
@@ -94,20 +96,31 @@ class Mailbox:
     gets fewer, longer lists: what arrived for a choice meanwhile is joined into one event.
 
     Raises (from the iteration):
-        EngineUnavailableError: the engine died, was reset or is shutting down.
+        EngineUnavailableError: the engine died, was reset or is shutting down, or too much was left unread.
         InternalError: the engine could not finish a choice.
 
     Attributes:
         num_choices: ``len(prompts) * n``.
     """
 
-    __slots__ = ("_accepted", "_closed", "_error", "_on_close", "_open", "_pending", "_waiter", "num_choices")
+    __slots__ = (
+        "_accepted",
+        "_closed",
+        "_error",
+        "_on_close",
+        "_open",
+        "_pending",
+        "_unread",
+        "_waiter",
+        "num_choices",
+    )
 
     def __init__(self, num_choices: int, accepted: "asyncio.Future[None]", on_close: Callable[[bool], None]) -> None:
         self.num_choices = num_choices
         self._open = set(range(num_choices))
         self._accepted = accepted
         self._pending: dict[int, _Pending] = {}
+        self._unread = 0
         self._error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._on_close = on_close
@@ -129,6 +142,7 @@ class Mailbox:
             finally:
                 self._waiter = None
         pending, self._pending = self._pending, {}
+        self._unread = 0
         return [row.event(choice) for choice, row in pending.items()]
 
     async def __aenter__(self) -> "Mailbox":
@@ -173,6 +187,7 @@ class Mailbox:
         token_id = message.token_ids[row]
         if token_id >= 0:
             pending.token_ids.append(token_id)
+            self._unread += 1
         pending.texts.append(message.texts[row])
         pending.finish_reason = reason
         if row in message.logprobs:
@@ -316,6 +331,9 @@ class EngineClient:
             mailbox._wake()
             if mailbox._ended:
                 self._mailboxes.pop(request_id, None)
+            elif mailbox._unread > _MAX_UNREAD_TOKENS:
+                mailbox._fail(EngineUnavailableError("the client reads too slowly"))
+                self._forget(request_id, unfinished=True)
 
     def _receive_step(self, message: StepOutput, touched: dict[int, Mailbox]) -> None:
         if message.stats is not None:

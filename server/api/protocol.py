@@ -66,7 +66,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _time_out(self) -> None:
-        self._head_timer = None
-        # While a response runs, the next request's head may wait: it is not being read.
         if self.cycle is None or self.cycle.response_complete:
+            self._head_timer = None
             self.transport.close()
+        else:
+            # While a response runs, the next request's head may wait: it is not being read.
+            self._start_timer()

@@ -338,7 +338,7 @@ class ModelCard(BaseModel):
     object: str = "model"
     created: int = Field(description="Unix time at which the server started, in seconds.")
     owned_by: str = "gale"
-    root: str = Field(description="The model as it was named on the command line.")
+    root: str = Field(description="The first served name, whichever name was asked for.")
     max_model_len: int | None = Field(description="Most tokens of prompt and answer together; null: no limit.")
 
 

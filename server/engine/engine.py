@@ -8,6 +8,7 @@ host's back, so a step is retired as soon as it is launched.
 import logging
 import random
 import time
+from array import array
 from collections.abc import Iterable
 
 from server.engine.config import GenerationConfig, GLAConfig
@@ -92,19 +93,23 @@ class Engine:
         """
         if not self.scheduler.has_room(request.num_choices):
             message = (
-                f"the queue is full: {len(self.scheduler.waiting)} choices wait already "
-                f"(--max-num-queued-reqs {self.info.max_num_queued_reqs})"
+                f"the queue is full: no place for {request.num_choices} more choices beside the "
+                f"{len(self.scheduler.waiting)} that wait (--max-num-queued-reqs {self.info.max_num_queued_reqs})"
             )
             self._outbox.reject(client, request.request_id, message)
             return
-        sequences = [self._sequence(client, request, choice) for choice in range(request.num_choices)]
+        # One array per prompt, however many choices share it: nothing writes to it.
+        prompts = [unpack_tokens(prompt) for prompt in request.prompts]
+        sequences = [
+            self._sequence(client, request, choice, prompts[choice // request.n])
+            for choice in range(request.num_choices)
+        ]
         self._requests[client, request.request_id] = sequences
         self.scheduler.add(sequences)
         self._outbox.accept(client, request.request_id)
 
-    def _sequence(self, client: bytes, request: GenerateRequest, choice: int) -> Sequence:
+    def _sequence(self, client: bytes, request: GenerateRequest, choice: int, prompt: "array[int]") -> Sequence:
         params = request.params
-        prompt = unpack_tokens(request.prompts[choice // request.n])
         max_tokens = params.max_tokens
         if self.info.max_model_len is not None:
             room = self.info.max_model_len - len(prompt)
@@ -112,7 +117,7 @@ class Engine:
         if params.seed is None:
             seed = self._seeds.getrandbits(_SEED_BITS)
         else:
-            seed = random.Random(f"{params.seed}/{choice}").getrandbits(_SEED_BITS)
+            seed = random.Random(f"{params.seed}/{choice % request.n}").getrandbits(_SEED_BITS)
         return Sequence(
             client=client,
             request_id=request.request_id,
@@ -192,7 +197,9 @@ class Engine:
         """Append a sampled token to its sequence and decide whether the sequence ends with it."""
         if token < 0:
             self._finish(seq, FinishReason.ERROR)
-            self._outbox.end(seq, error="the model's output is not a number (NaN) at this position")
+            self._outbox.end(
+                seq, error="no token can be chosen here: the model's logits are not finite, or every token is banned"
+            )
             return
         seq.outputs.append(token)
         self._figures.generated_tokens += 1
@@ -208,7 +215,7 @@ class Engine:
         """The new token's text, whether it ends the sequence, and which stop string or id did."""
         flush = seq.matcher.flush if seq.matcher is not None else bytes
         if token in seq.stop_ids:
-            return flush(), FinishReason.STOP, None if token in self._eos else token
+            return flush(), FinishReason.STOP, None if token in self._eos and not seq.params.ignore_eos else token
         text = self._token_bytes[token] if self._token_bytes is not None else b""
         if seq.matcher is not None and len(seq.outputs) > seq.params.min_tokens:
             text, found = seq.matcher.feed(text)

@@ -59,8 +59,12 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
 
     Raises:
         CheckpointError: the weights cannot be loaded.
-        SettingsError: CUDA is asked for and absent, or not even one state fits.
+        SettingsError: CUDA is asked for and absent, not even one state fits, or a flag does not fit the model.
     """
+    if config.max_logprobs > model_config.vocab_size:
+        raise SettingsError(
+            f"--max-logprobs {config.max_logprobs}: the model's vocabulary has {model_config.vocab_size} tokens"
+        )
     device = _resolve_device(config.device)
     dtype_name = config.dtype
     if dtype_name == "auto":
@@ -233,11 +237,15 @@ def _free_host_bytes() -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
         if limit != "max":
+            used = int((group / "memory.current").read_text())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # Files read lately are counted as used, but are given up when memory is wanted.
+            used -= int(statistics["active_file"]) + int(statistics["inactive_file"])
             free = min(free, int(limit) - used)
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         # No such files (another kernel, an older control group): the page count has to do.
         logger.debug("no control group limit found")
     return free

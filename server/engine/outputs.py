@@ -10,9 +10,6 @@ class Outbox:
     def __init__(self) -> None:
         self._messages: dict[bytes, StepOutput] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._messages)
-
     def take(self) -> dict[bytes, StepOutput]:
         """Hand over everything collected, by API process."""
         messages, self._messages = self._messages, {}

@@ -36,23 +36,26 @@ class PendingStep:
 
     __slots__ = ("_event", "_sampled", "batch", "rows")
 
-    def __init__(self, batch: Batch, rows: list[Span], sampled: Sampled | None) -> None:
+    def __init__(self, batch: Batch, rows: list[Span], sampled: Sampled | None, *, on_cuda: bool) -> None:
         self.batch = batch
         self.rows = rows
         self._event: torch.cuda.Event | None = None
         self._sampled = sampled
-        if sampled is not None and sampled.tokens_R.device.type == "cuda":
+        if not on_cuda:
+            return
+        if sampled is not None:
             self._sampled = Sampled(
                 _to_pinned(sampled.tokens_R),
                 None if sampled.logprobs_R is None else _to_pinned(sampled.logprobs_R),
                 None if sampled.top_ids_RK is None else _to_pinned(sampled.top_ids_RK),
                 None if sampled.top_logprobs_RK is None else _to_pinned(sampled.top_logprobs_RK),
             )
-            self._event = torch.cuda.Event()
-            self._event.record()
+        # A step that samples nothing is waited for, too: the host must not run ahead of the device by more than one.
+        self._event = torch.cuda.Event()
+        self._event.record()
 
     def fetch(self) -> list[int]:
-        """Wait for the device; the sampled token of each row, -1 where the logits were not numbers."""
+        """Wait for the device; the sampled token of each row, -1 where none could be chosen."""
         if self._event is not None:
             self._event.synchronize()
         return [] if self._sampled is None else self._sampled.tokens_R.tolist()
@@ -127,7 +130,7 @@ class Runner:
         if self._graphs is not None and not batch.prefills and len(rows) <= self._graphs.max_rows:
             slots = [span.slot for span in batch.decodes]
             sampled = self._graphs.launch(slots, span_of_row, [span.position for span in rows], plan)
-            return PendingStep(batch, rows, sampled)
+            return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
         columns = self._upload(batch, rows, span_of_row)
         slots_N = redirect_done(columns.slots, self._sampler.done_S)
         num_decodes = len(batch.decodes)
@@ -147,9 +150,9 @@ class Runner:
             self._states,
         )
         if not rows:
-            return PendingStep(batch, rows, None)
+            return PendingStep(batch, rows, None, on_cuda=self._device.type == "cuda")
         sampled = self._sampler.sample(logits_RV, slots_N[columns.sample_spans], columns.positions, plan)
-        return PendingStep(batch, rows, sampled)
+        return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
 
     def _upload(self, batch: Batch, rows: list[Span], span_of_row: list[int]) -> _Columns:
         """Everything the host knows of the batch, in one copy."""

@@ -42,7 +42,7 @@ class Sampled:
     """A step's samples, on the device.
 
     Attributes:
-        tokens_R: int64 [R]; -1 where the model's logits were not numbers.
+        tokens_R: int64 [R]; -1 where nothing can be chosen: logits that are not finite, or every token banned.
         logprobs_R: float32 [R] or None, of the sampled tokens.
         top_ids_RK, top_logprobs_RK: int64 and float32 [R, K] or None.
     """
@@ -119,6 +119,8 @@ class Sampler:
             [(seq.seed, seq.params.top_k, seq.params.min_tokens) for seq in sequences]
         )
         self._flags_SV.index_fill_(0, slots_L, 0)
+        # A row without a bias may share a step with one that has: what the last tenant left would count.
+        self._bias_SV.index_fill_(0, slots_L, 0.0)
         stops = [(seq.slot, token) for seq in sequences for token in seq.stop_ids]
         if stops:
             rows, tokens = self._upload(stops).unbind(1)
@@ -129,7 +131,7 @@ class Sampler:
                 if seq.params.repetition_penalty != 1.0:
                     self._mark_prompt(seq)
             if seq.params.logit_bias:
-                row = self._bias_SV[seq.slot].zero_()
+                row = self._bias_SV[seq.slot]
                 row[self._upload(list(seq.params.logit_bias))] = self._upload(
                     list(seq.params.logit_bias.values()), torch.float32
                 )
@@ -157,8 +159,8 @@ class Sampler:
             plan: the rows' order and needs.
         """
         reference_RV = torch.log_softmax(logits_RV, -1) if plan.num_logprobs is not None else None
-        broken_R = logits_RV.amax(-1).isnan()
         logits_RV = self._adjust(logits_RV, slots_R, positions_R, plan)
+        broken_R = ~logits_RV.amax(-1).isfinite()
         tokens_R = self._choose(logits_RV, slots_R, positions_R, plan)
         if plan.penalties:
             self._counts_SV.view(-1).index_add_(

@@ -1,20 +1,22 @@
 """Which tokens the next step absorbs, and who holds which slot.
 
 There is no prefill phase: a sequence has tokens still to be absorbed, and each step absorbs some,
-under a token budget. Decodes (one token each) come first; prompts share the rest in order of
-arrival, in pieces that end on a fixed grid of positions, so that how a prompt is cut does not
+under a token budget. Decodes (one token each) come first; prompts share the rest, the oldest
+getting most, in pieces that end on a fixed grid of positions, so that how a prompt is cut does not
 change its result.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 
 from server.engine.batch import Batch, Span
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
+from server.settings import CHUNK
 from server.types import FinishReason
 
-PREFILL_GRID = 64
+PREFILL_GRID = CHUNK
 """Prompt pieces end at multiples of this position (the kernels' chunk), or at the prompt's end."""
 
 
@@ -61,35 +63,21 @@ class Scheduler:
         # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing.
         decodes.sort(key=lambda span: span.slot)
         budget = max(self._token_budget - len(decodes), PREFILL_GRID)
+        prompts = [seq for seq in self.running if seq.prompt_remaining]
+        prompts += islice(self.waiting, self.allocator.num_free)
         prefills: list[Span] = []
         leased: list[Sequence] = []
-        for seq in self.running:
-            if budget <= 0:
-                break
-            if seq.prompt_remaining:
-                budget -= self._launch_prompt(seq, budget, prefills)
-        while budget > 0 and self.waiting and self.allocator.num_free:
-            seq, _ = self.waiting.popitem(last=False)
-            seq.slot = self.allocator.lease()
-            seq.admitted = now
-            self.running[seq] = None
-            leased.append(seq)
-            budget -= self._launch_prompt(seq, budget, prefills)
+        for seq, length in _share(prompts, budget).items():
+            if seq.slot is None:
+                del self.waiting[seq]
+                seq.slot = self.allocator.lease()
+                seq.admitted = now
+                self.running[seq] = None
+                leased.append(seq)
+            prefills.append(self._launch(seq, length))
         if not decodes and not prefills:
             return None
         return Batch(tuple(decodes), tuple(prefills), tuple(leased))
-
-    def _launch_prompt(self, seq: Sequence, budget: int, prefills: list[Span]) -> int:
-        """Append the longest piece of the prompt that fits; returns its length, or the budget if none does."""
-        end = len(seq.prompt)
-        if seq.prompt_remaining > budget:
-            end = (seq.num_launched + budget) // PREFILL_GRID * PREFILL_GRID
-        length = end - seq.num_launched
-        if length <= 0:
-            # First come, first served: a later prompt's shorter piece must not overtake this one.
-            return budget
-        prefills.append(self._launch(seq, length))
-        return length
 
     @staticmethod
     def _launch(seq: Sequence, length: int) -> Span:
@@ -124,3 +112,36 @@ class Scheduler:
             assert seq.slot is not None
             self.allocator.release(seq.slot)
             seq.slot = None
+
+
+def _share(prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
+    """Tokens of each prompt to absorb in a step, for those that get any, in order.
+
+    Each prompt in turn may take half of what is left, the oldest first, and what the others do not need goes to
+    the oldest again: short prompts are absorbed in order of arrival, and a long one does not hold up those behind it.
+
+    Args:
+        prompts: sequences with prompt tokens left, oldest first.
+        budget: most tokens in all, at least PREFILL_GRID.
+    """
+    granted: dict[Sequence, int] = {}
+    left = budget
+    for fraction in (2, 1):
+        for seq in prompts:
+            length = _piece(seq, granted.get(seq, 0), min(left, max(left // fraction, PREFILL_GRID)))
+            if length:
+                granted[seq] = granted.get(seq, 0) + length
+                left -= length
+            elif seq not in granted:
+                # First come, first served: the shorter piece of a later prompt must not overtake this one.
+                break
+    return granted
+
+
+def _piece(seq: Sequence, granted: int, limit: int) -> int:
+    """The longest further piece of a prompt within a limit that ends on the grid, or with the prompt."""
+    remaining = seq.prompt_remaining - granted
+    if remaining <= limit:
+        return remaining
+    start = seq.num_launched + granted
+    return max(0, (start + limit) // PREFILL_GRID * PREFILL_GRID - start)

@@ -279,7 +279,6 @@ def api_settings(**changes: Any) -> ApiSettings:
         "served_model_names": ("scripted", "org/scripted"),
         "api_keys": (),
         "tokenizer_folder": None,
-        "max_logprobs": 5,
         "max_model_len": 2000,
         "max_body_bytes": 100_000,
         "created": 1_700_000_000,

@@ -181,9 +181,37 @@ def test_n_and_several_prompts(mode: Mode) -> None:
     answers = [driver.answers[request, choice].token_ids for choice in range(6)]
     assert len({tuple(tokens) for tokens in answers}) == 6, "choices of one request repeat each other"
     assert answers == [driver.answers[again, choice].token_ids for choice in range(6)]
-    first = driver.submit(prompts[:1], temperature=1.0, seed=11, max_tokens=8, ignore_eos=True)
+    for index, prompt in enumerate(prompts):
+        alone = driver.submit([prompt], temperature=1.0, seed=11, max_tokens=8, ignore_eos=True)
+        settle(driver)
+        assert driver.answers[alone, 0].token_ids == answers[3 * index], "a prompt's place in its request shows"
+
+
+def test_choices_share_their_prompt() -> None:
+    """Memory for prompts must not grow with n: a body of many tokens with a large n would be the end of the engine."""
+    driver = make_driver()
+    driver.submit([random_prompt(50, VOCAB, 1), random_prompt(50, VOCAB, 2)], n=5, max_tokens=1)
+    assert len({id(seq.prompt) for seq in driver.engine.scheduler.waiting}) == 2
     settle(driver)
-    assert driver.answers[first, 0].token_ids == answers[0]
+
+
+@ALL_MODES
+def test_a_long_prompt_does_not_hold_up_a_short_one(mode: Mode) -> None:
+    driver = make_driver(mode=mode, max_num_batched_tokens=256)
+    driver.submit([random_prompt(50_000, VOCAB, 1)], max_tokens=1)
+    driver.step()
+    short = driver.submit([random_prompt(3, VOCAB, 2)], max_tokens=1)
+    for _ in range(3):
+        driver.step()
+    assert driver.answers[short, 0].finish_reason is FinishReason.LENGTH
+    driver.engine.forget_client(CLIENT)
+
+
+def test_an_end_of_sequence_id_given_as_a_stop_id_is_the_stop_reason() -> None:
+    driver = make_driver(CLASSICS)
+    fields = {"temperature": 0.0, "logit_bias": {2: 100.0}, "max_tokens": 4}
+    assert driver.complete([1, 5], **fields).stop_reason is None
+    assert driver.complete([1, 5], stop_token_ids=(2,), ignore_eos=True, **fields).stop_reason == 2
 
 
 def test_a_request_is_queued_whole_or_refused_whole() -> None:
@@ -248,7 +276,7 @@ def test_a_model_that_yields_no_numbers_ends_in_an_error() -> None:
             parameter.fill_(torch.nan)
     answer = driver.complete(random_prompt(5, VOCAB, 11), max_tokens=5)
     assert answer.finish_reason is FinishReason.ERROR
-    assert answer.error is not None and "not a number" in answer.error
+    assert answer.error is not None and "not finite" in answer.error
     settle(driver)
 
 

@@ -193,6 +193,27 @@ def test_a_lease_clears_the_last_tenant(device: torch.device) -> None:
     assert not bool(sampler.done_S[1])
 
 
+def test_one_tenants_bias_is_not_the_next_ones(device: torch.device) -> None:
+    """Also when a row beside it has a bias, so that the step looks at biases at all."""
+    sampler = Sampler(3, VOCAB, device=device)
+    sampler.lease([make_sequence(SamplingParams(temperature=0.0, logit_bias={7: 100.0}), slot=1)])
+    plain = make_sequence(SamplingParams(temperature=0.0), slot=1)
+    biased = make_sequence(SamplingParams(temperature=0.0, logit_bias={9: 100.0}), slot=2)
+    sampler.lease([plain])
+    sampler.lease([biased])
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 3] = 1.0
+    assert sample(sampler, [plain, biased], logits) == [3, 9]
+
+
+@pytest.mark.parametrize("logit", [-torch.inf, torch.inf])
+def test_nothing_to_choose_from_is_reported(logit: float, device: torch.device) -> None:
+    seq = make_sequence(SamplingParams(temperature=1.0, top_p=0.9), slot=1)
+    sampler = Sampler(2, VOCAB, device=device)
+    sampler.lease([seq])
+    assert sample(sampler, [seq], torch.full((1, VOCAB), logit)) == [-1]
+
+
 def test_min_tokens_bans_stop_tokens_only_until_then(device: torch.device) -> None:
     seq = make_sequence(SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(7,)), slot=1)
     sampler = Sampler(2, VOCAB, device=device)

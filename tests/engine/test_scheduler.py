@@ -146,20 +146,45 @@ def test_decodes_come_first_and_a_prompt_still_moves() -> None:
     assert lengths == [64] * 15 + [40]
 
 
+def schedule_prompts(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    scheduler.retire(batch)
+    return [(span.seq, span.length) for span in batch.prefills]
+
+
+def test_short_prompts_are_absorbed_in_order_of_arrival() -> None:
+    scheduler = make_scheduler(slots=8, budget=256)
+    prompts = [make_sequence(100) for _ in range(5)]
+    scheduler.add(prompts)
+    # The third gets a piece of what the first two leave; no later one may use the rest.
+    assert schedule_prompts(scheduler) == [(prompts[0], 100), (prompts[1], 64), (prompts[2], 64)]
+    first = scheduler.schedule(0.0)
+    assert first is not None
+    assert [(span.seq, span.length) for span in first.prefills] == [
+        (prompts[1], 36),
+        (prompts[2], 36),
+        (prompts[3], 100),
+        (prompts[4], 64),
+    ]
+
+
+def test_a_long_prompt_yields_half_of_the_budget_and_takes_what_nobody_needs() -> None:
+    scheduler = make_scheduler(slots=2, budget=512)
+    long, short, late = make_sequence(5000), make_sequence(40), make_sequence(40)
+    scheduler.add([long])
+    assert schedule_prompts(scheduler) == [(long, 512)]
+    scheduler.add([short, late])
+    assert schedule_prompts(scheduler) == [(long, 448), (short, 40)]
+    assert late in scheduler.waiting, "there is no slot for it"
+    assert schedule_prompts(scheduler) == [(long, 448)]
+
+
 def test_admission_is_first_come_first_served() -> None:
     scheduler = make_scheduler(slots=2, budget=128)
     first, second, third = (make_sequence(300) for _ in range(3))
     scheduler.add([first, second, third])
-    batch = scheduler.schedule(0.0)
-    assert batch is not None
-    assert [(span.seq, span.length) for span in batch.prefills] == [(first, 128)]
-    batch = scheduler.schedule(0.0)
-    assert batch is not None
-    assert [(span.seq, span.start, span.length) for span in batch.prefills] == [(first, 128, 128)]
-    batch = scheduler.schedule(0.0)
-    assert batch is not None
-    # 300 - 256 = 44 tokens end the first prompt; the second gets the grid pieces that fit into the rest.
-    assert [(span.seq, span.length) for span in batch.prefills] == [(first, 44), (second, 64)]
+    assert schedule_prompts(scheduler) == [(first, 64), (second, 64)]
     assert third in scheduler.waiting
 
 

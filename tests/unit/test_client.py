@@ -103,6 +103,23 @@ def test_slow_reader_gets_joined_events(tmp_path: Path) -> None:
         run(main(address))
 
 
+def test_reader_that_never_reads_loses_its_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.client._MAX_UNREAD_TOKENS", 50)
+    engine = ScriptedEngine()
+
+    async def main(address: str) -> None:
+        async with connected(address) as client:
+            mailbox = await client.submit(prompts=[[1]], n=1, params=tokens(1_000_000))
+            await eventually(lambda: engine.finished["cancelled"] == 1)
+            assert not engine.running
+            assert len((await anext(mailbox))[0].token_ids) > 50
+            with pytest.raises(EngineUnavailableError, match="too slowly"):
+                await anext(mailbox)
+
+    with serving(engine, tmp_path) as address:
+        run(main(address))
+
+
 def test_closing_cancels_and_ends_the_iteration(tmp_path: Path) -> None:
     engine = ScriptedEngine()
 

@@ -319,7 +319,8 @@ def _product(b_q, b_k, CHUNK: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr)
     return tl.dot(b_q, tl.trans(b_k), input_precision=_FLOAT32_PRODUCT)
 
 
-@triton.jit
+# The spans of a mixed batch are slices that begin anywhere: one variant for all alignments, or serving would compile.
+@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_from_zero"])
 def walk_kernel(
     p_q_decayed,
     p_k_decayed,

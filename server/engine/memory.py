@@ -87,6 +87,7 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         load_format=config.load_format,
         seed=config.seed,
     )
+    model.pack()
     per_state = state_bytes(model_config, dtype=dtype, state_dtype=state_dtype)
     per_slot = per_state + Sampler.bytes_per_slot(model_config.vocab_size)
     profile = allocate_states(model_config, _PROFILE_SLOTS, device=device, dtype=dtype, state_dtype=state_dtype)

@@ -17,6 +17,8 @@ sums, whose rounding would show in exp.
 States are float32 and are updated in place in the pool, without being gathered or scattered.
 """
 
+import math
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -40,13 +42,28 @@ def log_decay(
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
     """RMSNorm; see :func:`server.kernels.rms_norm`."""
-    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    return _normalize(x_TD, weight_D, eps)
 
 
 def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *, eps: float) -> Tensor:
     """RMSNorm per head, times swish of the output gate; see :func:`server.kernels.norm_gate`."""
-    o_TE = F.rms_norm(o_THV, o_THV.shape[2:], weight_V, eps).flatten(1)
+    o_TE = _normalize(o_THV, weight_V, eps).flatten(1)
     return o_TE if gate_TE is None else F.silu(gate_TE).mul_(o_TE)
+
+
+def _normalize(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, in float32, contiguous. With few rows its cost is the number of operations:
+    these are half as many as PyTorch's own rms_norm makes on the CPU."""
+    size = x.shape[-1]
+    weighted = x.float() if weight_D is None else x * weight_D.float()
+    root = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    root.hypot_(_constant(math.sqrt(size * eps)))  # the root of size * (mean square + eps)
+    return torch.addcdiv(_constant(0.0), weighted, root, value=math.sqrt(size)).to(x.dtype)
+
+
+@cache
+def _constant(value: float) -> Tensor:
+    return torch.tensor(value)
 
 
 def swiglu(gate_up_TJ: Tensor) -> Tensor:
@@ -84,7 +101,7 @@ def gla_decode(
     kv_heads, head_v = v_NGV.shape[1:]
     if True in from_zero_N.tolist():
         state_SGKV.index_fill_(0, slots_N[from_zero_N], 0.0)
-    q_NGRK = (q_NHK.float() * scale).reshape(rows, kv_heads, heads // kv_heads, head_k)
+    q_NGRK = q_NHK.float().view(rows, kv_heads, heads // kv_heads, head_k)
     k_NGK1 = k_NGK.float().unsqueeze(-1)
     v_NG1V = v_NGV.float().unsqueeze(-2)
     decay_NGK1 = g_NGK.exp().unsqueeze(-1)
@@ -93,7 +110,7 @@ def gla_decode(
         state_NGKV = state_SGKV[slots[start] : slots[start] + stop - start]
         state_NGKV.mul_(decay_NGK1[start:stop]).addcmul_(k_NGK1[start:stop], v_NG1V[start:stop])
         torch.matmul(q_NGRK[start:stop], state_NGKV, out=o_NGRV[start:stop])
-    return o_NGRV.view(rows, heads, head_v).to(v_NGV.dtype)
+    return o_NGRV.mul_(scale).view(rows, heads, head_v).to(v_NGV.dtype)
 
 
 def _runs(slots: list[int]) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ def window_nll(
     """Mean negative log-likelihood per token (nats) and the number of windows, by file name."""
     config = GLAConfig.from_folder(folder)
     model = load_model(folder, config, device=device, dtype=dtype)
+    model.pack()
     states = allocate_states(config, batch, device=device, dtype=dtype, state_dtype=torch.float32)
     tokenizer = load_tokenizer(folder)
     bos = tokenizer.bos_token_id

@@ -35,6 +35,7 @@ class Lab:
         self.config = GLAConfig.from_folder(folder)
         self.device = torch.device(device)
         self.model: GLAModel = load_model(folder, self.config, device=device, dtype=dtype)
+        self.model.pack()
         self.state: StateTensors = allocate_states(
             self.config, num_slots, device=self.device, dtype=dtype, state_dtype=torch.float32
         )

@@ -89,7 +89,7 @@ def gla_decode(
     order are sorted by slot first, which moves vectors, not states.
     """
     slots = slots_N.tolist()
-    if any(after < before for before, after in pairwise(slots)):
+    if slots != sorted(slots):
         order = slots_N.argsort(stable=True)
         q_sorted, k_sorted, v_sorted, g_sorted = (x.index_select(0, order) for x in (q_NHK, k_NGK, v_NGV, g_NGK))
         o_sorted = gla_decode(
@@ -101,22 +101,21 @@ def gla_decode(
     kv_heads, head_v = v_NGV.shape[1:]
     if True in from_zero_N.tolist():
         state_SGKV.index_fill_(0, slots_N[from_zero_N], 0.0)
-    q_NGRK = q_NHK.float().view(rows, kv_heads, heads // kv_heads, head_k)
-    k_NGK1 = k_NGK.float().unsqueeze(-1)
-    v_NG1V = v_NGV.float().unsqueeze(-2)
-    decay_NGK1 = g_NGK.exp().unsqueeze(-1)
+    q_NGRK = q_NHK.float().reshape(rows, kv_heads, heads // kv_heads, head_k)
     o_NGRV = q_NGRK.new_empty((rows, kv_heads, heads // kv_heads, head_v))
-    for start, stop in _runs(slots):
-        state_NGKV = state_SGKV[slots[start] : slots[start] + stop - start]
-        state_NGKV.mul_(decay_NGK1[start:stop]).addcmul_(k_NGK1[start:stop], v_NG1V[start:stop])
-        torch.matmul(q_NGRK[start:stop], state_NGKV, out=o_NGRV[start:stop])
-    return o_NGRV.mul_(scale).view(rows, heads, head_v).to(v_NGV.dtype)
+    columns = (q_NGRK, k_NGK.float().unsqueeze(-1), v_NGV.float().unsqueeze(-2), g_NGK.exp().unsqueeze(-1), o_NGRV)
+    firsts, lengths = _runs(slots)
+    parts = [columns] if len(firsts) == 1 else zip(*(column.split(lengths) for column in columns), strict=True)
+    for first, length, (q, k, v, decay, o) in zip(firsts, lengths, parts, strict=True):
+        state_NGKV = state_SGKV[first : first + length].mul_(decay).addcmul_(k, v)
+        o.flatten(0, 1).baddbmm_(q.flatten(0, 1), state_NGKV.flatten(0, 1), beta=0, alpha=scale)
+    return o_NGRV.view(rows, heads, head_v).to(v_NGV.dtype)
 
 
-def _runs(slots: list[int]) -> list[tuple[int, int]]:
-    """Cut rows into the longest runs [start, stop) whose slots are consecutive."""
-    cuts = [row for row, (before, after) in enumerate(pairwise(slots), start=1) if after != before + 1]
-    return list(pairwise([0, *cuts, len(slots)])) if slots else []
+def _runs(slots: list[int]) -> tuple[list[int], list[int]]:
+    """Cut ascending slots into the longest runs of consecutive ones: the first of each, and their lengths."""
+    starts = [row for row, slot in enumerate(slots) if row == 0 or slot != slots[row - 1] + 1]
+    return [slots[start] for start in starts], [stop - start for start, stop in pairwise([*starts, len(slots)])]
 
 
 def gla_prefill(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from server.kernels.packed import PackedMatrix
 
@@ -31,8 +31,8 @@ FEATURE_MAP_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 approximation by tanh)."""
 
 
-class Projection(nn.Module):
-    """A matrix that rows are multiplied by; its weight [outputs, inputs] is uninitialised and has no gradient.
+class Projection:
+    """A matrix that rows are multiplied by; its weight [outputs, inputs] is uninitialised.
 
     On the CPU, one with more outputs than inputs is stored by columns: for a few rows, MKL is then up to three times as
     fast. :meth:`pack` does better still, where it can.
@@ -42,24 +42,18 @@ class Projection(nn.Module):
     """
 
     def __init__(self, outputs: int, inputs: int, *, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
         if device.type == "cpu" and outputs > inputs:
             weight = torch.empty((inputs, outputs), device=device, dtype=dtype).t()
         else:
             weight = torch.empty((outputs, inputs), device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = weight
         self._packed: PackedMatrix | None = None
 
     def pack(self) -> None:
         """Replace the weight, now final, by a form that is multiplied faster, if there is one."""
         self._packed = PackedMatrix.pack(self.weight)
         if self._packed is not None:
-            self.weight = nn.Parameter(self.weight.new_empty((0, 0)), requires_grad=False)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the weight."""
-        return self.weight.nbytes if self._packed is None else self._packed.num_bytes
+            self.weight = self.weight.new_empty((0, 0))
 
     def multiply(self, x_TI: Tensor) -> Tensor:
         """x @ weight.T: [T, outputs], for x [T, inputs] of the weight's dtype."""

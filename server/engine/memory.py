@@ -87,6 +87,7 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         load_format=config.load_format,
         seed=config.seed,
     )
+    weight_bytes = sum(view.nbytes for view in model.checkpoint_tensors().values())
     model.pack()
     per_state = state_bytes(model_config, dtype=dtype, state_dtype=state_dtype)
     per_slot = per_state + Sampler.bytes_per_slot(model_config.vocab_size)
@@ -118,7 +119,7 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         "%s: %s weights, %.1f MiB; one request's state is %.2f MiB, constant at any length",
         device_name,
         dtype_name,
-        sum(p.numel() * p.element_size() for p in model.parameters()) / _MiB,
+        weight_bytes / _MiB,
         per_state / _MiB,
     )
     logger.info(

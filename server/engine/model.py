@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from server.engine.batch import ModelInputs
 from server.engine.config import GLAConfig
@@ -14,7 +14,7 @@ _GATE_RANK = 16
 _GATE_NORMALIZER = 16
 
 
-class GLAModel(nn.Module):
+class GLAModel:
     """A ``gla`` checkpoint's network, without gradients.
 
     Weights are uninitialised until :func:`server.engine.checkpoint.load_model` has filled them. Projections of one
@@ -28,11 +28,10 @@ class GLAModel(nn.Module):
     """
 
     def __init__(self, config: GLAConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__()
         self.config = config
         self.dtype = dtype
         device = torch.device(device)
-        self.layers = nn.ModuleList(GLALayer(config, device, dtype) for _ in range(config.num_hidden_layers))
+        self.layers = [GLALayer(config, device, dtype) for _ in range(config.num_hidden_layers)]
         self.norm = _weight(config.hidden_size, device=device, dtype=dtype)
         self.lm_head = Projection(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         if config.tie_word_embeddings:
@@ -47,7 +46,6 @@ class GLAModel(nn.Module):
         """
         tensors: dict[str, Tensor] = {"model.embeddings.weight": self.embeddings, "model.norm.weight": self.norm}
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, GLALayer)
             tensors |= {f"model.layers.{i}.{name}": view for name, view in layer.checkpoint_tensors().items()}
         if not self.config.tie_word_embeddings:
             tensors["lm_head.weight"] = self.lm_head.weight
@@ -58,9 +56,10 @@ class GLAModel(nn.Module):
 
         Afterwards :meth:`checkpoint_tensors` must not be asked for.
         """
-        for module in self.modules():
-            if isinstance(module, Projection):
-                module.pack()
+        self.lm_head.pack()
+        for layer in self.layers:
+            for projection in (layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj):
+                projection.pack()
 
     @torch.inference_mode()
     def forward(self, inputs: ModelInputs, state: StateTensors) -> Tensor:
@@ -86,7 +85,7 @@ class GLAModel(nn.Module):
         x_TD = F.embedding(inputs.token_ids_T, self.embeddings)
         conv_states = [None] * len(self.layers) if state.conv_LSWD is None else state.conv_LSWD.unbind()
         for layer, state_SGKV, conv_SWD in zip(self.layers, state.recurrent_LSGKV.unbind(), conv_states, strict=True):
-            layer(x_TD, inputs, state_SGKV, conv_SWD, conv_index)
+            layer.forward(x_TD, inputs, state_SGKV, conv_SWD, conv_index)
         x_RD = x_TD.index_select(0, inputs.output_rows_R)
         x_RD = rms_norm(x_RD, self.norm, eps=self.config.norm_eps)
         if x_RD.is_cuda and self.dtype != torch.float32:
@@ -95,11 +94,10 @@ class GLAModel(nn.Module):
         return self.lm_head.multiply(x_RD).float()
 
 
-class GLALayer(nn.Module):
+class GLALayer:
     """One layer: gated linear attention and a gated MLP, each behind an RMSNorm and added to its input."""
 
     def __init__(self, config: GLAConfig, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
         self.config = config
         width, inner = config.hidden_size, config.intermediate_size
         self.qkv_sizes = (config.key_dim, config.kv_key_dim, config.kv_value_dim)
@@ -215,6 +213,6 @@ class GLALayer(nn.Module):
         return torch.cat((o_decode, o_prefill))
 
 
-def _weight(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised weight without gradient."""
-    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+def _weight(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """An uninitialised weight."""
+    return torch.empty(shape, device=device, dtype=dtype)

@@ -19,8 +19,8 @@ class PackedMatrix:
     """A float32 matrix [N, K] that float16 holds.
 
     Args:
-        packed: what FBGEMM made of it.
-        num_bytes: its size.
+        packed: what FBGEMM made of it, an opaque handle.
+        zeros_N: a bias of nothing, float32 [N].
     """
 
     __slots__ = ("_packed", "_zeros_N")

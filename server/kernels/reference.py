@@ -55,8 +55,9 @@ def _normalize(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the last dimension, in float32, contiguous. With few rows its cost is the number of operations:
     these are half as many as PyTorch's own rms_norm makes on the CPU."""
     size = x.shape[-1]
-    weighted = x.float() if weight_D is None else x * weight_D.float()
-    root = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    x_float = x.float()
+    weighted = x_float if weight_D is None else x_float * weight_D.float()
+    root = torch.linalg.vector_norm(x_float, dim=-1, keepdim=True)
     root.hypot_(_constant(math.sqrt(size * eps)))  # the root of size * (mean square + eps)
     return torch.addcdiv(_constant(0.0), weighted, root, value=math.sqrt(size)).to(x.dtype)
 

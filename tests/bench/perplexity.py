@@ -44,7 +44,7 @@ def window_nll(
         for rows in windows.split(batch):
             count = len(rows)
             tokens = rows.flatten().to(device)
-            logits = model(
+            logits = model.forward(
                 ModelInputs(
                     token_ids_T=tokens,
                     num_decodes=0,

@@ -67,7 +67,7 @@ class Lab:
             prefill_lengths=tuple(lengths),
             output_rows_R=tensor(range(len(tokens)) if rows is None else rows),
         )
-        return self.model(inputs, self.state).cpu()
+        return self.model.forward(inputs, self.state).cpu()
 
     def prefill(self, token_ids: Sequence[int], slot: int = 1) -> Tensor:
         return self.step(prefills=[(slot, token_ids, True)])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.kernels.packed import PackedMatrix
+from server.kernels import PackedMatrix
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -54,6 +54,11 @@ class Projection:
         self._packed = PackedMatrix.pack(self.weight)
         if self._packed is not None:
             self.weight = self.weight.new_empty((0, 0))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether :meth:`pack` found a faster form."""
+        return self._packed is not None
 
     def multiply(self, x_TI: Tensor) -> Tensor:
         """x @ weight.T: [T, outputs], for x [T, inputs] of the weight's dtype."""

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from server.kernels import reference
+from server.kernels.packed import PackedMatrix
 
-__all__ = ["gla_decode", "gla_prefill", "log_decay", "norm_gate", "rms_norm", "swiglu"]
+__all__ = ["PackedMatrix", "gla_decode", "gla_prefill", "log_decay", "norm_gate", "rms_norm", "swiglu"]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -43,13 +43,16 @@ class PackedMatrix:
         if weight_NK.device.type != "cpu" or weight_NK.dtype != torch.float32:
             return None
         # FBGEMM is for x86 with AVX2; PyTorch names it or what contains it only where it runs.
-        if torch.backends.quantized.engine not in ("fbgemm", "x86"):
+        if torch.backends.quantized.engine not in ("fbgemm", "x86") or not hasattr(
+            torch, "fbgemm_pack_gemm_matrix_fp16"
+        ):
             return None
         error = torch.linalg.vector_norm(weight_NK.half().float() - weight_NK)
         if not error <= _ROUNDING * torch.linalg.vector_norm(weight_NK):
             return None
         with warnings.catch_warnings():
-            # "Deprecated", since 2022; PyTorch's own ahead-of-time compiler relies on it. Said once, at the first use.
+            # Called deprecated since 2022, yet PyTorch's ahead-of-time compiler relies on them; said once, at the first
+            # use. The operations meant to follow them take ten times as long to call, with objects instead of tensors.
             warnings.filterwarnings("ignore", message="fbgemm_.* is deprecated")
             matrix = cls(
                 torch.fbgemm_pack_gemm_matrix_fp16(weight_NK.contiguous()), weight_NK.new_zeros(len(weight_NK))

@@ -142,6 +142,15 @@ def test_shipped_model(device: str) -> None:
     check_greedy(lab, lab.prefill(prompt), expected)
 
 
+@pytest.mark.skipif(torch.backends.quantized.engine not in ("fbgemm", "x86"), reason="FBGEMM is for x86 with AVX2")
+def test_the_shipped_models_projections_are_packed_on_the_cpu() -> None:
+    """Its speed on the CPU rests on it."""
+    model = Lab(CLASSICS).model
+    layer = model.layers[0]
+    projections = (layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj, model.lm_head)
+    assert all(projection.is_packed for projection in projections)
+
+
 @pytest.mark.gpu
 def test_shipped_model_in_bfloat16() -> None:
     expected = load_file(FIXTURES / "classics-11m" / "expected.safetensors")

@@ -217,11 +217,11 @@ class Sampler:
 def _argmax(logits_RV: Tensor) -> Tensor:
     """The first of the largest logits of each row.
 
-    On the CPU in two steps, first a block of the vocabulary and then a token of it: PyTorch finds maxima there twenty
-    times as fast as it finds where they are.
+    On the CPU in two steps, first a block of the vocabulary and then a token of it: with several rows, PyTorch finds
+    maxima there ten times as fast as it finds where they are.
     """
     rows, vocab_size = logits_RV.shape
-    if logits_RV.is_cuda or vocab_size % _BLOCK:
+    if logits_RV.is_cuda or rows == 1 or vocab_size % _BLOCK:
         return logits_RV.argmax(-1)
     logits_RNB = logits_RV.view(rows, -1, _BLOCK)
     block_R1 = logits_RNB.amax(-1).argmax(-1, keepdim=True)

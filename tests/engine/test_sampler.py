@@ -143,6 +143,18 @@ def test_a_row_is_the_same_alone_and_in_any_batch(device: torch.device) -> None:
         assert tokens == [row[i] for row in batched], seq.params
 
 
+@pytest.mark.parametrize("vocab_size", [VOCAB, 512])
+def test_greedy_takes_the_first_of_the_largest(vocab_size: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randint(0, 9, (6, vocab_size), generator=generator).float()
+    sequences = [make_sequence(SamplingParams(temperature=0.0), slot=i + 1) for i in range(6)]
+    sampler = Sampler(9, vocab_size, device=device)
+    sampler.lease(sequences)
+    assert sample(sampler, sequences, logits, 0) == [row.index(max(row)) for row in logits.tolist()]
+    for seq, row in zip(sequences, logits, strict=True):
+        assert sample(sampler, [seq], row[None], 0) == [row.tolist().index(float(row.max()))]
+
+
 def test_penalties_follow_the_formula(device: torch.device) -> None:
     params = SamplingParams(
         temperature=0.0, presence_penalty=0.7, frequency_penalty=0.3, repetition_penalty=1.5, logprobs=1

@@ -7,6 +7,7 @@ prefill     prompts of several lengths, one token sampled from each: prompt toke
 mixed       running requests while prompts of 8192 tokens arrive one behind the other: the time between their tokens,
             against the same without arrivals
 context     one sequence after contexts of 1,000 to 1,000,000 tokens: the time per token; the first one again at the end
+fla         where flash-linear-attention is installed: decode of its own model, see :mod:`tests.bench.fla_model`
 workload    ``--streams`` requests at once from submission to the last token, as :mod:`tests.bench.http` sends them
 
 Steps are timed on the host, from one return of ``Engine.step`` to the next.
@@ -14,8 +15,12 @@ Steps are timed on the host, from one return of ``Engine.step`` to the next.
 
 import argparse
 import itertools
+import json
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +30,7 @@ import torch
 from server.engine.engine import Engine
 from server.settings import EngineConfig, Settings
 from server.types import GenerateRequest, SamplingParams, pack_tokens
-from tests.bench.common import Row, add_output_flags, environment, finish, print_table
+from tests.bench.common import Row, add_output_flags, environment, finish, installed, print_table
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 CLIENT = b"bench"
@@ -191,6 +196,19 @@ def workload_rows(bench: Bench, streams: int, prompt_length: int, tokens: int) -
     yield {"op": "workload", "streams": streams, "prompt": prompt_length, "tokens": tokens, "tokens/s": rate}
 
 
+def fla_rows(model: Path, seconds: float) -> list[Row]:
+    """Decode with fla's modules, in a process of its own, which gives its memory back."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, "-m", "tests.bench.fla_model", "--model", f"{model}", "--json", file.name]
+        try:
+            subprocess.run(command, check=True, timeout=seconds)
+        except subprocess.SubprocessError as error:
+            print(f"fla is left out: {error}")
+            return []
+        rows: list[Row] = json.loads(Path(file.name).read_text())
+    return rows
+
+
 def build_engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
     return Engine(
         EngineConfig(
@@ -214,13 +232,15 @@ def build_engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
 
 def parse_arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
+    peer = "fla," if installed("fla") and installed("fla.models") else ""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--load-format", default="auto", choices=["auto", "dummy"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--state-dtype", default=Settings.model_fields["state_dtype"].default)
-    parser.add_argument("--ops", default="decode,prefill,mixed,context" if cuda else "decode,prefill")
+    parser.add_argument("--ops", default=f"{peer}decode,prefill,mixed,context" if cuda else "decode,prefill")
+    parser.add_argument("--peer-seconds", type=float, default=60, help="most that fla may take")
     parser.add_argument("--batch", type=_numbers, default=[1 << i for i in range(11)] if cuda else [1, 16])
     parser.add_argument("--prompt-length", type=int, default=64, help="of decode and workload")
     parser.add_argument("--steps", type=int, default=128, help="timed for each figure")
@@ -245,9 +265,15 @@ def _numbers(text: str) -> list[int]:
 
 def main() -> None:
     args = parse_arguments()
+    ops = args.ops.split(",")
+    every: list[Row] = []
+    if "fla" in ops:
+        ops.remove("fla")
+        print("fla")
+        every += fla_rows(args.model, args.peer_seconds)
     most = {"decode": max(args.batch), "mixed": max(args.running) + 2, "workload": args.streams}
     start = time.perf_counter()
-    engine = build_engine(args, max(most.get(op, 64) for op in args.ops.split(",")))
+    engine = build_engine(args, max(most.get(op, 64) for op in ops))
     env = environment(engine.info.device)
     print(
         f"{env['device']}: {args.model.name}, {engine.info.dtype} weights, {engine.info.state_dtype} states, "
@@ -262,8 +288,7 @@ def main() -> None:
         "workload": lambda: workload_rows(bench, args.streams, args.prompt_length, args.tokens),
     }
     list(decode_rows(bench, [1], 300, 4))  # warm-up
-    every: list[Row] = []
-    for op in args.ops.split(","):
+    for op in ops:
         rows = list(measure[op]())
         print(f"\n{op}")
         print_table(rows, [name for name in rows[0] if name != "op"])

@@ -112,6 +112,9 @@ def _engine(report: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
                 axes.annotate(_short(y), (x, y), place, textcoords="offset points", ha=align, fontsize=8)
             if op == "decode":
                 axes.set_yscale("log")
+                if peer := [(row["batch"], row["tokens/s"]) for row in _select(rows, op="fla")]:
+                    _curve(axes, peer, _PEERS["fla"])
+                    axes.annotate("fla", peer[-1], (6, 0), textcoords="offset points", color=_PEERS["fla"], va="center")
             _axes(axes, [x for x, _ in points], bottom=None if op == "decode" else 0)
             axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
 

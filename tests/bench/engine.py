@@ -289,9 +289,9 @@ def main() -> None:
     }
     list(decode_rows(bench, [1], 300, 4))  # warm-up
     for op in ops:
-        rows = list(measure[op]())
+        rows = [row | {"implementation": f"gale {engine.info.state_dtype}"} for row in measure[op]()]
         print(f"\n{op}")
-        print_table(rows, [name for name in rows[0] if name != "op"])
+        print_table(rows, [name for name in rows[0] if name not in ("op", "implementation")])
         every += rows
     setting = {
         "model": args.model.name,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from tests.bench.common import Row, print_table
-from tests.bench.peers import quicken_tuning
+from tests.bench.peers import FLA, quicken_tuning
 
 PROMPT = 64
 WARMUP_STEPS = 4
@@ -48,7 +48,13 @@ def decode_rows(model: torch.nn.Module, vocab_size: int, batches: Sequence[int],
             times.append(time.perf_counter() - start)
         times = times[1 + WARMUP_STEPS :]
         median = statistics.median(times) * 1e3
-        yield {"op": "fla", "batch": batch, "tokens/s": batch * steps / sum(times), "ms median": median}
+        yield {
+            "op": "decode",
+            "implementation": FLA,
+            "batch": batch,
+            "tokens/s": batch * steps / sum(times),
+            "ms median": median,
+        }
 
 
 def main() -> None:
@@ -62,7 +68,7 @@ def main() -> None:
     model = build_model(args.model)
     batches = [int(size) for size in args.batch.split(",")]
     rows = list(decode_rows(model, model.config.vocab_size, batches, args.steps))
-    print_table(rows, [name for name in rows[0] if name != "op"])
+    print_table(rows, ["batch", "tokens/s", "ms median"])
     if args.json:
         args.json.write_text(json.dumps(rows))
 

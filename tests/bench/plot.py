@@ -1,6 +1,9 @@
-"""Draws what the benches wrote with ``--json``, each file as a PNG beside it.
+"""Draws what the benches wrote with ``--json``, as a PNG beside each file.
 
     python -m tests.bench.plot kernels.json engine.json http.json
+
+Several files of the engine, for several types of states, become one picture: all in the panel of decode, which the
+first names; the other panels are of the first.
 
 Needs matplotlib (``pip install -c constraints.txt '.[bench]'``).
 """
@@ -46,7 +49,7 @@ Points = Sequence[tuple[float, float]]
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Draw a bench's report as a PNG."""
     panels = {"kernels": _kernels, "engine": _engine, "http": _http}[report["bench"]](report)
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2 * columns, 4.1 * lines + 0.7), layout="constrained", dpi=130)
@@ -98,33 +101,34 @@ def _context_panel(axes: Axes, rows: Sequence[Row], shape: str) -> None:
 def _engine(report: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
     rows: Sequence[Row] = report["rows"]
     setting = report["setting"]
-    name = f"{setting['model']}, {setting['dtype']} weights, {setting['state dtype']} states"
     panels: list[Callable[[Axes], None]] = []
+    if decode := _select(rows, op="decode"):
+
+        def decode_panel(axes: Axes) -> None:
+            _lines(axes, decode, "batch", "tokens/s")
+            title = f"Decode: {setting['model']}, {setting['dtype']} weights"
+            axes.set(title=title, xlabel="sequences", ylabel="tokens per second")
+
+        panels.append(decode_panel)
 
     def curve(op: str, key: str, value: str, title: str, xlabel: str, ylabel: str) -> None:
         # The first context is measured again at the end, to see whether the machine has changed.
-        points = list({row[key]: (row[key], row[value]) for row in reversed(_select(rows, op=op))}.values())[::-1]
+        chosen = _select(rows, op=op, implementation=f"gale {setting['state dtype']}")
+        points = list({row[key]: (row[key], row[value]) for row in reversed(chosen)}.values())[::-1]
 
         def panel(axes: Axes) -> None:
             _curve(axes, points, _OURS[0])
-            place, align = ((-4, 5), "right") if op == "decode" else ((0, 7), "center")
             for x, y in points:
-                axes.annotate(_short(y), (x, y), place, textcoords="offset points", ha=align, fontsize=8)
-            if op == "decode":
-                axes.set_yscale("log")
-                if peer := [(row["batch"], row["tokens/s"]) for row in _select(rows, op="fla")]:
-                    _curve(axes, peer, _PEERS["fla"])
-                    axes.annotate("fla", peer[-1], (6, 0), textcoords="offset points", color=_PEERS["fla"], va="center")
-            _axes(axes, [x for x, _ in points], bottom=None if op == "decode" else 0)
+                axes.annotate(_short(y), (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+            _axes(axes, [x for x, _ in points], bottom=0)
             axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
 
         if points:
             panels.append(panel)
 
-    curve("decode", "batch", "tokens/s", f"Decode: {name}", "sequences", "tokens per second")
     curve("prefill", "length", "tokens/s", "Prefill by prompt length", "tokens of a prompt", "tokens per second")
     curve("context", "context", "ms median", "A token after a context", "tokens of context", "ms per token")
-    if mixed := _select(rows, op="mixed"):
+    if mixed := _select(rows, op="mixed", implementation=f"gale {setting['state dtype']}"):
         panels.append(lambda axes: _mixed_panel(axes, mixed))
     return panels
 
@@ -252,9 +256,20 @@ def _distinct(rows: Iterable[Row], key: str) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", type=Path, nargs="+", metavar="FILE.json")
+    engine: tuple[dict[str, Any], Path] | None = None
     for path in parser.parse_args().reports:
-        draw(json.loads(path.read_text()), path.with_suffix(".png"))
-        print(path.with_suffix(".png"))
+        report, target = json.loads(path.read_text()), path.with_suffix(".png")
+        if report["bench"] == "engine":
+            if engine is not None:
+                engine[0]["rows"] += report["rows"]
+                continue
+            engine = report, target
+        else:
+            draw(report, target)
+            print(target)
+    if engine is not None:
+        draw(*engine)
+        print(engine[1])
 
 
 if __name__ == "__main__":

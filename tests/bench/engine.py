@@ -247,7 +247,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=_numbers, default=[512, 2048, 8192, 32768] if cuda else [512])
     parser.add_argument("--prefill-tokens", type=int, default=1 << 17 if cuda else 1 << 13, help="in all, per length")
     parser.add_argument("--running", type=_numbers, default=[32, 256] if cuda else [4], help="of mixed")
-    parser.add_argument("--prompts", type=int, default=8, help="of mixed, that arrive")
+    parser.add_argument("--prompts", type=int, default=24, help="of mixed, that arrive")
     parser.add_argument("--contexts", type=_numbers, default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--streams", type=int, default=256, help="of workload")
     parser.add_argument("--tokens", type=int, default=1024, help="of workload, per stream")

@@ -1,9 +1,9 @@
-"""Draws what the benches wrote with ``--json``, as a PNG beside each file.
+"""Draws what the benches wrote with ``--json``, as PNGs beside the files.
 
     python -m tests.bench.plot kernels.json engine.json http.json
 
-Several files of the engine, for several types of states, become one picture: all in the panel of decode, which the
-first names; the other panels are of the first.
+Several files of one bench become one picture beside the first: of the kernels, for further shapes; of the engine, for
+further types of states, which join the panel of decode.
 
 Needs matplotlib (``pip install -c constraints.txt '.[bench]'``).
 """
@@ -256,20 +256,16 @@ def _distinct(rows: Iterable[Row], key: str) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", type=Path, nargs="+", metavar="FILE.json")
-    engine: tuple[dict[str, Any], Path] | None = None
+    pictures: dict[str, tuple[dict[str, Any], Path]] = {}
     for path in parser.parse_args().reports:
-        report, target = json.loads(path.read_text()), path.with_suffix(".png")
-        if report["bench"] == "engine":
-            if engine is not None:
-                engine[0]["rows"] += report["rows"]
-                continue
-            engine = report, target
+        report = json.loads(path.read_text())
+        if report["bench"] in pictures:
+            pictures[report["bench"]][0]["rows"] += report["rows"]
         else:
-            draw(report, target)
-            print(target)
-    if engine is not None:
-        draw(*engine)
-        print(engine[1])
+            pictures[report["bench"]] = report, path.with_suffix(".png")
+    for report, path in pictures.values():
+        draw(report, path)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import uvicorn
 from server.api.app import create_app
 from server.api.client import EngineClient
 from server.api.protocol import HttpProtocol
-from server.child import ChildContext, Drain, EngineDied, Ready
+from server.child import ChildContext, Drain, EngineDied, Ready, keep_loaded
 from server.errors import EngineUnavailableError
 from server.listeners import BACKLOG
 from server.settings import ApiSettings
@@ -86,6 +86,7 @@ class ApiProcess:
 
     async def _announce(self) -> None:
         await self._client.wait_ready()
+        keep_loaded()
         self._context.tell(Ready())
 
     def _obey(self) -> None:

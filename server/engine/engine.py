@@ -187,9 +187,10 @@ class Engine:
         tokens = step.fetch()
         now = time.monotonic()
         for row, (span, token) in enumerate(zip(step.rows, tokens, strict=True)):
+            seq = span.seq
             # A sequence that ended meanwhile was still part of the step launched ahead.
-            if not span.seq.finished:
-                self._advance(span.seq, token, step, row, now)
+            if seq.finish_reason is FinishReason.RUNNING:
+                self._advance(seq, token, step, row, now)
         self._figures.prompt_tokens += sum(span.length for span in step.batch.prefills)
         self.scheduler.retire(step.batch)
 
@@ -209,20 +210,22 @@ class Engine:
         text, reason, stop_reason = self._judge(seq, token)
         if reason is not FinishReason.RUNNING:
             self._finish(seq, reason, now)
-        self._outbox.token(seq, token, text, logprobs=step.fetch_logprobs(row), stop_reason=stop_reason)
+        logprobs = None if seq.params.logprobs is None else step.fetch_logprobs(row)
+        self._outbox.token(seq, token, text, logprobs=logprobs, stop_reason=stop_reason)
 
     def _judge(self, seq: Sequence, token: int) -> tuple[bytes, FinishReason, int | str | None]:
         """The new token's text, whether it ends the sequence, and which stop string or id did."""
-        flush = seq.matcher.flush if seq.matcher is not None else bytes
+        matcher = seq.matcher
         if token in seq.stop_ids:
-            return flush(), FinishReason.STOP, None if token in self._eos and not seq.params.ignore_eos else token
-        text = self._token_bytes[token] if self._token_bytes is not None else b""
-        if seq.matcher is not None and len(seq.outputs) > seq.params.min_tokens:
-            text, found = seq.matcher.feed(text)
+            text = b"" if matcher is None else matcher.flush()
+            return text, FinishReason.STOP, None if token in self._eos and not seq.params.ignore_eos else token
+        text = b"" if self._token_bytes is None else self._token_bytes[token]
+        if matcher is not None and len(seq.outputs) > seq.params.min_tokens:
+            text, found = matcher.feed(text)
             if found is not None:
                 return text, FinishReason.STOP, found
         if len(seq.outputs) == seq.max_tokens:
-            return text + flush(), FinishReason.LENGTH, None
+            return text if matcher is None else text + matcher.flush(), FinishReason.LENGTH, None
         return text, FinishReason.RUNNING, None
 
     def _finish(self, seq: Sequence, reason: FinishReason, now: float | None = None) -> None:

@@ -4,7 +4,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from server.child import ChildContext, Ready
+from server.child import ChildContext, Ready, keep_loaded
 from server.ipc import EngineChannel
 from server.settings import EngineConfig
 from server.types import (
@@ -102,7 +102,9 @@ def main(context: ChildContext, config: EngineConfig) -> None:
     # Imported late: torch takes a second or two.
     from server.engine.engine import Engine
 
-    serve(context, Engine(config), channel)
+    engine = Engine(config)
+    keep_loaded()
+    serve(context, engine, channel)
 
 
 def serve(context: ChildContext, engine: "Engine", channel: EngineChannel) -> None:

@@ -9,12 +9,15 @@ change its result.
 from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import islice
+from operator import attrgetter
 
 from server.engine.batch import Batch, Span
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
 from server.settings import CHUNK
 from server.types import FinishReason
+
+_slot = attrgetter("slot")
 
 PREFILL_GRID = CHUNK
 """Prompt pieces end at multiples of this position (the kernels' chunk), or at the prompt's end."""
@@ -57,13 +60,16 @@ class Scheduler:
         Args:
             now: ``time.monotonic()``, noted as the moment of admission of newly leased sequences.
         """
-        decodes = [
-            self._launch(seq, 1) for seq in self.running if seq.num_launched >= len(seq.prompt) and seq.wants_token
-        ]
+        decodes: list[Span] = []
+        prompts: list[Sequence] = []
+        for seq in self.running:
+            if seq.num_launched < len(seq.prompt):
+                prompts.append(seq)
+            elif seq.max_tokens is None or seq.num_sampled < seq.max_tokens:
+                decodes.append(self._launch(seq, 1))
         # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing.
-        decodes.sort(key=lambda span: span.slot)
+        decodes.sort(key=_slot)
         budget = max(self._token_budget - len(decodes), PREFILL_GRID)
-        prompts = [seq for seq in self.running if seq.prompt_remaining]
         prompts += islice(self.waiting, self.allocator.num_free)
         prefills: list[Span] = []
         leased: list[Sequence] = []
@@ -81,11 +87,12 @@ class Scheduler:
 
     @staticmethod
     def _launch(seq: Sequence, length: int) -> Span:
-        assert seq.slot is not None
+        slot = seq.slot
+        assert slot is not None
         start = seq.num_launched
         samples = start + length >= len(seq.prompt)
-        span = Span(seq, seq.slot, start, length, samples, seq.num_sampled)
-        seq.num_launched += length
+        span = Span(seq, slot, start, length, samples, seq.num_sampled)
+        seq.num_launched = start + length
         seq.num_sampled += samples
         seq.in_flight += 1
         return span
@@ -103,9 +110,10 @@ class Scheduler:
     def retire(self, batch: Batch) -> None:
         """Note that a launched step has completed: release the slots nobody refers to any more."""
         for span in batch.spans:
-            span.seq.in_flight -= 1
-            if span.seq.finished:
-                self._release_if_idle(span.seq)
+            seq = span.seq
+            seq.in_flight -= 1
+            if seq.finish_reason is not FinishReason.RUNNING:
+                self._release_if_idle(seq)
 
     def _release_if_idle(self, seq: Sequence) -> None:
         if seq.in_flight == 0:

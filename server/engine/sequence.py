@@ -48,8 +48,3 @@ class Sequence:
     def prompt_remaining(self) -> int:
         """Prompt tokens not yet given to a launched step."""
         return max(0, len(self.prompt) - self.num_launched)
-
-    @property
-    def wants_token(self) -> bool:
-        """Whether a further sampling may be launched."""
-        return not self.finished and (self.max_tokens is None or self.num_sampled < self.max_tokens)

@@ -1,28 +1,45 @@
-"""Times of the Triton kernels on one GPU, one layer at a time: medians of CUDA-graph replays on random data.
+"""Times of the kernels on one GPU, one layer at a time, beside the peers'. Medians of CUDA-graph replays, random data.
 
-    python -m tests.bench.kernels [--shapes 1.3B,7B] [--json FILE]    the sizes chosen by shape
-    python -m tests.bench.kernels --sweep                             other sizes, to choose them by
+    python -m tests.bench.kernels [--shapes 1.3B,7B] [--ops decode,prefill] [--json FILE] [--plot FILE]
+    python -m tests.bench.kernels --sweep                             other sizes than those chosen by shape
 
 Decode rotates through states of half a gigabyte and more, so that every state comes from memory and not from the
-cache. GB/s counts each state once read and once written.
+cache; its floor is the least that a step must move, at the rate of a copy. Prefill's floor is the larger of the bytes
+(queries, keys, values, gates and outputs, 16 bits each, once) and of the products at the rate of a large one. The last
+table is one token at the end of a context: softmax attention reads all keys and values, GLA its state.
+
+The peers are flash-linear-attention, where it is installed, and softmax attention (:mod:`tests.bench.peers`);
+``--no-peers`` leaves them out, ``--peer-seconds`` bounds what compiling fla in advance may take.
 """
 
 import argparse
 import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
 
 from server.kernels import decode, prefill
+from tests.bench import peers
+from tests.bench.common import Row, add_output_flags, environment, finish, pivot, print_table
+from tests.bench.timing import copy_rate, graph_time, product_rate, read_rate
 
-HEADS = {"1.3B": (4, 4, 256, 512), "340M": (4, 4, 128, 256), "7B": (32, 8, 128, 128)}
-DECODE_BATCHES = (1, 8, 64, 256)
-PREFILL_BATCHES = ((1, 2048), (1, 8192), (16, 2048))
+HEADS: dict[str, peers.Heads] = {"1.3B": (4, 4, 256, 512), "340M": (4, 4, 128, 256), "7B": (32, 8, 128, 128)}
+WIDTHS = {"1.3B": 2048, "340M": 1024, "7B": 4096}
+CURVES = "1.3B"
+"""The shape that is measured at many sizes; for the others, a few must do."""
+DECODE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+PREFILL_BATCHES = ((16, 2048), (8, 2048), *((1, 1 << exponent) for exponent in range(10, 18)))
+FEW_DECODE_BATCHES = (1, 8, 64, 256, 1024)
+FEW_PREFILL_BATCHES = ((16, 2048), (8, 2048), (1, 2048), (1, 8192))
+CONTEXT_BATCH = 8
+CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
+SWEEP_BATCHES = ((1, 8192), (16, 2048))
 ROTATED_BYTES = 2**29
+GALE = "gale"
+_Size = TypeVar("_Size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +72,13 @@ def make_inputs(model: str, spans: int, length: int) -> Inputs:
     )
 
 
-def graph_time(calls: list[Callable[[], object]]) -> float:
-    """Median microseconds of one call, all of them being captured in one graph."""
-    for call in calls[:3]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return float(triton.testing.do_bench(graph.replay, warmup=50, rep=200, return_mode="median")) * 1e3 / len(calls)
+@dataclass(frozen=True, slots=True)
+class DecodeVariant:
+    """One way to decode, a column of the table."""
+
+    name: str
+    time: Callable[[str, int], tuple[float, int]]
+    """Microseconds by shape and batch, and the least bytes of states that must move."""
 
 
 def time_decode(model: str, batch: int, plan: decode.DecodePlan | None = None) -> tuple[float, int]:
@@ -72,7 +86,7 @@ def time_decode(model: str, batch: int, plan: decode.DecodePlan | None = None) -
     _, kv_heads, head_k, head_v = HEADS[model]
     inputs = make_inputs(model, batch, 1)
     moved = 2 * 4 * batch * kv_heads * head_k * head_v
-    sets = -(-2 * ROTATED_BYTES // moved)
+    sets = num_sets(moved // 2)
     pool = torch.randn((1 + sets * batch, kv_heads, head_k, head_v), device="cuda")
     slots = 1 + torch.randperm(sets * batch, device="cuda").view(sets, batch)
 
@@ -81,8 +95,7 @@ def time_decode(model: str, batch: int, plan: decode.DecodePlan | None = None) -
             inputs.q, inputs.k, inputs.v, inputs.g, pool, row, inputs.from_zero, scale=head_k**-0.5, plan=plan
         )
 
-    calls = [call(row) for row in slots]
-    return graph_time(calls * -(-8 // len(calls))), moved
+    return graph_time(repeated([call(row) for row in slots])), moved
 
 
 def time_prefill(model: str, spans: int, length: int, plan: prefill.PrefillPlan | None = None) -> float:
@@ -103,34 +116,118 @@ def time_prefill(model: str, spans: int, length: int, plan: prefill.PrefillPlan 
     return graph_time([call] * 4)
 
 
-def copy_rate() -> float:
-    """GB/s of a copy within the device's memory, bytes read and written."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    milliseconds = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
-    return 2 * source.nbytes / milliseconds / 1e6
+DECODE_VARIANTS = (DecodeVariant(f"{GALE} float32", time_decode),)
 
 
-def chosen_sizes(shapes: list[str]) -> Iterator[dict[str, object]]:
-    """One row of the table for each operation, shape and batch."""
-    for model, batch in itertools.product(shapes, DECODE_BATCHES):
-        microseconds, moved = time_decode(model, batch)
-        yield {
-            "op": "decode",
-            "shape": model,
-            "batch": f"{batch}",
-            "us": microseconds,
-            "GB/s": moved / microseconds / 1e3,
-        }
-    for model, (spans, length) in itertools.product(shapes, PREFILL_BATCHES):
-        microseconds = time_prefill(model, spans, length)
-        yield {
-            "op": "prefill",
-            "shape": model,
-            "batch": f"{spans} x {length}",
-            "us": microseconds,
-            "ns/token": microseconds * 1e3 / (spans * length),
-        }
+def num_sets(state_bytes: int) -> int:
+    """How many sets of states of a batch to rotate through."""
+    return -(-ROTATED_BYTES // state_bytes)
+
+
+def repeated(calls: list[Callable[[], object]]) -> list[Callable[[], object]]:
+    """At least 8 calls, so that a graph's own launch does not count, and at most 128."""
+    return (calls * -(-8 // len(calls)))[:128]
+
+
+def _sizes(shapes: list[str], many: Sequence[_Size], few: Sequence[_Size]) -> Iterator[tuple[str, _Size]]:
+    """Every size to measure for each shape."""
+    return ((model, size) for model in shapes for size in (many if model == CURVES else few))
+
+
+def decode_rows(shapes: list[str], *, copy: float, with_fla: bool) -> Iterator[Row]:
+    """One row per shape, batch and way to decode."""
+    for model, batch in _sizes(shapes, DECODE_BATCHES, FEW_DECODE_BATCHES):
+        for variant in DECODE_VARIANTS:
+            microseconds, moved = variant.time(model, batch)
+            yield {
+                "op": "decode",
+                "shape": model,
+                "batch": batch,
+                "implementation": variant.name,
+                "us": microseconds,
+                "GB/s": moved / microseconds / 1e3,
+                "floor us": moved / copy / 1e3,
+            }
+        if with_fla:
+            heads, _, head_k, head_v = HEADS[model]
+            calls = peers.fla_decode(HEADS[model], batch, num_sets(4 * batch * heads * head_k * head_v))
+            yield {
+                "op": "decode",
+                "shape": model,
+                "batch": batch,
+                "implementation": peers.FLA,
+                "us": graph_time(repeated(calls)),
+            }
+
+
+def prefill_floor(model: str, tokens: int, *, copy: float, product: float) -> float:
+    """Microseconds: see the module's docstring. Scores count for chunks of 64 tokens."""
+    heads, kv_heads, head_k, head_v = HEADS[model]
+    moved = 2 * (heads * head_k + 2 * kv_heads * head_k + kv_heads * head_v + heads * head_v)
+    flops = heads * (2 * head_k * head_v + 64 * (head_k + head_v)) + kv_heads * 2 * head_k * head_v
+    return tokens * max(moved / copy / 1e3, flops / product / 1e6)
+
+
+def prefill_rows(shapes: list[str], *, copy: float, product: float, with_fla: bool, with_peers: bool) -> Iterator[Row]:
+    """One row per shape, batch of prompts and way to absorb them."""
+    for model, (spans, length) in _sizes(shapes, PREFILL_BATCHES, FEW_PREFILL_BATCHES):
+        timed: dict[str, float | None] = {GALE: time_prefill(model, spans, length)}
+        if with_fla:
+            timed[peers.FLA] = peers.captured_or_launched(peers.fla_prefill(HEADS[model], spans, length))
+        if with_peers:
+            for name, backend in peers.softmax_backends().items():
+                timed[name] = peers.softmax_prefill(WIDTHS[model], spans, length, backend)
+        for name, microseconds in timed.items():
+            yield {
+                "op": "prefill",
+                "shape": model,
+                "spans": spans,
+                "length": length,
+                "implementation": name,
+                "us": microseconds,
+                "ns/token": microseconds and microseconds * 1e3 / (spans * length),
+                "floor us": prefill_floor(model, spans * length, copy=copy, product=product),
+            }
+
+
+def context_rows(shapes: list[str]) -> Iterator[Row]:
+    """One new token for each of a few sequences, by the length of what came before."""
+    for model in {CURVES}.intersection(shapes):
+        ours = {variant.name: variant.time(model, CONTEXT_BATCH)[0] for variant in DECODE_VARIANTS}
+        for context in CONTEXTS:
+            row: Row = {"op": "context", "shape": model, "batch": CONTEXT_BATCH, "context": context}
+            for name, microseconds in ours.items():
+                yield row | {"implementation": name, "us": microseconds}
+            softmax = peers.softmax_decode(WIDTHS[model], CONTEXT_BATCH, context)
+            yield row | {"implementation": "FlashAttention-2", "us": softmax}
+
+
+def print_rows(rows: list[Row]) -> None:
+    """One line for each shape and size, one column for each way, and ratios to ours and to the floor."""
+    for op, keys in (("decode", ["batch"]), ("prefill", ["spans", "length"]), ("context", ["batch", "context"])):
+        chosen = [row for row in rows if row["op"] == op]
+        if not chosen:
+            continue
+        names = list(dict.fromkeys(str(row["implementation"]) for row in chosen))
+        lines = pivot(chosen, ["shape", *keys], "implementation", "us")
+        firsts = [row for row in chosen if row["implementation"] == names[0]]
+        extra = []
+        for line, first in zip(lines, firsts, strict=True):
+            own = first["us"]
+            assert isinstance(own, float)
+            for name in ("GB/s", "ns/token"):
+                if name in first:
+                    line[name] = first[name]
+                    extra.append(name)
+            if isinstance(floor := first.get("floor us"), float):
+                line["x floor"] = own / floor
+                extra.append("x floor")
+            for name in names[1:]:
+                if isinstance(theirs := line.get(name), float):
+                    line[f"{name} / ours"] = theirs / own
+                    extra.append(f"{name} / ours")
+        print(f"\n{op}: microseconds; further columns are of {names[0]}, or relate to it")
+        print_table(lines, ["shape", *keys, *names, *dict.fromkeys(extra)])
 
 
 def sweep(shapes: list[str]) -> Iterator[dict[str, object]]:
@@ -152,7 +249,7 @@ def sweep(shapes: list[str]) -> Iterator[dict[str, object]]:
                 candidates.append(replace(chosen, **sizes))
         for plan in candidates:
             try:
-                times = {f"{n} x {length}": time_prefill(model, n, length, plan) for n, length in PREFILL_BATCHES[1:]}
+                times = {f"{n} x {length}": time_prefill(model, n, length, plan) for n, length in SWEEP_BATCHES}
             except triton.runtime.errors.OutOfResources:
                 continue
             yield {"op": "prefill", "shape": model, **times, "plan": f"{plan}"}
@@ -162,18 +259,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time other sizes than those chosen by shape")
     parser.add_argument("--shapes", default=",".join(HEADS), help="which of them, by default %(default)s")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args()
+    parser.add_argument("--ops", default="decode,prefill,context", help="which of them, by default %(default)s")
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument("--peer-seconds", type=float, default=60, help="for compiling fla; by default %(default)s")
+    add_output_flags(parser)
+    args = parser.parse_args()
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name()
-    print(f"{device}; torch {torch.__version__}, triton {triton.__version__}; copy {copy_rate():.0f} GB/s")
-    rows = []
-    shapes = options.shapes.split(",")
-    for row in sweep(shapes) if options.sweep else chosen_sizes(shapes):
-        rows.append(row)
-        print("  ".join(f"{k} {v:9.2f}" if isinstance(v, float) else f"{v!s:>9}" for k, v in row.items()), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1))
+    env = environment()
+    shapes, ops = args.shapes.split(","), args.ops.split(",")
+    if args.sweep:
+        for row in sweep(shapes):
+            cells = (f"{k} {v:9.2f}" if isinstance(v, float) else f"{v!s:>9}" for k, v in row.items())
+            print("  ".join(cells), flush=True)
+        return
+    with_peers = not args.no_peers
+    with_fla = with_peers and peers.fla_is_installed()
+    if with_fla:
+        batches = sorted({spans for spans, _ in PREFILL_BATCHES})
+        seconds = peers.precompile([HEADS[shape] for shape in shapes], batches, seconds=args.peer_seconds)
+        peers.quicken_tuning()
+        print(f"fla's kernels compiled in {seconds:.0f} s")
+    copy, read, product = copy_rate(), read_rate(), product_rate()
+    print(f"{env['device']}; copy {copy:.0f} GB/s, read {read:.0f} GB/s, bfloat16 product {product:.0f} TFLOP/s")
+    rows: list[Row] = []
+    if "decode" in ops:
+        rows += decode_rows(shapes, copy=copy, with_fla=with_fla)
+    if "prefill" in ops:
+        rows += prefill_rows(shapes, copy=copy, product=product, with_fla=with_fla, with_peers=with_peers)
+    if "context" in ops and with_peers:
+        rows += context_rows(shapes)
+    print_rows(rows)
+    rates = {"copy GB/s": copy, "read GB/s": read, "product TFLOP/s": product}
+    finish(args, "kernels", env, {"rates": rates, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def requirements(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines]
 
 
-@pytest.mark.parametrize("requirement", requirements("test"), ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize("requirement", requirements("test", "bench"), ids=lambda requirement: requirement.name)
 def test_every_requirement_is_pinned_within_its_range(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
 

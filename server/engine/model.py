@@ -8,7 +8,7 @@ from server.engine.batch import ModelInputs
 from server.engine.config import GLAConfig
 from server.engine.layers import FEATURE_MAP_FUNCTIONS, ConvIndex, short_conv
 from server.engine.state_pool import StateTensors
-from server.kernels import gla_decode, gla_prefill, log_decay, norm_gate, rms_norm, swiglu
+from server.kernels import gla_decode, gla_prefill, linear_add_, log_decay, norm_gate, norm_linear, norm_swiglu
 
 _GATE_RANK = 16
 _GATE_NORMALIZER = 16
@@ -79,12 +79,10 @@ class GLAModel(nn.Module):
         conv_states = [None] * len(self.layers) if state.conv_LSWD is None else state.conv_LSWD.unbind()
         for layer, state_SGKV, conv_SWD in zip(self.layers, state.recurrent_LSGKV.unbind(), conv_states, strict=True):
             layer(x_TD, inputs, state_SGKV, conv_SWD, conv_index)
-        x_RD = x_TD.index_select(0, inputs.output_rows_R)
-        x_RD = rms_norm(x_RD, self.norm, eps=self.config.norm_eps)
-        if x_RD.is_cuda and self.dtype != torch.float32:
-            logits_RV: Tensor = torch.mm(x_RD, self.lm_head.t(), out_dtype=torch.float32)
-            return logits_RV
-        return F.linear(x_RD, self.lm_head).float()
+        # A single row needs no selection, and is spared the launch.
+        wanted = inputs.output_rows_R
+        x_RD = x_TD if x_TD.shape[0] == wanted.shape[0] == 1 else x_TD.index_select(0, wanted)
+        return norm_linear(x_RD, self.norm, self.lm_head, eps=self.config.norm_eps, out_dtype=torch.float32)
 
 
 class GLALayer(nn.Module):
@@ -155,16 +153,13 @@ class GLALayer(nn.Module):
     ) -> None:
         """Add the layer's outputs to ``x_TD`` [T, hidden_size], in place, and update the layer's states."""
         eps = self.config.norm_eps
-        h_TD = rms_norm(x_TD, self.attn_norm, eps=eps)
-        qkv, low_rank, gate = F.linear(h_TD, self.in_proj).split(self.in_sizes, dim=1)
+        qkv, low_rank, gate = norm_linear(x_TD, self.attn_norm, self.in_proj, eps=eps).split(self.in_sizes, dim=1)
         if conv_index is not None and conv_SWD is not None:
             qkv = short_conv(qkv, self.conv_weight, self.conv_bias, conv_SWD, conv_index)
         o_THV = self._attend(qkv, self._log_decay(low_rank), inputs, state_SGKV)
         o_TE = norm_gate(o_THV, self.head_norm, gate if self.config.use_output_gate else None, eps=eps)
-        x_TD.addmm_(o_TE, self.out_proj.t())
-
-        h_TD = rms_norm(x_TD, self.mlp_norm, eps=eps)
-        x_TD.addmm_(swiglu(F.linear(h_TD, self.gate_up_proj)), self.down_proj.t())
+        linear_add_(x_TD, o_TE, self.out_proj)
+        linear_add_(x_TD, norm_swiglu(x_TD, self.mlp_norm, self.gate_up_proj, eps=eps), self.down_proj)
 
     def _log_decay(self, low_rank: Tensor) -> Tensor:
         """Log of the decay per key channel, float32 [T, kv_heads, head_k], all <= 0."""

@@ -55,15 +55,16 @@ class GLAModel(nn.Module):
         return tensors
 
     @torch.inference_mode()
-    def forward(self, inputs: ModelInputs, state: StateTensors) -> Tensor:
+    def forward(self, inputs: ModelInputs, state: StateTensors, *, out_RV: Tensor | None = None) -> Tensor:
         """Absorb a step's tokens into the states, and return logits of the wanted rows.
 
         Args:
             inputs: the step's tokens and spans, on the model's device.
             state: the pool; the slots that the inputs name are updated in place, in every layer.
+            out_RV: where to write the logits, float32 [R, vocab_size]; None: a new tensor.
 
         Returns:
-            float32 [R, vocab_size].
+            The logits.
         """
         conv_index = None
         if self.config.use_short_conv:
@@ -82,7 +83,9 @@ class GLAModel(nn.Module):
         # A single row needs no selection, and is spared the launch.
         wanted = inputs.output_rows_R
         x_RD = x_TD if x_TD.shape[0] == wanted.shape[0] == 1 else x_TD.index_select(0, wanted)
-        return norm_linear(x_RD, self.norm, self.lm_head, eps=self.config.norm_eps, out_dtype=torch.float32)
+        if out_RV is None:
+            out_RV = x_RD.new_empty((x_RD.shape[0], self.config.vocab_size), dtype=torch.float32)
+        return norm_linear(x_RD, self.norm, self.lm_head, eps=self.config.norm_eps, out_TN=out_RV)
 
 
 class GLALayer(nn.Module):

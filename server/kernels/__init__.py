@@ -243,9 +243,7 @@ def swiglu(gate_up_TJ: Tensor) -> Tensor:
     return reference.swiglu(gate_up_TJ)
 
 
-def norm_linear(
-    x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, *, eps: float, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, *, eps: float, out_TN: Tensor | None = None) -> Tensor:
     """RMSNorm of every row, then a projection.
 
     On CUDA, the rounding of a row's result depends on whether it is the only one (:mod:`server.kernels.linear`).
@@ -255,24 +253,29 @@ def norm_linear(
         norm_D: weight of the norm [D], of x's dtype.
         weight_ND: [N, D], of x's dtype; contiguous on CUDA.
         eps: added to the mean square.
-        out_dtype: of the result: x's dtype (None) or float32.
+        out_TN: where to write the result: contiguous, of x's dtype or float32; None: a new tensor of x's dtype.
 
     Returns:
-        [T, N], contiguous.
+        The result [T, N].
 
     Raises:
         ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
     """
     _check_projection(x_TD, weight_ND, "x")
     _check_tensor("norm", norm_D, tuple(x_TD.shape[1:]), (x_TD.dtype,), x_TD.device)
-    out_dtype = out_dtype or x_TD.dtype
-    if out_dtype not in (x_TD.dtype, torch.float32):
-        raise ValueError(f"out_dtype: must be {x_TD.dtype} or torch.float32, is {out_dtype}")
+    shape = (x_TD.shape[0], weight_ND.shape[0])
+    if out_TN is None:
+        out_TN = x_TD.new_empty(shape)
+    _check_tensor("out", out_TN, shape, (x_TD.dtype, torch.float32), x_TD.device)
+    if not out_TN.is_contiguous():
+        raise ValueError(f"out: must be contiguous, strides are {out_TN.stride()}")
     if x_TD.is_cuda:
         from server.kernels import linear
 
-        return linear.norm_linear(x_TD, norm_D, weight_ND, eps=eps, out_dtype=out_dtype)
-    return reference.norm_linear(x_TD, norm_D, weight_ND, eps=eps, out_dtype=out_dtype)
+        linear.norm_linear(x_TD, norm_D, weight_ND, out_TN, eps=eps)
+    else:
+        reference.norm_linear(x_TD, norm_D, weight_ND, out_TN, eps=eps)
+    return out_TN
 
 
 def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) -> Tensor:

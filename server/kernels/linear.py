@@ -51,16 +51,16 @@ def plan_matvec(inputs: int, element_size: int, *, gated: bool) -> MatvecPlan:
     return MatvecPlan(block_n, min(num_warps * 512 // element_size, next_power_of_2(inputs)), num_warps)
 
 
-def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, *, eps: float, out_dtype: torch.dtype) -> Tensor:
+def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, out_TN: Tensor, *, eps: float) -> None:
     """See :func:`server.kernels.norm_linear`, which has checked the arguments."""
     if _is_vector(x_TD):
-        out_TN = x_TD.new_empty((1, weight_ND.shape[0]), dtype=out_dtype)
         _matvec(x_TD, norm_D, weight_ND, out_TN, eps=eps)
-        return out_TN
+        return
     h_TD = norm.rms_norm(x_TD, norm_D, eps=eps)
-    if out_dtype == h_TD.dtype:
-        return F.linear(h_TD, weight_ND)
-    return torch.mm(h_TD, weight_ND.t(), out_dtype=out_dtype)
+    if out_TN.dtype == h_TD.dtype:
+        torch.mm(h_TD, weight_ND.t(), out=out_TN)
+    else:
+        torch.mm(h_TD, weight_ND.t(), out_dtype=out_TN.dtype, out=out_TN)
 
 
 def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) -> Tensor:

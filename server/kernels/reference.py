@@ -238,9 +238,13 @@ def _scores_of_pairs(q_XRIK: Tensor, k_XIK: Tensor, g_XIK: Tensor) -> Tensor:
     return torch.cat(scores)
 
 
-def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, *, eps: float, out_dtype: torch.dtype) -> Tensor:
+def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, out_TN: Tensor, *, eps: float) -> None:
     """See :func:`server.kernels.norm_linear`."""
-    return F.linear(rms_norm(x_TD, norm_D, eps=eps), weight_ND).to(out_dtype)
+    h_TD = rms_norm(x_TD, norm_D, eps=eps)
+    if out_TN.dtype == h_TD.dtype:
+        torch.mm(h_TD, weight_ND.t(), out=out_TN)
+    else:
+        out_TN.copy_(F.linear(h_TD, weight_ND))
 
 
 def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) -> Tensor:

@@ -48,9 +48,9 @@ def test_norm_linear(backend: str, dtype: torch.dtype, rows: int, inputs: int, o
     if rows != 1 and TRITON_DEVICE == "cpu" and backend == "triton":
         return  # the matrix library of CUDA
     out_dtype = torch.float32 if to_float32 else dtype
-    y = run(backend, "norm_linear", x, norm, weight, eps=1e-6, out_dtype=out_dtype)
+    y = x.new_full((rows, outputs), torch.nan, dtype=out_dtype)
+    run(backend, "norm_linear", x, norm, weight, y, eps=1e-6)
     truth = normed(x, norm) @ weight.double().t()
-    assert (y.shape, y.dtype, y.is_contiguous()) == (truth.shape, out_dtype, True)
     if rows:
         assert relative_error(y, truth) < TOLERANCE[dtype]
 
@@ -139,9 +139,12 @@ def test_the_door_computes() -> None:
             x, norm, weight = inputs_of(1, 64, 32, dtype, backend)
             options: dict[str, Any] = {"eps": 1e-6}
             ours = kernels.norm_linear(x, norm, weight, **options)
-            assert torch.equal(ours, run(backend, "norm_linear", x, norm, weight, out_dtype=dtype, **options))
-            logits = kernels.norm_linear(x, norm, weight, out_dtype=torch.float32, **options)
-            assert logits.dtype == torch.float32
+            expected = torch.full_like(ours, torch.nan)
+            run(backend, "norm_linear", x, norm, weight, expected, **options)
+            assert torch.equal(ours, expected)
+            logits = x.new_full((1, 32), torch.nan, dtype=torch.float32)
+            assert kernels.norm_linear(x, norm, weight, out_TN=logits, **options) is logits
+            assert relative_error(logits, expected) < TOLERANCE[dtype]
             ours = kernels.norm_swiglu(x, norm, weight, **options)
             assert torch.equal(ours, run(backend, "norm_swiglu", x, norm, weight, **options))
             sums = [x.new_ones(1, 32) for _ in range(2)]
@@ -168,7 +171,7 @@ def test_weights_stored_by_columns_are_multiplied_on_the_cpu() -> None:
         (lambda x: kernels.norm_linear(x, x[0, :3], x, eps=1e-6), "norm: must have shape"),
         (lambda x: kernels.norm_linear(x, x[0], x[:, :3], eps=1e-6), "weight: must have shape"),
         (lambda x: kernels.norm_linear(x, x[0], x.half(), eps=1e-6), "weight: must be torch.float32"),
-        (lambda x: kernels.norm_linear(x, x[0], x, eps=1e-6, out_dtype=torch.half), "out_dtype: must be"),
+        (lambda x: kernels.norm_linear(x, x[0], x, eps=1e-6, out_TN=x[:, :4].half()), "out: must be torch.float32"),
         (lambda x: kernels.norm_swiglu(x, x[0], x[:3], eps=1e-6), "weight: must have an even number of rows, has 3"),
         (lambda x: kernels.linear_add_(x[:, :3], x, x), "x: must have shape"),
         (lambda x: kernels.linear_add_(x.repeat(1, 2)[:, :16], x, torch.ones(16, 16)), "x: must be contiguous"),

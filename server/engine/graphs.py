@@ -130,7 +130,7 @@ class DecodeGraphs:
             prefill_lengths=(),
             output_rows_R=order_R,
         )
-        self._logits_RV[:size] = self._model.forward(inputs, self._states)
+        self._model.forward(inputs, self._states, out_RV=self._logits_RV[:size])
         self._slots_R[:size] = slots_N[order_R]
 
     def _run_sampler(self, size: int, greedy: bool) -> None:

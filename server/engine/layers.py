@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.kernels import PackedMatrix
+from server.kernels import PackedMatrix, linear_add_, norm_linear, norm_swiglu, rms_norm, swiglu
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -60,14 +60,23 @@ class Projection:
         """Whether :meth:`pack` found a faster form."""
         return self._packed is not None
 
-    def multiply(self, x_TI: Tensor) -> Tensor:
-        """x @ weight.T: [T, outputs], for x [T, inputs] of the weight's dtype."""
-        return F.linear(x_TI, self.weight) if self._packed is None else self._packed.multiply(x_TI)
+    def of_norm(self, x_TI: Tensor, norm_I: Tensor, *, eps: float, out_TO: Tensor | None = None) -> Tensor:
+        """RMSNorm of every row, times the matrix: [T, outputs]; see :func:`server.kernels.norm_linear`."""
+        if self._packed is None:
+            return norm_linear(x_TI, norm_I, self.weight, eps=eps, out_TN=out_TO)
+        product_TO = self._packed.multiply(rms_norm(x_TI, norm_I, eps=eps))
+        return product_TO if out_TO is None else out_TO.copy_(product_TO)
+
+    def swiglu_of_norm(self, x_TI: Tensor, norm_I: Tensor, *, eps: float) -> Tensor:
+        """SwiGLU of the same, the matrix being gate above up; see :func:`server.kernels.norm_swiglu`."""
+        if self._packed is None:
+            return norm_swiglu(x_TI, norm_I, self.weight, eps=eps)
+        return swiglu(self._packed.multiply(rms_norm(x_TI, norm_I, eps=eps)))
 
     def add_to(self, out_TO: Tensor, x_TI: Tensor) -> None:
-        """Add x @ weight.T to [T, outputs], in place, for x [T, inputs] of the weight's dtype."""
+        """Add x @ weight.T to [T, outputs], in place; see :func:`server.kernels.linear_add_`."""
         if self._packed is None:
-            out_TO.addmm_(x_TI, self.weight.t())
+            linear_add_(out_TO, x_TI, self.weight)
         else:
             out_TO.add_(self._packed.multiply(x_TI))
 

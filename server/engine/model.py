@@ -8,7 +8,7 @@ from server.engine.batch import ModelInputs
 from server.engine.config import GLAConfig
 from server.engine.layers import FEATURE_MAP_FUNCTIONS, ConvIndex, Projection, short_conv
 from server.engine.state_pool import StateTensors
-from server.kernels import gla_decode, gla_prefill, log_decay, norm_gate, rms_norm, swiglu
+from server.kernels import gla_decode, gla_prefill, log_decay, norm_gate
 
 _GATE_RANK = 16
 _GATE_NORMALIZER = 16
@@ -62,15 +62,16 @@ class GLAModel:
                 projection.pack()
 
     @torch.inference_mode()
-    def forward(self, inputs: ModelInputs, state: StateTensors) -> Tensor:
+    def forward(self, inputs: ModelInputs, state: StateTensors, *, out_RV: Tensor | None = None) -> Tensor:
         """Absorb a step's tokens into the states, and return logits of the wanted rows.
 
         Args:
             inputs: the step's tokens and spans, on the model's device.
             state: the pool; the slots that the inputs name are updated in place, in every layer.
+            out_RV: where to write the logits, float32 [R, vocab_size]; None: a new tensor.
 
         Returns:
-            float32 [R, vocab_size].
+            The logits.
         """
         conv_index = None
         if self.config.use_short_conv:
@@ -86,12 +87,12 @@ class GLAModel:
         conv_states = [None] * len(self.layers) if state.conv_LSWD is None else state.conv_LSWD.unbind()
         for layer, state_SGKV, conv_SWD in zip(self.layers, state.recurrent_LSGKV.unbind(), conv_states, strict=True):
             layer.forward(x_TD, inputs, state_SGKV, conv_SWD, conv_index)
-        x_RD = x_TD.index_select(0, inputs.output_rows_R)
-        x_RD = rms_norm(x_RD, self.norm, eps=self.config.norm_eps)
-        if x_RD.is_cuda and self.dtype != torch.float32:
-            logits_RV: Tensor = torch.mm(x_RD, self.lm_head.weight.t(), out_dtype=torch.float32)
-            return logits_RV
-        return self.lm_head.multiply(x_RD).float()
+        # A single row needs no selection, and is spared the launch.
+        wanted = inputs.output_rows_R
+        x_RD = x_TD if x_TD.shape[0] == wanted.shape[0] == 1 else x_TD.index_select(0, wanted)
+        if out_RV is None:
+            out_RV = x_RD.new_empty((x_RD.shape[0], self.config.vocab_size), dtype=torch.float32)
+        return self.lm_head.of_norm(x_RD, self.norm, eps=self.config.norm_eps, out_TO=out_RV)
 
 
 class GLALayer:
@@ -163,16 +164,14 @@ class GLALayer:
     ) -> None:
         """Add the layer's outputs to ``x_TD`` [T, hidden_size], in place, and update the layer's states."""
         eps = self.config.norm_eps
-        h_TD = rms_norm(x_TD, self.attn_norm, eps=eps)
-        qkv, low_rank, gate = self.in_proj.multiply(h_TD).split(self.in_sizes, dim=1)
+        projected = self.in_proj.of_norm(x_TD, self.attn_norm, eps=eps)
+        qkv, low_rank, gate = projected.split(self.in_sizes, dim=1)
         if conv_index is not None and conv_SWD is not None:
             qkv = short_conv(qkv, self.conv_weight, self.conv_bias, conv_SWD, conv_index)
         o_THV = self._attend(qkv, self._log_decay(low_rank), inputs, state_SGKV)
         o_TE = norm_gate(o_THV, self.head_norm, gate if self.config.use_output_gate else None, eps=eps)
         self.out_proj.add_to(x_TD, o_TE)
-
-        h_TD = rms_norm(x_TD, self.mlp_norm, eps=eps)
-        self.down_proj.add_to(x_TD, swiglu(self.gate_up_proj.multiply(h_TD)))
+        self.down_proj.add_to(x_TD, self.gate_up_proj.swiglu_of_norm(x_TD, self.mlp_norm, eps=eps))
 
     def _log_decay(self, low_rank: Tensor) -> Tensor:
         """Log of the decay per key channel, float32 [T, kv_heads, head_k], all <= 0."""

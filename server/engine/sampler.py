@@ -12,6 +12,7 @@ from torch import Tensor
 
 from server.engine.sequence import Sequence
 from server.engine.state_pool import NULL_SLOT
+from server.kernels import pick_greedy
 
 _IN_PROMPT = 1
 _IS_STOP = 2
@@ -158,6 +159,11 @@ class Sampler:
             positions_R: int64 [R], how many tokens the sequence sampled before.
             plan: the rows' order and needs.
         """
+        if plan == SamplePlan(len(slots_R), 0, 0, False, False, False, None):
+            tokens_R = pick_greedy(
+                logits_RV, slots_R, self._flags_SV, self.last_token_S, self.done_S, stop_flag=_IS_STOP
+            )
+            return Sampled(tokens_R, None, None, None)
         reference_RV = torch.log_softmax(logits_RV, -1) if plan.num_logprobs is not None else None
         logits_RV = self._adjust(logits_RV, slots_R, positions_R, plan)
         largest_R1 = logits_RV.amax(-1, keepdim=True)

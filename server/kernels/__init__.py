@@ -21,7 +21,19 @@ from torch import Tensor
 from server.kernels import reference
 from server.kernels.packed import PackedMatrix
 
-__all__ = ["PackedMatrix", "gla_decode", "gla_prefill", "log_decay", "norm_gate", "rms_norm", "swiglu"]
+__all__ = [
+    "PackedMatrix",
+    "gla_decode",
+    "gla_prefill",
+    "linear_add_",
+    "log_decay",
+    "norm_gate",
+    "norm_linear",
+    "norm_swiglu",
+    "pick_greedy",
+    "rms_norm",
+    "swiglu",
+]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -233,6 +245,128 @@ def swiglu(gate_up_TJ: Tensor) -> Tensor:
     return reference.swiglu(gate_up_TJ)
 
 
+def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, *, eps: float, out_TN: Tensor | None = None) -> Tensor:
+    """RMSNorm of every row, then a projection.
+
+    On CUDA, the rounding of a row's result depends on whether it is the only one (:mod:`server.kernels.linear`).
+
+    Args:
+        x_TD: [T, D], float32, bfloat16 or float16; rows may be strided.
+        norm_D: weight of the norm [D], of x's dtype.
+        weight_ND: [N, D], of x's dtype; contiguous on CUDA.
+        eps: added to the mean square.
+        out_TN: where to write the result: contiguous, of x's dtype or float32; None: a new tensor of x's dtype.
+
+    Returns:
+        The result [T, N].
+
+    Raises:
+        ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
+    """
+    _check_projection(x_TD, weight_ND, "x")
+    _check_tensor("norm", norm_D, tuple(x_TD.shape[1:]), (x_TD.dtype,), x_TD.device)
+    shape = (x_TD.shape[0], weight_ND.shape[0])
+    if out_TN is None:
+        out_TN = x_TD.new_empty(shape)
+    _check_tensor("out", out_TN, shape, (x_TD.dtype, torch.float32), x_TD.device)
+    if not out_TN.is_contiguous():
+        raise ValueError(f"out: must be contiguous, strides are {out_TN.stride()}")
+    if x_TD.is_cuda:
+        from server.kernels import linear
+
+        linear.norm_linear(x_TD, norm_D, weight_ND, out_TN, eps=eps)
+    else:
+        reference.norm_linear(x_TD, norm_D, weight_ND, out_TN, eps=eps)
+    return out_TN
+
+
+def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm of every row, then the projections of a gated MLP and its activation, swish(gate) * up.
+
+    Args:
+        x_TD: [T, D]; this and the others as in :func:`norm_linear`.
+        norm_D: [D].
+        weight_JD: gate above up, [2 * I, D].
+        eps: added to the mean square.
+
+    Returns:
+        [T, I] of x's dtype, contiguous.
+
+    Raises:
+        ValueError: as in :func:`norm_linear`, or weight has an odd number of rows.
+    """
+    _check_projection(x_TD, weight_JD, "x")
+    _check_tensor("norm", norm_D, tuple(x_TD.shape[1:]), (x_TD.dtype,), x_TD.device)
+    if weight_JD.shape[0] % 2:
+        raise ValueError(f"weight: must have an even number of rows, has {weight_JD.shape[0]}")
+    if x_TD.is_cuda:
+        from server.kernels import linear
+
+        return linear.norm_swiglu(x_TD, norm_D, weight_JD, eps=eps)
+    return reference.norm_swiglu(x_TD, norm_D, weight_JD, eps=eps)
+
+
+def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor) -> None:
+    """Add a projection of ``o_TK`` to ``x_TN``, in place.
+
+    Args:
+        x_TN: [T, N], contiguous, of o's dtype. Updated.
+        o_TK: [T, K]; it and the weight [N, K] as in :func:`norm_linear`.
+        weight_NK: as there.
+
+    Raises:
+        ValueError: as in :func:`norm_linear`.
+    """
+    _check_projection(o_TK, weight_NK, "o")
+    _check_tensor("x", x_TN, (o_TK.shape[0], weight_NK.shape[0]), (o_TK.dtype,), o_TK.device)
+    if not x_TN.is_contiguous():
+        raise ValueError(f"x: must be contiguous, strides are {x_TN.stride()}")
+    if o_TK.is_cuda:
+        from server.kernels import linear
+
+        linear.linear_add_(x_TN, o_TK, weight_NK)
+    else:
+        reference.linear_add_(x_TN, o_TK, weight_NK)
+
+
+def pick_greedy(
+    logits_RV: Tensor, slots_R: Tensor, flags_SV: Tensor, last_token_S: Tensor, done_S: Tensor, *, stop_flag: int
+) -> Tensor:
+    """The most likely token of every row, noted by slot.
+
+    Args:
+        logits_RV: float32 [R, V], contiguous.
+        slots_R: int64 [R]. Slot 0 may occur several times, and what is noted there is one of its rows'.
+        flags_SV: uint8 [S, V], contiguous.
+        last_token_S: int64 [S]. Updated: the row's token, whatever its logits.
+        done_S: bool [S]. Updated: whether the slot's flags of the token have ``stop_flag``.
+        stop_flag: the bit that means so.
+
+    Returns:
+        int64 [R]; the first of the most likely tokens, -1 where the largest logit is not finite.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
+    """
+    device = logits_RV.device
+    _check_dimensions("logits", logits_RV, 2)
+    rows, vocab_size = logits_RV.shape
+    slots = last_token_S.shape[0]
+    _check_tensor("logits", logits_RV, (rows, vocab_size), (torch.float32,), device)
+    _check_tensor("slots", slots_R, (rows,), (torch.int64,), device)
+    _check_tensor("flags", flags_SV, (slots, vocab_size), (torch.uint8,), device)
+    _check_tensor("last_token", last_token_S, (slots,), (torch.int64,), device)
+    _check_tensor("done", done_S, (slots,), (torch.bool,), device)
+    for name, tensor in (("logits", logits_RV), ("flags", flags_SV)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous, strides are {tensor.stride()}")
+    if logits_RV.is_cuda:
+        from server.kernels import pick
+
+        return pick.pick_greedy(logits_RV, slots_R, flags_SV, last_token_S, done_S, stop_flag=stop_flag)
+    return reference.pick_greedy(logits_RV, slots_R, flags_SV, last_token_S, done_S, stop_flag=stop_flag)
+
+
 def _check(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -265,6 +399,19 @@ def _check(
         raise ValueError(f"state: its last three dimensions must be contiguous, strides are {state_SGKV.stride()}")
     _check_tensor("slots", slots_N, tuple(slots_N.shape), (torch.int64,), device)
     _check_tensor("from_zero", from_zero_N, tuple(slots_N.shape), (torch.bool,), device)
+
+
+def _check_projection(x_TK: Tensor, weight_NK: Tensor, name: str) -> None:
+    """Raise ValueError unless ``x_TK``, which is called ``name``, can be multiplied with the weight."""
+    _check_dimensions(name, x_TK, 2)
+    _check_dimensions("weight", weight_NK, 2)
+    _check_tensor(name, x_TK, tuple(x_TK.shape), _INPUT_DTYPES, x_TK.device)
+    shape = (weight_NK.shape[0], x_TK.shape[1])
+    if not x_TK.is_cuda and weight_NK.stride(0) == 1:  # stored by columns, which the CPU's library likes
+        weight_NK, shape = weight_NK.t(), shape[::-1]
+    _check_tensor("weight", weight_NK, shape, (x_TK.dtype,), x_TK.device)
+    if x_TK.is_cuda and not weight_NK.is_contiguous():
+        raise ValueError(f"weight: must be contiguous, strides are {weight_NK.stride()}")
 
 
 def _check_dimensions(name: str, tensor: Tensor, dimensions: int) -> None:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import check_head_k, next_power_of_2
 
 
@@ -58,6 +59,7 @@ def gla_decode(
         return o_NHV
     plan = plan or plan_decode(head_k, head_v)
     grid = (triton.cdiv(head_v, plan.block_v), kv_heads, rows)
+    early = launches_early(q_NHK.device)
     with torch.cuda.device_of(q_NHK):
         decode_kernel[grid](
             q_NHK,
@@ -79,7 +81,9 @@ def gla_decode(
             V=head_v,
             BK=plan.block_k,
             BV=plan.block_v,
+            EARLY=early,
             num_warps=plan.num_warps,
+            launch_pdl=early,
         )
     return o_NHV
 
@@ -118,6 +122,7 @@ def decode_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: (value tiles, kv heads, rows)."""
     i_v, i_g, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -127,6 +132,8 @@ def decode_kernel(
     m_v = o_v < V
     m_kv = m_k[:, None] & m_v[None, :]
 
+    start_next(EARLY)
+    await_previous(EARLY)
     slot = tl.load(p_slots + i_n).to(tl.int64)
     continues = tl.load(p_from_zero + i_n) == 0
     p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_k[:, None] * V + o_v[None, :]  # [BK, BV]

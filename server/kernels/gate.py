@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import next_power_of_2
 
 _BLOCK_D = 64
@@ -27,6 +28,7 @@ def log_decay(
     g_TD = torch.empty((tokens, channels), dtype=torch.float32, device=bias_D.device)
     if tokens == 0:
         return g_TD
+    early = launches_early(low_rank_TR.device)
     with torch.cuda.device_of(low_rank_TR):
         log_decay_kernel[(triton.cdiv(channels, _BLOCK_D), triton.cdiv(tokens, block_t))](
             low_rank_TR,
@@ -42,7 +44,9 @@ def log_decay(
             BR=next_power_of_2(rank),
             BT=block_t,
             BD=_BLOCK_D,
+            EARLY=early,
             num_warps=2,
+            launch_pdl=early,
         )
     return g_TD
 
@@ -62,14 +66,17 @@ def log_decay_kernel(
     BR: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: (channel tiles, token tiles)."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     o_r = tl.arange(0, BR)
     m_d = o_d < D
     m_r = o_r < R
+    start_next(EARLY)
     b_weight = tl.load(p_weight + o_d[:, None] * R + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
     b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)
+    await_previous(EARLY)
     for i in range(BT):
         i_t = tl.program_id(1).to(tl.int64) * BT + i
         b_x = tl.load(p_x + i_t * stride_xt + o_r, mask=m_r & (i_t < tokens), other=0.0).to(tl.float32)

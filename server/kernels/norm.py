@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import next_power_of_2
 
 
@@ -26,6 +27,7 @@ def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *,
     if tokens == 0:
         return out_TE
     block = next_power_of_2(head_v)
+    early = launches_early(o_THV.device)
     with torch.cuda.device_of(o_THV):
         norm_gate_kernel[(tokens, heads)](
             o_THV,
@@ -40,7 +42,9 @@ def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *,
             HAS_GATE=gate_TE is not None,
             V=head_v,
             BV=block,
+            EARLY=early,
             num_warps=min(max(block // 256, 1), 8),
+            launch_pdl=early,
         )
     return out_TE
 
@@ -59,15 +63,20 @@ def norm_gate_kernel(
     HAS_GATE: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: (tokens, heads)."""
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_v = tl.arange(0, BV)
     m_v = o_v < V
+    start_next(EARLY)
+    if HAS_WEIGHT:
+        b_weight = tl.load(p_weight + o_v, mask=m_v, other=0.0).to(tl.float32)
+    await_previous(EARLY)
     b_o = tl.load(p_o + i_t * stride_ot + i_h * stride_oh + o_v, mask=m_v, other=0.0).to(tl.float32)
     b_o *= tl.rsqrt(tl.sum(b_o * b_o, axis=0) / V + eps)
     if HAS_WEIGHT:
-        b_o *= tl.load(p_weight + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_o *= b_weight
     if HAS_GATE:
         b_gate = tl.load(p_gate + i_t * stride_gt + i_h * V + o_v, mask=m_v, other=0.0).to(tl.float32)
         b_o *= b_gate * tl.sigmoid(b_gate)

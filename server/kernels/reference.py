@@ -253,3 +253,32 @@ def _scores_of_pairs(q_XRIK: Tensor, k_XIK: Tensor, g_XIK: Tensor) -> Tensor:
         k_XIJK = (passed_IJL.to(g.dtype) @ g.unsqueeze(1)).exp_() * k.unsqueeze(1)
         scores.append((q.transpose(1, 2) @ k_XIJK.mT).transpose(1, 2))
     return torch.cat(scores)
+
+
+def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, out_TN: Tensor, *, eps: float) -> None:
+    """See :func:`server.kernels.norm_linear`."""
+    h_TD = rms_norm(x_TD, norm_D, eps=eps)
+    if out_TN.dtype == h_TD.dtype:
+        torch.mm(h_TD, weight_ND.t(), out=out_TN)
+    else:
+        out_TN.copy_(F.linear(h_TD, weight_ND))
+
+
+def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) -> Tensor:
+    """See :func:`server.kernels.norm_swiglu`."""
+    return swiglu(F.linear(rms_norm(x_TD, norm_D, eps=eps), weight_JD))
+
+
+def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor) -> None:
+    """See :func:`server.kernels.linear_add_`."""
+    x_TN.addmm_(o_TK, weight_NK.t())
+
+
+def pick_greedy(
+    logits_RV: Tensor, slots_R: Tensor, flags_SV: Tensor, last_token_S: Tensor, done_S: Tensor, *, stop_flag: int
+) -> Tensor:
+    """See :func:`server.kernels.pick_greedy`."""
+    top_R, tokens_R = logits_RV.max(-1)
+    last_token_S[slots_R] = tokens_R
+    done_S[slots_R] = (flags_SV[slots_R, tokens_R] & stop_flag) != 0
+    return tokens_R.masked_fill(~top_R.isfinite(), -1)

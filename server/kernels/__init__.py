@@ -29,8 +29,6 @@ __all__ = [
     "norm_linear",
     "norm_swiglu",
     "pick_greedy",
-    "rms_norm",
-    "swiglu",
 ]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -165,30 +163,6 @@ def log_decay(
     return reference.log_decay(low_rank_TR, weight_DR, bias_D, normalizer=normalizer, clamp_min=clamp_min)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm of every row, the mean square in float32.
-
-    Args:
-        x_TD: [T, D], float32, bfloat16 or float16; rows may be strided. D is any number of channels here.
-        weight_D: [D], of x's dtype.
-        eps: added to the mean square.
-
-    Returns:
-        [T, D] of x's dtype, contiguous.
-
-    Raises:
-        ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
-    """
-    _check_dimensions("x", x_TD, 2)
-    _check_tensor("x", x_TD, tuple(x_TD.shape), _INPUT_DTYPES, x_TD.device)
-    _check_tensor("weight", weight_D, tuple(x_TD.shape[1:]), (x_TD.dtype,), x_TD.device)
-    if x_TD.is_cuda:
-        from server.kernels import norm
-
-        return norm.rms_norm(x_TD, weight_D, eps=eps)
-    return reference.rms_norm(x_TD, weight_D, eps=eps)
-
-
 def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *, eps: float) -> Tensor:
     """RMSNorm over the channels of every head, times swish of the output gate.
 
@@ -218,29 +192,6 @@ def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *,
 
         return norm.norm_gate(o_THV, weight_V, gate_TE, eps=eps)
     return reference.norm_gate(o_THV, weight_V, gate_TE, eps=eps)
-
-
-def swiglu(gate_up_TJ: Tensor) -> Tensor:
-    """swish(gate) * up, the gated MLP's activation.
-
-    Args:
-        gate_up_TJ: gate and up side by side [T, 2 * I], float32, bfloat16 or float16; rows may be strided.
-
-    Returns:
-        [T, I] of the input's dtype, contiguous.
-
-    Raises:
-        ValueError: a shape, dtype or stride is not as above; the message names the argument.
-    """
-    _check_dimensions("gate_up", gate_up_TJ, 2)
-    if gate_up_TJ.shape[1] % 2:
-        raise ValueError(f"gate_up: must have an even number of columns, has {gate_up_TJ.shape[1]}")
-    _check_tensor("gate_up", gate_up_TJ, tuple(gate_up_TJ.shape), _INPUT_DTYPES, gate_up_TJ.device)
-    if gate_up_TJ.is_cuda:
-        from server.kernels import mlp
-
-        return mlp.swiglu(gate_up_TJ)
-    return reference.swiglu(gate_up_TJ)
 
 
 def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, *, eps: float, out_TN: Tensor | None = None) -> Tensor:

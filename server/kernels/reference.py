@@ -39,7 +39,7 @@ def log_decay(
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm; see :func:`server.kernels.rms_norm`."""
+    """RMSNorm of every row [T, D] with the norm's weight [D], the mean square in float32; [T, D] of x's dtype."""
     return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
 
 
@@ -50,7 +50,7 @@ def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *,
 
 
 def swiglu(gate_up_TJ: Tensor) -> Tensor:
-    """The gated MLP's activation; see :func:`server.kernels.swiglu`."""
+    """The gated MLP's activation, swish(gate) * up, of both side by side [T, 2 * I]; [T, I]."""
     gate_TI, up_TI = gate_up_TJ.chunk(2, dim=1)
     return F.silu(gate_TI).mul_(up_TI)
 

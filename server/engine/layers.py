@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.kernels import PackedMatrix, linear_add_, norm_linear, norm_swiglu, rms_norm, swiglu
+from server.kernels import PackedMatrix
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -32,53 +32,31 @@ approximation by tanh)."""
 
 
 class Projection:
-    """A matrix that rows are multiplied by; its weight [outputs, inputs] is uninitialised.
+    """A matrix that rows are multiplied by; its weight is uninitialised.
 
     On the CPU, one with more outputs than inputs is stored by columns: for a few rows, MKL is then up to three times as
     fast. :meth:`pack` does better still, where it can.
 
     Attributes:
         weight: [outputs, inputs]; empty when packed.
+        matrix: what the kernels multiply by: the weight, or a packed form of it.
     """
+
+    __slots__ = ("matrix", "weight")
 
     def __init__(self, outputs: int, inputs: int, *, device: torch.device, dtype: torch.dtype) -> None:
         if device.type == "cpu" and outputs > inputs:
-            weight = torch.empty((inputs, outputs), device=device, dtype=dtype).t()
+            self.weight = torch.empty((inputs, outputs), device=device, dtype=dtype).t()
         else:
-            weight = torch.empty((outputs, inputs), device=device, dtype=dtype)
-        self.weight = weight
-        self._packed: PackedMatrix | None = None
+            self.weight = torch.empty((outputs, inputs), device=device, dtype=dtype)
+        self.matrix: Tensor | PackedMatrix = self.weight
 
     def pack(self) -> None:
         """Replace the weight, now final, by a form that is multiplied faster, if there is one."""
-        self._packed = PackedMatrix.pack(self.weight)
-        if self._packed is not None:
+        packed = PackedMatrix.pack(self.weight)
+        if packed is not None:
+            self.matrix = packed
             self.weight = self.weight.new_empty((0, 0))
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether :meth:`pack` found a faster form."""
-        return self._packed is not None
-
-    def of_norm(self, x_TI: Tensor, norm_I: Tensor, *, eps: float, out_TO: Tensor | None = None) -> Tensor:
-        """RMSNorm of every row, times the matrix: [T, outputs]; see :func:`server.kernels.norm_linear`."""
-        if self._packed is None:
-            return norm_linear(x_TI, norm_I, self.weight, eps=eps, out_TN=out_TO)
-        product_TO = self._packed.multiply(rms_norm(x_TI, norm_I, eps=eps))
-        return product_TO if out_TO is None else out_TO.copy_(product_TO)
-
-    def swiglu_of_norm(self, x_TI: Tensor, norm_I: Tensor, *, eps: float) -> Tensor:
-        """SwiGLU of the same, the matrix being gate above up; see :func:`server.kernels.norm_swiglu`."""
-        if self._packed is None:
-            return norm_swiglu(x_TI, norm_I, self.weight, eps=eps)
-        return swiglu(self._packed.multiply(rms_norm(x_TI, norm_I, eps=eps)))
-
-    def add_to(self, out_TO: Tensor, x_TI: Tensor) -> None:
-        """Add x @ weight.T to [T, outputs], in place; see :func:`server.kernels.linear_add_`."""
-        if self._packed is None:
-            linear_add_(out_TO, x_TI, self.weight)
-        else:
-            out_TO.add_(self._packed.multiply(x_TI))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _MiB = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROFILE_SLOTS = 4
+_SHORT_STEPS = (2, 17, 33, 65)
+"""Rows for which products have kernels of their own, one number for each."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 _MALLOC_KEEP = 1 << 30
@@ -176,23 +178,26 @@ def _run_worst_case(
     num_rows = config.max_num_seqs if on_cuda else 1
     slot = torch.ones(1, dtype=torch.int64, device=device)
     rows = torch.arange(num_rows, device=device) % num_tokens
-    for num_decodes in (0, 1):
-        prefill = num_tokens - num_decodes
+    steps = [(num_tokens, num_decodes, rows) for num_decodes in (0, 1)]
+    if on_cuda:
+        steps += [(short, 0, rows[:1].repeat(short)) for short in _SHORT_STEPS]
+    for step_tokens, num_decodes, step_rows in steps:
+        prefill = step_tokens - num_decodes
         logits = model.forward(
             ModelInputs(
-                token_ids_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+                token_ids_T=torch.zeros(step_tokens, dtype=torch.int64, device=device),
                 num_decodes=num_decodes,
                 slots_N=slot.repeat(num_decodes + 1) + torch.arange(num_decodes + 1, device=device),
                 from_zero_N=torch.ones(num_decodes + 1, dtype=torch.bool, device=device),
                 cu_seqlens=torch.tensor([0, prefill], dtype=torch.int32, device=device),
                 prefill_lengths=(prefill,),
-                output_rows_R=rows,
+                output_rows_R=step_rows,
             ),
             states,
         )
-        plan = SamplePlan(0, 0, num_rows, True, True, True, config.max_logprobs)
+        plan = SamplePlan(0, 0, len(step_rows), True, True, True, config.max_logprobs)
         sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
-        sampler.sample(logits, torch.ones_like(rows), torch.zeros_like(rows), plan)
+        sampler.sample(logits, torch.ones_like(step_rows), torch.zeros_like(step_rows), plan)
 
 
 def _graph_bytes(

@@ -8,7 +8,7 @@ from server.engine.batch import ModelInputs
 from server.engine.config import GLAConfig
 from server.engine.layers import FEATURE_MAP_FUNCTIONS, ConvIndex, Projection, short_conv
 from server.engine.state_pool import StateTensors
-from server.kernels import gla_decode, gla_prefill, log_decay, norm_gate
+from server.kernels import gla_decode, gla_prefill, linear_add_, log_decay, norm_gate, norm_linear, norm_swiglu
 
 _GATE_RANK = 16
 _GATE_NORMALIZER = 16
@@ -92,7 +92,7 @@ class GLAModel:
         x_RD = x_TD if x_TD.shape[0] == wanted.shape[0] == 1 else x_TD.index_select(0, wanted)
         if out_RV is None:
             out_RV = x_RD.new_empty((x_RD.shape[0], self.config.vocab_size), dtype=torch.float32)
-        return self.lm_head.of_norm(x_RD, self.norm, eps=self.config.norm_eps, out_TO=out_RV)
+        return norm_linear(x_RD, self.norm, self.lm_head.matrix, eps=self.config.norm_eps, out_TN=out_RV)
 
 
 class GLALayer:
@@ -164,14 +164,15 @@ class GLALayer:
     ) -> None:
         """Add the layer's outputs to ``x_TD`` [T, hidden_size], in place, and update the layer's states."""
         eps = self.config.norm_eps
-        projected = self.in_proj.of_norm(x_TD, self.attn_norm, eps=eps)
+        projected = norm_linear(x_TD, self.attn_norm, self.in_proj.matrix, eps=eps)
         qkv, low_rank, gate = projected.split(self.in_sizes, dim=1)
         if conv_index is not None and conv_SWD is not None:
             qkv = short_conv(qkv, self.conv_weight, self.conv_bias, conv_SWD, conv_index)
         o_THV = self._attend(qkv, self._log_decay(low_rank), inputs, state_SGKV)
         o_TE = norm_gate(o_THV, self.head_norm, gate if self.config.use_output_gate else None, eps=eps)
-        self.out_proj.add_to(x_TD, o_TE)
-        self.down_proj.add_to(x_TD, self.gate_up_proj.swiglu_of_norm(x_TD, self.mlp_norm, eps=eps))
+        linear_add_(x_TD, o_TE, self.out_proj.matrix)
+        h_TI = norm_swiglu(x_TD, self.mlp_norm, self.gate_up_proj.matrix, eps=eps)
+        linear_add_(x_TD, h_TI, self.down_proj.matrix)
 
     def _log_decay(self, low_rank: Tensor) -> Tensor:
         """Log of the decay per key channel, float32 [T, kv_heads, head_k], all <= 0."""

@@ -31,8 +31,6 @@ __all__ = [
     "norm_linear",
     "norm_swiglu",
     "pick_greedy",
-    "rms_norm",
-    "swiglu",
 ]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -167,30 +165,6 @@ def log_decay(
     return reference.log_decay(low_rank_TR, weight_DR, bias_D, normalizer=normalizer, clamp_min=clamp_min)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm of every row, the mean square in float32.
-
-    Args:
-        x_TD: [T, D], float32, bfloat16 or float16; rows may be strided. D is any number of channels here.
-        weight_D: [D], of x's dtype.
-        eps: added to the mean square.
-
-    Returns:
-        [T, D] of x's dtype, contiguous.
-
-    Raises:
-        ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
-    """
-    _check_dimensions("x", x_TD, 2)
-    _check_tensor("x", x_TD, tuple(x_TD.shape), _INPUT_DTYPES, x_TD.device)
-    _check_tensor("weight", weight_D, tuple(x_TD.shape[1:]), (x_TD.dtype,), x_TD.device)
-    if x_TD.is_cuda:
-        from server.kernels import norm
-
-        return norm.rms_norm(x_TD, weight_D, eps=eps)
-    return reference.rms_norm(x_TD, weight_D, eps=eps)
-
-
 def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *, eps: float) -> Tensor:
     """RMSNorm over the channels of every head, times swish of the output gate.
 
@@ -222,30 +196,9 @@ def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *,
     return reference.norm_gate(o_THV, weight_V, gate_TE, eps=eps)
 
 
-def swiglu(gate_up_TJ: Tensor) -> Tensor:
-    """swish(gate) * up, the gated MLP's activation.
-
-    Args:
-        gate_up_TJ: gate and up side by side [T, 2 * I], float32, bfloat16 or float16; rows may be strided.
-
-    Returns:
-        [T, I] of the input's dtype, contiguous.
-
-    Raises:
-        ValueError: a shape, dtype or stride is not as above; the message names the argument.
-    """
-    _check_dimensions("gate_up", gate_up_TJ, 2)
-    if gate_up_TJ.shape[1] % 2:
-        raise ValueError(f"gate_up: must have an even number of columns, has {gate_up_TJ.shape[1]}")
-    _check_tensor("gate_up", gate_up_TJ, tuple(gate_up_TJ.shape), _INPUT_DTYPES, gate_up_TJ.device)
-    if gate_up_TJ.is_cuda:
-        from server.kernels import mlp
-
-        return mlp.swiglu(gate_up_TJ)
-    return reference.swiglu(gate_up_TJ)
-
-
-def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, *, eps: float, out_TN: Tensor | None = None) -> Tensor:
+def norm_linear(
+    x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor | PackedMatrix, *, eps: float, out_TN: Tensor | None = None
+) -> Tensor:
     """RMSNorm of every row, then a projection.
 
     On CUDA, the rounding of a row's result depends on whether it is the only one (:mod:`server.kernels.linear`).
@@ -253,7 +206,7 @@ def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, *, eps: float, 
     Args:
         x_TD: [T, D], float32, bfloat16 or float16; rows may be strided.
         norm_D: weight of the norm [D], of x's dtype.
-        weight_ND: [N, D], of x's dtype; contiguous on CUDA.
+        weight_ND: [N, D], of x's dtype; contiguous on CUDA. On the CPU it may be packed.
         eps: added to the mean square.
         out_TN: where to write the result: contiguous, of x's dtype or float32; None: a new tensor of x's dtype.
 
@@ -274,13 +227,14 @@ def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, *, eps: float, 
     if x_TD.is_cuda:
         from server.kernels import linear
 
+        assert isinstance(weight_ND, Tensor)
         linear.norm_linear(x_TD, norm_D, weight_ND, out_TN, eps=eps)
     else:
         reference.norm_linear(x_TD, norm_D, weight_ND, out_TN, eps=eps)
     return out_TN
 
 
-def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) -> Tensor:
+def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor | PackedMatrix, *, eps: float) -> Tensor:
     """RMSNorm of every row, then the projections of a gated MLP and its activation, swish(gate) * up.
 
     Args:
@@ -302,11 +256,12 @@ def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) 
     if x_TD.is_cuda:
         from server.kernels import linear
 
+        assert isinstance(weight_JD, Tensor)
         return linear.norm_swiglu(x_TD, norm_D, weight_JD, eps=eps)
     return reference.norm_swiglu(x_TD, norm_D, weight_JD, eps=eps)
 
 
-def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor) -> None:
+def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor | PackedMatrix) -> None:
     """Add a projection of ``o_TK`` to ``x_TN``, in place.
 
     Args:
@@ -324,6 +279,7 @@ def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor) -> None:
     if o_TK.is_cuda:
         from server.kernels import linear
 
+        assert isinstance(weight_NK, Tensor)
         linear.linear_add_(x_TN, o_TK, weight_NK)
     else:
         reference.linear_add_(x_TN, o_TK, weight_NK)
@@ -401,12 +357,17 @@ def _check(
     _check_tensor("from_zero", from_zero_N, tuple(slots_N.shape), (torch.bool,), device)
 
 
-def _check_projection(x_TK: Tensor, weight_NK: Tensor, name: str) -> None:
+def _check_projection(x_TK: Tensor, weight_NK: Tensor | PackedMatrix, name: str) -> None:
     """Raise ValueError unless ``x_TK``, which is called ``name``, can be multiplied with the weight."""
     _check_dimensions(name, x_TK, 2)
-    _check_dimensions("weight", weight_NK, 2)
+    if len(weight_NK.shape) != 2:
+        raise ValueError(f"weight: must have 2 dimensions, has shape {tuple(weight_NK.shape)}")
     _check_tensor(name, x_TK, tuple(x_TK.shape), _INPUT_DTYPES, x_TK.device)
     shape = (weight_NK.shape[0], x_TK.shape[1])
+    if isinstance(weight_NK, PackedMatrix):
+        if weight_NK.shape != shape or x_TK.dtype != torch.float32 or x_TK.is_cuda:
+            raise ValueError(f"weight: packed, of shape {tuple(weight_NK.shape)}, not for {name} {tuple(x_TK.shape)}")
+        return
     if not x_TK.is_cuda and weight_NK.stride(0) == 1:  # stored by columns, which the CPU's library likes
         weight_NK, shape = weight_NK.t(), shape[::-1]
     _check_tensor("weight", weight_NK, shape, (x_TK.dtype,), x_TK.device)

@@ -2,9 +2,9 @@
 
 One row is a product of the weights with a vector: reading the weights is all that takes time, and a layer has so little
 of it that the start of each kernel counts. :func:`matvec_kernel` therefore requests all of its weights before it waits
-for the kernel before it (:mod:`server.kernels.pdl`), and norm, activation and addition are part of it. More rows go to
-the matrix library, with kernels of their own around it. So the path, hence the rounding of a row's result, depends on
-whether the row is alone; :data:`MATVEC_MAX_INPUTS` is the other condition.
+for the kernel before it (:mod:`server.kernels.pdl`), and norm, activation and addition are part of it. Some more rows
+are multiplied by :mod:`server.kernels.skinny`, others by the matrix library, with kernels around them. So the path,
+hence the rounding of a row's result, depends on the number of rows: 1, up to 128, or more.
 """
 
 # Triton's decorator has no types, and a kernel's arguments are pointers, integers of no Python type, growing tuples.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.kernels import mlp, norm
+from server.kernels import mlp, norm, skinny
 from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import next_power_of_2
 
@@ -57,7 +57,9 @@ def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, out_TN: Tensor,
         _matvec(x_TD, norm_D, weight_ND, out_TN, eps=eps)
         return
     h_TD = norm.rms_norm(x_TD, norm_D, eps=eps)
-    if out_TN.dtype == h_TD.dtype:
+    if skinny.fits(h_TD, weight_ND):
+        skinny.linear(h_TD, weight_ND, out_TN)
+    elif out_TN.dtype == h_TD.dtype:
         torch.mm(h_TD, weight_ND.t(), out=out_TN)
     else:
         torch.mm(h_TD, weight_ND.t(), out_dtype=out_TN.dtype, out=out_TN)
@@ -65,17 +67,22 @@ def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, out_TN: Tensor,
 
 def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) -> Tensor:
     """See :func:`server.kernels.norm_swiglu`, which has checked the arguments."""
-    if not _is_vector(x_TD):
-        return mlp.swiglu(F.linear(norm.rms_norm(x_TD, norm_D, eps=eps), weight_JD))
-    out_TI = x_TD.new_empty((1, weight_JD.shape[0] // 2))
-    _matvec(x_TD, norm_D, weight_JD, out_TI, eps=eps, gated=True)
-    return out_TI
+    if _is_vector(x_TD):
+        out_TI = x_TD.new_empty((1, weight_JD.shape[0] // 2))
+        _matvec(x_TD, norm_D, weight_JD, out_TI, eps=eps, gated=True)
+        return out_TI
+    h_TD = norm.rms_norm(x_TD, norm_D, eps=eps)
+    if skinny.fits(h_TD, weight_JD):
+        return skinny.swiglu(h_TD, weight_JD)
+    return mlp.swiglu(F.linear(h_TD, weight_JD))
 
 
 def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor) -> None:
     """See :func:`server.kernels.linear_add_`, which has checked the arguments."""
     if _is_vector(o_TK):
         _matvec(o_TK, None, weight_NK, x_TN, eps=0.0, add=True)
+    elif skinny.fits(o_TK, weight_NK):
+        skinny.add_(x_TN, o_TK, weight_NK)
     else:
         x_TN.addmm_(o_TK, weight_NK.t())
 

@@ -14,7 +14,7 @@ _BLOCK = 512
 
 
 def swiglu(gate_up_TJ: Tensor) -> Tensor:
-    """See :func:`server.kernels.swiglu`, which has checked the arguments."""
+    """swish(gate) * up of both side by side [T, 2 * I], rows may be strided; [T, I] of its dtype, contiguous."""
     tokens, both = gate_up_TJ.shape
     out_TI = torch.empty((tokens, both // 2), dtype=gate_up_TJ.dtype, device=gate_up_TJ.device)
     if out_TI.numel() == 0:

@@ -16,7 +16,7 @@ from server.kernels.shapes import next_power_of_2
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-    """See :func:`server.kernels.rms_norm`, which has checked the arguments."""
+    """RMSNorm of every row [T, D], which may be strided, the mean square in float32; [T, D], contiguous."""
     return norm_gate(x_TD.unsqueeze(1), weight_D, None, eps=eps)
 
 

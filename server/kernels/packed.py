@@ -20,14 +20,18 @@ class PackedMatrix:
 
     Args:
         packed: what FBGEMM made of it, an opaque handle.
-        zeros_N: a bias of nothing, float32 [N].
+        shape: N, K.
+
+    Attributes:
+        shape: as above.
     """
 
-    __slots__ = ("_packed", "_zeros_N")
+    __slots__ = ("_packed", "_zeros_N", "shape")
 
-    def __init__(self, packed: Tensor, zeros_N: Tensor) -> None:
+    def __init__(self, packed: Tensor, shape: torch.Size) -> None:
         self._packed = packed
-        self._zeros_N = zeros_N
+        self._zeros_N = torch.zeros(shape[0])  # for the bias that the operation wants
+        self.shape = shape
 
     @classmethod
     def pack(cls, weight_NK: Tensor) -> "PackedMatrix | None":
@@ -54,9 +58,7 @@ class PackedMatrix:
             # Called deprecated since 2022, yet PyTorch's ahead-of-time compiler relies on them; said once, at the first
             # use. The operations meant to follow them take ten times as long to call, with objects instead of tensors.
             warnings.filterwarnings("ignore", message="fbgemm_.* is deprecated")
-            matrix = cls(
-                torch.fbgemm_pack_gemm_matrix_fp16(weight_NK.contiguous()), weight_NK.new_zeros(len(weight_NK))
-            )
+            matrix = cls(torch.fbgemm_pack_gemm_matrix_fp16(weight_NK.contiguous()), weight_NK.shape)
             matrix.multiply(weight_NK[:1])
         return matrix
 

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.kernels.packed import PackedMatrix
+
 CHUNK = 64
 BLOCK = 16
 _MIDDLE = BLOCK // 2 - 1
@@ -41,7 +43,7 @@ def log_decay(
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm; see :func:`server.kernels.rms_norm`."""
+    """RMSNorm of every row [T, D] with the norm's weight [D], the mean square in float32; [T, D] of x's dtype."""
     return _normalize(x_TD, weight_D, eps)
 
 
@@ -68,7 +70,7 @@ def _constant(value: float) -> Tensor:
 
 
 def swiglu(gate_up_TJ: Tensor) -> Tensor:
-    """The gated MLP's activation; see :func:`server.kernels.swiglu`."""
+    """The gated MLP's activation, swish(gate) * up, of both side by side [T, 2 * I]; [T, I]."""
     gate_TI, up_TI = gate_up_TJ.chunk(2, dim=1)
     return F.silu(gate_TI).mul_(up_TI)
 
@@ -255,23 +257,30 @@ def _scores_of_pairs(q_XRIK: Tensor, k_XIK: Tensor, g_XIK: Tensor) -> Tensor:
     return torch.cat(scores)
 
 
-def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, out_TN: Tensor, *, eps: float) -> None:
+def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor | PackedMatrix, out_TN: Tensor, *, eps: float) -> None:
     """See :func:`server.kernels.norm_linear`."""
     h_TD = rms_norm(x_TD, norm_D, eps=eps)
-    if out_TN.dtype == h_TD.dtype:
+    if isinstance(weight_ND, Tensor) and out_TN.dtype == h_TD.dtype:
         torch.mm(h_TD, weight_ND.t(), out=out_TN)
     else:
-        out_TN.copy_(F.linear(h_TD, weight_ND))
+        out_TN.copy_(_multiply(h_TD, weight_ND))
 
 
-def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) -> Tensor:
+def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor | PackedMatrix, *, eps: float) -> Tensor:
     """See :func:`server.kernels.norm_swiglu`."""
-    return swiglu(F.linear(rms_norm(x_TD, norm_D, eps=eps), weight_JD))
+    return swiglu(_multiply(rms_norm(x_TD, norm_D, eps=eps), weight_JD))
 
 
-def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor) -> None:
+def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor | PackedMatrix) -> None:
     """See :func:`server.kernels.linear_add_`."""
-    x_TN.addmm_(o_TK, weight_NK.t())
+    if isinstance(weight_NK, Tensor):
+        x_TN.addmm_(o_TK, weight_NK.t())
+    else:
+        x_TN.add_(weight_NK.multiply(o_TK))
+
+
+def _multiply(x_TD: Tensor, weight_ND: Tensor | PackedMatrix) -> Tensor:
+    return F.linear(x_TD, weight_ND) if isinstance(weight_ND, Tensor) else weight_ND.multiply(x_TD)
 
 
 def pick_greedy(

@@ -127,8 +127,6 @@ def test_the_door_computes() -> None:
                 kernels.norm_gate(x.view(2, 2, 8), bias, x, eps=1e-6),
                 run(backend, "norm_gate", x.view(2, 2, 8), bias, x, eps=1e-6),
             ),
-            (kernels.rms_norm(x[:, :8], bias, eps=1e-6), run(backend, "rms_norm", x[:, :8], bias, eps=1e-6)),
-            (kernels.swiglu(x), run(backend, "swiglu", x)),
         ):
             assert torch.equal(ours, expected)
 
@@ -136,11 +134,6 @@ def test_the_door_computes() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: kernels.swiglu(x[0]), "gate_up: must have 2 dimensions"),
-        (lambda x: kernels.swiglu(x[:, :3]), "gate_up: must have an even number of columns, has 3"),
-        (lambda x: kernels.swiglu(x.double()), "gate_up: must be torch.float32"),
-        (lambda x: kernels.rms_norm(x[0], x[0], eps=1e-6), "x: must have 2 dimensions"),
-        (lambda x: kernels.rms_norm(x, x[:, 0], eps=1e-6), "weight: must have shape"),
         (lambda x: kernels.norm_gate(x, None, None, eps=1e-6), "o: must have 3 dimensions"),
         (lambda x: kernels.norm_gate(x[None], x[0, :3], None, eps=1e-6), "weight: must have shape"),
         (lambda x: kernels.norm_gate(x[None], None, x, eps=1e-6), "gate: must have shape"),

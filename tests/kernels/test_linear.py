@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server import kernels
-from server.kernels import linear, pick, reference
+from server.kernels import linear, pick, reference, skinny
 from tests.kernels.cases import TOLERANCE, TRITON_DEVICE, poisoned_memory, relative_error
 from tests.kernels.test_elementwise import BACKENDS, DTYPES, random
 
@@ -79,6 +79,33 @@ def test_linear_add(backend: str, dtype: torch.dtype, rows: int, inputs: int, ou
     run(backend, "linear_add_", x, o, weight)
     if rows:
         assert relative_error(x, truth) < TOLERANCE[dtype]
+
+
+# The interpreter multiplies the raw bits of bfloat16.
+SKINNY_DTYPES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else [torch.float16]
+
+
+@pytest.mark.parametrize("dtype", SKINNY_DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(2, 64, 8), (5, 104, 130), (17, 512, 64), (100, 1024, 70)])
+def test_skinny_products(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+    """Sums in one part and in four, tiles cut off on every side, padded rows."""
+    wide, _, weight = inputs_of(rows, inputs + 8, 2 * outputs, dtype, "triton")
+    x, weight = wide[:, :inputs].contiguous(), weight[:, :inputs].contiguous()
+    product = x.double() @ weight.double().t()
+    for out_dtype in (dtype, torch.float32):
+        out = x.new_full((rows, 2 * outputs), torch.nan, dtype=out_dtype)
+        skinny.linear(x, weight, out)
+        assert relative_error(out, product) < TOLERANCE[dtype]
+    with poisoned_memory():
+        out = skinny.swiglu(x, weight)
+    gate, up = product.chunk(2, dim=1)
+    assert (out.shape, out.dtype) == ((rows, outputs), dtype)
+    assert relative_error(out, F.silu(gate) * up) < TOLERANCE[dtype]
+    residual = random(rows, 2 * outputs, dtype=dtype, seed=3)
+    truth = residual.double() + product
+    with poisoned_memory():
+        skinny.add_(residual, x, weight)
+    assert relative_error(residual, truth) < TOLERANCE[dtype]
 
 
 def picking(rows: int, vocab_size: int, backend: str) -> dict[str, Tensor]:

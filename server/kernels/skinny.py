@@ -9,7 +9,7 @@ the parts up in a fixed order.
 # Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -65,7 +65,7 @@ def fits(x_MK: Tensor, weight_JK: Tensor) -> bool:
 
 def linear(x_MK: Tensor, weight_NK: Tensor, out_MN: Tensor) -> None:
     """Write a projection [M, N] to ``out_MN``, contiguous, of any floating type."""
-    _multiply(x_MK, weight_NK, out_MN, SkinnyPlan(_plan(x_MK, weight_NK).block_m, 1, 4), gated=False)
+    _multiply(x_MK, weight_NK, out_MN, replace(_plan(x_MK, weight_NK), splits=1), gated=False)
 
 
 def swiglu(x_MK: Tensor, weight_JK: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 _MiB = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROFILE_SLOTS = 4
-_SHORT_STEPS = (2, 17, 33, 65)
-"""Rows for which products have kernels of their own, one number for each."""
+_SHORT_STEP = 2
+"""Tokens of a step whose products are kernels of their own, and not the matrix library's."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 _MALLOC_KEEP = 1 << 30
@@ -180,7 +180,7 @@ def _run_worst_case(
     rows = torch.arange(num_rows, device=device) % num_tokens
     steps = [(num_tokens, num_decodes, rows) for num_decodes in (0, 1)]
     if on_cuda:
-        steps += [(short, 0, rows[:1].repeat(short)) for short in _SHORT_STEPS]
+        steps.append((_SHORT_STEP, 0, rows[:1].repeat(_SHORT_STEP)))
     for step_tokens, num_decodes, step_rows in steps:
         prefill = step_tokens - num_decodes
         logits = model.forward(

@@ -4,7 +4,7 @@ One row is a product of the weights with a vector: reading the weights is all th
 of it that the start of each kernel counts. :func:`matvec_kernel` therefore requests all of its weights before it waits
 for the kernel before it (:mod:`server.kernels.pdl`), and norm, activation and addition are part of it. Some more rows
 are multiplied by :mod:`server.kernels.skinny`, others by the matrix library, with kernels around them. So the path,
-hence the rounding of a row's result, depends on the number of rows: 1, up to 128, or more.
+hence the rounding of a row's result, depends on the number of rows: 1, up to 8, or more.
 """
 
 # Triton's decorator has no types, and a kernel's arguments are pointers, integers of no Python type, growing tuples.

@@ -1,4 +1,4 @@
-"""Matrix products of a few rows, 2 to 128, by tensor cores, with SwiGLU or the residual addition behind them.
+"""Matrix products of a few rows, 2 to 8, by tensor cores, with SwiGLU or the residual addition behind them.
 
 Reading the weights is what takes time here. A program multiplies 64 rows of weights with all rows of the input, which
 stand in the place of the tensor cores' columns, and tiles come through the tensor memory accelerator, several in
@@ -9,7 +9,7 @@ the parts up in a fixed order.
 # Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,8 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import next_power_of_2
 
-MAX_ROWS = 128
-"""With more, the matrix library's larger tiles are faster (measured at 256 rows on an H200)."""
+MAX_ROWS = 8
+"""With more, the matrix library is as fast or faster (measured with whole models on an H200)."""
 
 _BLOCK_N = 64
 _BLOCK_K = 128
@@ -65,7 +65,7 @@ def fits(x_MK: Tensor, weight_JK: Tensor) -> bool:
 
 def linear(x_MK: Tensor, weight_NK: Tensor, out_MN: Tensor) -> None:
     """Write a projection [M, N] to ``out_MN``, contiguous, of any floating type."""
-    _multiply(x_MK, weight_NK, out_MN, SkinnyPlan(_plan(x_MK, weight_NK).block_m, 1, 4), gated=False)
+    _multiply(x_MK, weight_NK, out_MN, replace(_plan(x_MK, weight_NK), splits=1), gated=False)
 
 
 def swiglu(x_MK: Tensor, weight_JK: Tensor) -> Tensor:

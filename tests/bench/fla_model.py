@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--batch", default="1,32,256")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--compile-seconds", type=float, default=30, help="most for compiling in advance")
+    parser.add_argument("--compile-seconds", type=float, default=60, help="most for compiling in advance")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     batches = [int(size) for size in args.batch.split(",")]

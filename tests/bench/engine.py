@@ -7,7 +7,8 @@ prefill     prompts of several lengths, one token sampled from each: prompt toke
 mixed       running requests while prompts of 8192 tokens arrive one behind the other: the time between their tokens,
             against the same without arrivals
 context     one sequence after contexts of 1,000 to 1,000,000 tokens: the time per token; the first one again at the end
-fla         where flash-linear-attention is installed: decode of its own model, see :mod:`tests.bench.fla_model`
+fla         only if named, since its kernels take a minute or more to compile: decode of flash-linear-attention's own
+            model, see :mod:`tests.bench.fla_model`
 workload    ``--streams`` requests at once from submission to the last token, as :mod:`tests.bench.http` sends them
 
 Steps are timed on the host, from one return of ``Engine.step`` to the next.
@@ -30,7 +31,7 @@ import torch
 from server.engine.engine import Engine
 from server.settings import EngineConfig, Settings
 from server.types import GenerateRequest, SamplingParams, pack_tokens
-from tests.bench.common import Row, add_output_flags, environment, finish, installed, print_table
+from tests.bench.common import Row, add_output_flags, environment, finish, print_table
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 CLIENT = b"bench"
@@ -185,15 +186,20 @@ def context_rows(bench: Bench, contexts: Sequence[int], steps: int) -> Iterator[
 
 
 def workload_rows(bench: Bench, streams: int, prompt_length: int, tokens: int) -> Iterator[Row]:
-    """All requests from submission to the last token."""
+    """All requests from submission to the last token; steady: from the last first token to the first end."""
     synchronize()
     start = time.perf_counter()
     for _ in range(streams):
         bench.submit(prompt_length, tokens)
+    bench.absorb()
+    decoding, before = time.perf_counter(), bench.engine.stats().generated_tokens
+    while len(bench.engine.scheduler.running) == streams:
+        bench.step()
+    steady = (bench.engine.stats().generated_tokens - before) / (time.perf_counter() - decoding)
     bench.drain()
-    seconds = time.perf_counter() - start
-    rate = streams * tokens / seconds
-    yield {"op": "workload", "streams": streams, "prompt": prompt_length, "tokens": tokens, "tokens/s": rate}
+    rate = streams * tokens / (time.perf_counter() - start)
+    row: Row = {"op": "workload", "streams": streams, "prompt": prompt_length, "tokens": tokens}
+    yield row | {"tokens/s": rate, "steady tokens/s": steady}
 
 
 def fla_rows(model: Path, seconds: float) -> list[Row]:
@@ -232,15 +238,14 @@ def build_engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
 
 def parse_arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    peer = "fla," if installed("fla") and installed("fla.models") else ""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--load-format", default="auto", choices=["auto", "dummy"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--state-dtype", default=Settings.model_fields["state_dtype"].default)
-    parser.add_argument("--ops", default=f"{peer}decode,prefill,mixed,context" if cuda else "decode,prefill")
-    parser.add_argument("--peer-seconds", type=float, default=60, help="most that fla may take")
+    parser.add_argument("--ops", default="decode,prefill,mixed,context" if cuda else "decode,prefill")
+    parser.add_argument("--peer-seconds", type=float, default=120, help="most that fla may take")
     parser.add_argument("--batch", type=_numbers, default=[1 << i for i in range(11)] if cuda else [1, 16])
     parser.add_argument("--prompt-length", type=int, default=64, help="of decode and workload")
     parser.add_argument("--steps", type=int, default=128, help="timed for each figure")

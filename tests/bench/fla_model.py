@@ -8,6 +8,7 @@ decode, so that nothing else has to be compiled and tuned.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -17,20 +18,26 @@ from pathlib import Path
 import torch
 
 from tests.bench.common import Row, print_table
-from tests.bench.peers import FLA, quicken_tuning
+from tests.bench.peers import FLA, precompile, quicken_tuning
 
 PROMPT = 64
 WARMUP_STEPS = 4
 
 
-def build_model(folder: Path) -> torch.nn.Module:
+def build_model(folder: Path, **changes: object) -> torch.nn.Module:
     """fla's causal language model of a checkpoint's configuration, on the GPU."""
     from fla.models import GLAConfig, GLAForCausalLM
 
     values = json.loads((folder / "config.json").read_text())
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        return GLAForCausalLM(GLAConfig(**values)).eval()
+        return GLAForCausalLM(GLAConfig(**(values | changes))).eval()
+
+
+def touch_model(folder: Path, batches: Sequence[int]) -> None:
+    """All kernels of the model, for :func:`tests.bench.peers.precompile`."""
+    model = build_model(folder, num_hidden_layers=1)
+    list(decode_rows(model, model.config.vocab_size, batches, 1))
 
 
 @torch.inference_mode()
@@ -62,13 +69,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--batch", default="1,32,256")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--compile-seconds", type=float, default=60, help="most for compiling in advance")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    batches = [int(size) for size in args.batch.split(",")]
+    seconds = precompile(functools.partial(touch_model, args.model, batches), seconds=args.compile_seconds)
+    print(f"compiled in {seconds:.0f} s", flush=True)
     quicken_tuning()
     model = build_model(args.model)
-    batches = [int(size) for size in args.batch.split(",")]
-    rows = list(decode_rows(model, model.config.vocab_size, batches, args.steps))
-    print_table(rows, ["batch", "tokens/s", "ms median"])
+    rows: list[Row] = []
+    for row in decode_rows(model, model.config.vocab_size, batches, args.steps):
+        rows.append(row)
+        print_table([row], ["batch", "tokens/s", "ms median"])
     if args.json:
         args.json.write_text(json.dumps(rows))
 

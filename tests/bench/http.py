@@ -6,7 +6,8 @@
 With ``--base-url`` a running server is measured. Without it the bench starts one itself, and measures also
 
 * the bare engine at the same work, in a process of its own before the server starts (``tests.bench.engine``,
-  operation workload): tokens per second from the submission of all requests to the last token, on both sides;
+  operation workload): tokens per second from the submission of all requests to the last token, on both sides, and
+  steady, that is while every stream decodes;
 * the time from starting ``gale serve`` to the first streamed token, twice: with an empty folder for Triton's compiled
   kernels, and with what that start left there. The weights were written just before or are read for the first time;
   whether they lie in the page cache is the machine's business.
@@ -108,12 +109,13 @@ def measure(pool: ProcessPoolExecutor, clients: int, url: str, streams: int, bod
     answers = [pool.submit(read_streams, host, port, share, body) for share in shares]
     results = [result for answer in answers for result in answer.result()[0]]
     sent, first, ended, tokens = zip(*results, strict=True)
-    lengths = [(end - begin) / max(1, count - 1) for begin, end, count in zip(first, ended, tokens, strict=True)]
+    times = [(end - begin) / max(1, count - 1) for begin, end, count in zip(first, ended, tokens, strict=True)]
     return {
         "streams": streams,
         "tokens/s": sum(tokens) / (max(ended) - min(sent)),
+        "steady tokens/s": sum(1 / time for time in times),
         "TTFT ms": statistics.median(begin - at for begin, at in zip(first, sent, strict=True)) * 1e3,
-        "TPOT ms": statistics.median(lengths) * 1e3,
+        "TPOT ms": statistics.median(times) * 1e3,
         "clients waited": min(answer.result()[1] for answer in answers),
     }
 
@@ -221,12 +223,13 @@ def whole_server(args: argparse.Namespace, pool: ProcessPoolExecutor, body: dict
             if (count := row["streams"]) in bare:
                 row["bare engine tokens/s"] = bare[count]["tokens/s"]
                 row["share"] = float(row["tokens/s"] or 0) / float(bare[count]["tokens/s"] or 1)
+                row["steady share"] = float(row["steady tokens/s"] or 0) / float(bare[count]["steady tokens/s"] or 1)
     return {"rows": rows, "starts": starts, "api_server_count": args.api_server_count}
 
 
 def http_rows(args: argparse.Namespace, pool: ProcessPoolExecutor, url: str, body: dict[str, object]) -> list[Row]:
-    """A warm-up, then one row for each number of streams."""
-    measure(pool, args.clients, url, min(args.clients, max(args.streams)), body | {"max_tokens": 16})
+    """A warm-up of every API process, then one row for each number of streams."""
+    measure(pool, args.clients, url, max(args.streams), body | {"max_tokens": 16})
     return [measure(pool, args.clients, url, count, body) for count in args.streams]
 
 

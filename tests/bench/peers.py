@@ -40,10 +40,12 @@ def quicken_tuning() -> None:
     Autotuner.do_bench = functools.partial(triton.testing.do_bench, warmup=2, rep=10)  # type: ignore[method-assign]
 
 
-def precompile(shapes: Sequence[Heads], batches: Sequence[int], *, seconds: float) -> float:
-    """Fill Triton's cache with every variant fla will want for these head sizes and prefill batches.
+def precompile(work: Callable[[], None], *, seconds: float) -> float:
+    """Fill Triton's cache with every variant that the tuner will want for some work of fla's.
 
     Args:
+        work: to be pickled; does the work in miniature. In the processes that it runs in, kernels are compiled and not
+            launched.
         seconds: most time to take; what is not compiled by then is compiled when it is needed.
 
     Returns:
@@ -52,10 +54,7 @@ def precompile(shapes: Sequence[Heads], batches: Sequence[int], *, seconds: floa
     start = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
     count = max(1, len(os.sched_getaffinity(0)) - 2)
-    workers = [
-        spawn.Process(target=_compile_share, args=(index, count, list(shapes), list(batches)), daemon=True)
-        for index in range(count)
-    ]
+    workers = [spawn.Process(target=_compile_share, args=(index, count, work), daemon=True) for index in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -66,7 +65,7 @@ def precompile(shapes: Sequence[Heads], batches: Sequence[int], *, seconds: floa
     return time.monotonic() - start
 
 
-def _compile_share(index: int, of: int, shapes: Sequence[Heads], batches: Sequence[int]) -> None:
+def _compile_share(index: int, of: int, work: Callable[[], None]) -> None:
     """Compile every of-th variant, and launch none."""
     from triton.runtime.autotuner import Autotuner
 
@@ -81,6 +80,11 @@ def _compile_share(index: int, of: int, shapes: Sequence[Heads], batches: Sequen
                     self.fn.run(*args, **(kwargs | config.all_kwargs() | {"warmup": True}))
 
     Autotuner.run = run
+    work()
+
+
+def touch_kernels(shapes: Sequence[Heads], batches: Sequence[int]) -> None:
+    """What :func:`fla_decode` and :func:`fla_prefill` run for these head sizes and prefill batches, for precompile."""
     for heads in shapes:
         fla_decode(heads, 1, 1)[0]()
         for batch in batches:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from server.engine.sequence import Sequence
+from server.kernels import RingRows
 
 
 class Span(NamedTuple):
@@ -58,6 +59,7 @@ class ModelInputs:
         cu_seqlens: int32 [P + 1], where each prompt span begins, relative to row D.
         prefill_lengths: lengths of the P prompt spans, on the host.
         output_rows_R: int64 [R], the rows whose logits are wanted.
+        ring_rows: where the rings of the D decodes stand; None: the pool has no rings.
     """
 
     token_ids_T: Tensor
@@ -67,3 +69,4 @@ class ModelInputs:
     cu_seqlens: Tensor
     prefill_lengths: tuple[int, ...]
     output_rows_R: Tensor
+    ring_rows: RingRows | None = None

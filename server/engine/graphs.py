@@ -19,12 +19,13 @@ from server.engine.batch import ModelInputs
 from server.engine.model import GLAModel
 from server.engine.sampler import Sampled, SamplePlan, Sampler, redirect_done
 from server.engine.state_pool import NULL_SLOT, StateTensors
+from server.kernels import RingRows, folds_every_token
 
 MAX_ROWS = 1024
 """Larger batches run without a graph: their kernels take longer than launching them does."""
 
-_INPUT_COLUMNS = 3
-"""Slots, sampling order, positions."""
+_INPUT_COLUMNS = 5
+"""Slots, sampling order, positions, tokens pending in rings, rows that fold theirs (preceded by their number)."""
 
 
 def ladder(max_rows: int) -> list[int]:
@@ -67,7 +68,7 @@ class DecodeGraphs:
         self._sizes = ladder(max_rows)
         device = sampler.last_token_S.device
         self._device = device
-        self._inputs = torch.zeros(_INPUT_COLUMNS * max_rows, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(_INPUT_COLUMNS * max_rows + 1, dtype=torch.int64, device=device)
         self._from_zero_N = torch.zeros(max_rows, dtype=torch.bool, device=device)
         self._cu_seqlens = torch.zeros(1, dtype=torch.int32, device=device)
         self._slots_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
@@ -82,7 +83,19 @@ class DecodeGraphs:
             for greedy in (True, False):
                 self._sample[size, greedy] = recorder.record(partial(self._run_sampler, size, greedy))
 
-    def launch(self, slots: Sequence[int], order: Sequence[int], positions: Sequence[int], plan: SamplePlan) -> Sampled:
+    def folds_every_token(self, rows: int) -> bool:
+        """Whether a batch of so many rows updates its states with every token."""
+        return self._in_place(self._sizes[bisect_left(self._sizes, rows)])
+
+    def launch(
+        self,
+        slots: Sequence[int],
+        order: Sequence[int],
+        positions: Sequence[int],
+        plan: SamplePlan,
+        pending: Sequence[int],
+        folding: Sequence[int],
+    ) -> Sampled:
         """Absorb one token in each slot and sample the next, without waiting for the device.
 
         Args:
@@ -90,6 +103,8 @@ class DecodeGraphs:
             order: the sampling rows: a permutation of the rows' indices, sorted as ``plan`` says.
             positions: of the sampling rows, as in :meth:`Sampler.sample`.
             plan: what the sampling rows need.
+            pending: tokens in each row's ring; empty if the pool has no rings.
+            folding: rows that fold their rings with this token; all of them where :meth:`folds_every_token`.
 
         Returns:
             The samples, in buffers that the next launch overwrites.
@@ -102,6 +117,10 @@ class DecodeGraphs:
         host.extend(range(rows, size))
         host.extend(positions)
         host.extend(repeat(0, size - rows))
+        host.extend(pending)
+        host.extend(repeat(0, size - rows))
+        host.append(len(folding))
+        host.extend(folding)
         inputs = torch.frombuffer(host, dtype=torch.int64)
         if self._device.type == "cuda":
             inputs = inputs.pin_memory()
@@ -114,12 +133,18 @@ class DecodeGraphs:
         positions_R = self._columns(size)[2][:rows]
         return self._sampler.sample(self._logits_RV[:rows], self._slots_R[:rows], positions_R, plan)
 
-    def _columns(self, size: int) -> tuple[Tensor, ...]:
-        """The input buffer as a batch of this size uses it: slots, sampling order, positions."""
-        return self._inputs[: _INPUT_COLUMNS * size].view(_INPUT_COLUMNS, size).unbind()
+    def _in_place(self, size: int) -> bool:
+        return folds_every_token(size, self._states.layers[0].values_SGKV)
+
+    def _columns(self, size: int) -> tuple[Tensor, Tensor, Tensor, RingRows | None]:
+        """The input buffer as a batch of this size uses it: slots, sampling order, positions, rings."""
+        columns = self._inputs[: _INPUT_COLUMNS * size + 1].split((size, size, size, size, size + 1))
+        slots_N, order_R, positions_R, pending_N, folding = columns
+        ring_rows = RingRows(pending_N, None if self._in_place(size) else folding) if self._states.ring_size else None
+        return slots_N, order_R, positions_R, ring_rows
 
     def _run_model(self, size: int) -> None:
-        slots_N, order_R, _ = self._columns(size)
+        slots_N, order_R, _, ring_rows = self._columns(size)
         slots_N = redirect_done(slots_N, self._sampler.done_S)
         inputs = ModelInputs(
             token_ids_T=self._sampler.last_token_S[slots_N],
@@ -129,6 +154,7 @@ class DecodeGraphs:
             cu_seqlens=self._cu_seqlens,
             prefill_lengths=(),
             output_rows_R=order_R,
+            ring_rows=ring_rows,
         )
         self._model.forward(inputs, self._states, out_RV=self._logits_RV[:size])
         self._slots_R[:size] = slots_N[order_R]

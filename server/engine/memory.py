@@ -10,9 +10,11 @@ import os
 import platform
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from server.engine.batch import ModelInputs
 from server.engine.checkpoint import load_model
@@ -21,8 +23,9 @@ from server.engine.graphs import MAX_ROWS, DecodeGraphs
 from server.engine.model import GLAModel
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
-from server.engine.state_pool import StateTensors, allocate_states, state_bytes
+from server.engine.state_pool import NULL_SLOT, StateTensors, allocate_states, state_bytes
 from server.errors import CheckpointError, SettingsError
+from server.kernels import STATE_DTYPES, RingRows
 from server.settings import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
     dtype_name = config.dtype
     if dtype_name == "auto":
         dtype_name = "float32" if device.type == "cpu" else model_config.dtype
-    dtype, state_dtype = _DTYPES[dtype_name], _DTYPES[config.state_dtype]
+    dtype, state_dtype = _DTYPES[dtype_name], STATE_DTYPES[config.state_dtype]
     if device.type == "cuda":
         # Imported here: it brings Triton, which a CPU server does without.
         from server.kernels.shapes import MAX_HEAD_K
@@ -91,7 +94,7 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
     )
     weight_bytes = sum(view.nbytes for view in model.checkpoint_tensors().values())
     model.pack()
-    per_state = state_bytes(model_config, dtype=dtype, state_dtype=state_dtype)
+    per_state = state_bytes(model_config, on_cuda=device.type == "cuda", dtype=dtype, state_dtype=state_dtype)
     per_slot = per_state + Sampler.bytes_per_slot(model_config.vocab_size)
     profile = allocate_states(model_config, _PROFILE_SLOTS, device=device, dtype=dtype, state_dtype=state_dtype)
     _run_worst_case(model, profile, config, model_config.vocab_size, device)
@@ -176,22 +179,37 @@ def _run_worst_case(
     on_cuda = device.type == "cuda"
     num_tokens = config.max_num_batched_tokens if on_cuda else 64
     num_rows = config.max_num_seqs if on_cuda else 1
-    slot = torch.ones(1, dtype=torch.int64, device=device)
     rows = torch.arange(num_rows, device=device) % num_tokens
-    steps = [(num_tokens, num_decodes, rows) for num_decodes in (0, 1)]
+    steps: list[tuple[int, tuple[int, ...], Tensor]] = [
+        (0, (num_tokens,), rows),
+        (1, (num_tokens - 1,), rows),
+    ]
     if on_cuda:
-        steps.append((_SHORT_STEP, 0, rows[:1].repeat(_SHORT_STEP)))
-    for step_tokens, num_decodes, step_rows in steps:
-        prefill = step_tokens - num_decodes
+        steps.append((0, (_SHORT_STEP,), rows[:1].repeat(_SHORT_STEP)))
+        if states.layers[0].values_SGKV.dtype != torch.float32:
+            # Many short prompts: each takes a float32 copy of its state.
+            spans = min(num_rows, num_tokens)
+            steps.append((0, (1,) * spans, rows % spans))
+    for num_decodes, lengths, step_rows in steps:
+        spans = num_decodes + len(lengths)
+        # A slot each while there are some, then the null slot.
+        slots = torch.arange(1, spans + 1, device=device)
+        slots = torch.where(slots <= _PROFILE_SLOTS, slots, NULL_SLOT)
+        ring_rows = None
+        if states.ring_size:
+            none = torch.zeros(num_decodes + 1, dtype=torch.int64, device=device)
+            ring_rows = RingRows(pending_N=none[:num_decodes], folding=none)
+        tokens = num_decodes + sum(lengths)
         logits = model.forward(
             ModelInputs(
-                token_ids_T=torch.zeros(step_tokens, dtype=torch.int64, device=device),
+                token_ids_T=torch.zeros(tokens, dtype=torch.int64, device=device),
                 num_decodes=num_decodes,
-                slots_N=slot.repeat(num_decodes + 1) + torch.arange(num_decodes + 1, device=device),
-                from_zero_N=torch.ones(num_decodes + 1, dtype=torch.bool, device=device),
-                cu_seqlens=torch.tensor([0, prefill], dtype=torch.int32, device=device),
-                prefill_lengths=(prefill,),
+                slots_N=slots,
+                from_zero_N=torch.ones(spans, dtype=torch.bool, device=device),
+                cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+                prefill_lengths=lengths,
                 output_rows_R=step_rows,
+                ring_rows=ring_rows,
             ),
             states,
         )

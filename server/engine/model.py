@@ -8,7 +8,16 @@ from server.engine.batch import ModelInputs
 from server.engine.config import GLAConfig
 from server.engine.layers import FEATURE_MAP_FUNCTIONS, ConvIndex, Projection, short_conv
 from server.engine.state_pool import StateTensors
-from server.kernels import gla_decode, gla_prefill, linear_add_, log_decay, norm_gate, norm_linear, norm_swiglu
+from server.kernels import (
+    LayerState,
+    gla_decode,
+    gla_prefill,
+    linear_add_,
+    log_decay,
+    norm_gate,
+    norm_linear,
+    norm_swiglu,
+)
 
 _GATE_RANK = 16
 _GATE_NORMALIZER = 16
@@ -85,8 +94,8 @@ class GLAModel:
             )
         x_TD = F.embedding(inputs.token_ids_T, self.embeddings)
         conv_states = [None] * len(self.layers) if state.conv_LSWD is None else state.conv_LSWD.unbind()
-        for layer, state_SGKV, conv_SWD in zip(self.layers, state.recurrent_LSGKV.unbind(), conv_states, strict=True):
-            layer.forward(x_TD, inputs, state_SGKV, conv_SWD, conv_index)
+        for layer, layer_state, conv_SWD in zip(self.layers, state.layers, conv_states, strict=True):
+            layer.forward(x_TD, inputs, layer_state, conv_SWD, conv_index)
         # A single row needs no selection, and is spared the launch.
         wanted = inputs.output_rows_R
         x_RD = x_TD if x_TD.shape[0] == wanted.shape[0] == 1 else x_TD.index_select(0, wanted)
@@ -158,7 +167,7 @@ class GLALayer:
         self,
         x_TD: Tensor,
         inputs: ModelInputs,
-        state_SGKV: Tensor,
+        state: LayerState,
         conv_SWD: Tensor | None,
         conv_index: ConvIndex | None,
     ) -> None:
@@ -168,7 +177,7 @@ class GLALayer:
         qkv, low_rank, gate = projected.split(self.in_sizes, dim=1)
         if conv_index is not None and conv_SWD is not None:
             qkv = short_conv(qkv, self.conv_weight, self.conv_bias, conv_SWD, conv_index)
-        o_THV = self._attend(qkv, self._log_decay(low_rank), inputs, state_SGKV)
+        o_THV = self._attend(qkv, self._log_decay(low_rank), inputs, state)
         o_TE = norm_gate(o_THV, self.head_norm, gate if self.config.use_output_gate else None, eps=eps)
         linear_add_(x_TD, o_TE, self.out_proj.matrix)
         h_TI = norm_swiglu(x_TD, self.mlp_norm, self.gate_up_proj.matrix, eps=eps)
@@ -181,7 +190,7 @@ class GLALayer:
         )
         return g.view(-1, self.config.num_kv_heads, self.config.head_k)
 
-    def _attend(self, qkv: Tensor, g_TGK: Tensor, inputs: ModelInputs, state_SGKV: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor, g_TGK: Tensor, inputs: ModelInputs, state: LayerState) -> Tensor:
         """The recurrence over a step's spans: what each token reads, [T, heads, head_v]."""
         q, k, v = qkv.split(self.qkv_sizes, dim=1)
         if self.feature_map is not None:
@@ -192,23 +201,20 @@ class GLALayer:
         d = inputs.num_decodes
         slots, from_zero = inputs.slots_N, inputs.from_zero_N
         if not inputs.prefill_lengths:
-            return gla_decode(q_THK, k_TGK, v_TGV, g_TGK, state_SGKV, slots, from_zero, scale=self.scale)
+            return gla_decode(
+                *(q_THK, k_TGK, v_TGV, g_TGK, state, slots, from_zero), scale=self.scale, rows=inputs.ring_rows
+            )
         o_prefill = gla_prefill(
-            q_THK[d:],
-            k_TGK[d:],
-            v_TGV[d:],
-            g_TGK[d:],
-            state_SGKV,
-            slots[d:],
-            from_zero[d:],
-            inputs.cu_seqlens,
+            *(q_THK[d:], k_TGK[d:], v_TGV[d:], g_TGK[d:], state, slots[d:], from_zero[d:], inputs.cu_seqlens),
             scale=self.scale,
             max_length=max(inputs.prefill_lengths),
         )
         if not d:
             return o_prefill
         o_decode = gla_decode(
-            q_THK[:d], k_TGK[:d], v_TGV[:d], g_TGK[:d], state_SGKV, slots[:d], from_zero[:d], scale=self.scale
+            *(q_THK[:d], k_TGK[:d], v_TGV[:d], g_TGK[:d], state, slots[:d], from_zero[:d]),
+            scale=self.scale,
+            rows=inputs.ring_rows,
         )
         return torch.cat((o_decode, o_prefill))
 

@@ -6,6 +6,7 @@ sampled tokens stay on the device as the next step's input, so the next batch ca
 
 from array import array
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from server.engine.sampler import (
     redirect_done,
 )
 from server.engine.state_pool import StateTensors
+from server.kernels import RingRows
 from server.types import TokenLogprobs
 
 
@@ -92,6 +94,8 @@ class _Columns:
     output_rows: Tensor
     sample_spans: Tensor
     positions: Tensor
+    pending: Tensor
+    folding: Tensor
 
 
 class Runner:
@@ -127,11 +131,16 @@ class Runner:
         if batch.leased:
             self._sampler.lease(batch.leased)
         rows, span_of_row, plan = _plan(batch)
-        if self._graphs is not None and not batch.prefills and len(rows) <= self._graphs.max_rows:
+        graphs = self._graphs
+        if graphs is not None and not batch.prefills and len(rows) <= graphs.max_rows:
             slots = [span.slot for span in batch.decodes]
-            sampled = self._graphs.launch(slots, span_of_row, [span.position for span in rows], plan)
+            pending, folding = self._advance_rings(batch, every_token=graphs.folds_every_token(len(slots)))
+            positions = [span.position for span in rows]
+            sampled = graphs.launch(slots, span_of_row, positions, plan, pending, folding)
             return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
-        columns = self._upload(batch, rows, span_of_row)
+        # Rows that decode beside prompts are seldom many, and the prompts take the time: their rings are used always.
+        pending, folding = self._advance_rings(batch, every_token=False)
+        columns = self._upload(batch, rows, span_of_row, pending, folding)
         slots_N = redirect_done(columns.slots, self._sampler.done_S)
         num_decodes = len(batch.decodes)
         token_ids_T = columns.token_ids
@@ -146,6 +155,7 @@ class Runner:
                 cu_seqlens=columns.cu_seqlens.int(),
                 prefill_lengths=tuple(span.length for span in batch.prefills),
                 output_rows_R=columns.output_rows,
+                ring_rows=RingRows(columns.pending, columns.folding) if self._states.ring_size else None,
             ),
             self._states,
         )
@@ -154,7 +164,29 @@ class Runner:
         sampled = self._sampler.sample(logits_RV, slots_N[columns.sample_spans], columns.positions, plan)
         return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
 
-    def _upload(self, batch: Batch, rows: list[Span], span_of_row: list[int]) -> _Columns:
+    def _advance_rings(self, batch: Batch, *, every_token: bool) -> tuple[list[int], list[int]]:
+        """Tokens in the ring of every decode, and the decodes that fold theirs; notes what the states then hold.
+
+        Folds come at absolute positions, multiples of the ring's size, so that they do not depend on the batch.
+        """
+        size = self._states.ring_size
+        pending: list[int] = []
+        folding: list[int] = []
+        if not size:
+            return pending, folding
+        for row, span in enumerate(batch.decodes):
+            seq, start = span.seq, span.start
+            pending.append(start - seq.num_folded)
+            if every_token or (start + 1) % size == 0:
+                folding.append(row)
+                seq.num_folded = start + 1
+        for span in batch.prefills:
+            span.seq.num_folded = span.start + span.length
+        return pending, folding
+
+    def _upload(
+        self, batch: Batch, rows: list[Span], span_of_row: list[int], pending: list[int], folding: list[int]
+    ) -> _Columns:
         """Everything the host knows of the batch, in one copy."""
         spans = batch.spans
         offsets = [0]
@@ -163,7 +195,10 @@ class Runner:
         num_decodes = len(batch.decodes)
         # The last row of each span; decode row i is span i.
         last_rows = list(range(num_decodes)) + [num_decodes + end - 1 for end in offsets[1:]]
-        sizes = (offsets[-1], len(spans), len(spans), len(offsets), len(rows), len(rows), len(rows))
+        sizes = (
+            *(offsets[-1], len(spans), len(spans), len(offsets), len(rows), len(rows), len(rows)),
+            *(len(pending), len(pending) + 1),
+        )
         host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=self._device.type == "cuda")
         for span, offset in zip(batch.prefills, offsets, strict=False):
             prompt = torch.frombuffer(span.seq.prompt, dtype=torch.int32)
@@ -174,6 +209,10 @@ class Runner:
         small.extend(last_rows[span] for span in span_of_row)
         small.extend(span_of_row)
         small.extend(span.position for span in rows)
+        small.extend(pending)
+        small.append(len(folding))
+        small.extend(folding)
+        small.extend(repeat(0, len(pending) - len(folding)))
         host[offsets[-1] :] = torch.frombuffer(small, dtype=torch.int64)
         return _Columns(*host.to(self._device, non_blocking=True).split(sizes))
 

@@ -30,6 +30,8 @@ class Sequence:
 
     slot: int | None = None
     num_launched: int = 0
+    num_folded: int = 0
+    """Of these, the tokens that the state itself has absorbed; the others wait in its ring."""
     num_sampled: int = 0
     """Samplings launched."""
     in_flight: int = 0

@@ -5,12 +5,14 @@ count (a sequence that ended while its next step was already launched) are point
 """
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from server.engine.config import GLAConfig
+from server.kernels import LayerState, Ring, ring_size
 
 NULL_SLOT = 0
 
@@ -20,13 +22,21 @@ class StateTensors:
     """The pool's memory; the kernels read and write it in place.
 
     Attributes:
-        recurrent_LSGKV: float32 [layers, slots, kv_heads, head_k, head_v].
+        recurrent_LSGKV: [layers, slots, kv_heads, head_k, head_v], of a type in :data:`server.kernels.STATE_DTYPES`.
+        layers: of every layer, a view of its recurrent states and what belongs to them.
         conv_LSWD: model dtype [layers, slots, conv_size - 1, q + k + v channels]: the last inputs of the
             short convolutions, oldest first; None for a model without them.
     """
 
     recurrent_LSGKV: Tensor
+    layers: tuple[LayerState, ...]
     conv_LSWD: Tensor | None
+
+    @property
+    def ring_size(self) -> int:
+        """Tokens that a ring takes between two folds; 0: there are no rings."""
+        ring = self.layers[0].ring
+        return 0 if ring is None else ring.size
 
 
 def allocate_states(
@@ -36,30 +46,51 @@ def allocate_states(
 
     The memory is not cleared: a new lease starts from zero because its first span says so, never
     because somebody wiped the slot.
+
+    Args:
+        dtype: of keys, values and the convolutions' inputs.
+        state_dtype: one of :data:`server.kernels.STATE_DTYPES`.
     """
-    slots = num_slots + 1
-    recurrent = torch.empty(
-        (config.num_hidden_layers, slots, config.num_kv_heads, config.head_k, config.head_v),
-        dtype=state_dtype,
-        device=device,
-    )
-    conv = None
-    if config.use_short_conv:
-        channels = config.key_dim + config.kv_key_dim + config.kv_value_dim
-        conv = torch.empty(
-            (config.num_hidden_layers, slots, config.conv_size - 1, channels), dtype=dtype, device=device
-        )
-    return StateTensors(recurrent, conv)
+    shapes = _shapes(config, on_cuda=device.type == "cuda", dtype=dtype, state_dtype=state_dtype)
+    parts = {
+        name: torch.empty((config.num_hidden_layers, num_slots + 1, *shape), dtype=part_dtype, device=device)
+        for name, (shape, part_dtype) in shapes.items()
+    }
+
+    def layer(index: int) -> LayerState:
+        part = {name: tensor[index] for name, tensor in parts.items()}
+        ring = Ring(part["ring_keys"], part["ring_values"], part["ring_decays"]) if "ring_keys" in part else None
+        return LayerState(part["recurrent"], part.get("scales"), ring)
+
+    return StateTensors(parts["recurrent"], tuple(map(layer, range(config.num_hidden_layers))), parts.get("conv"))
 
 
-def state_bytes(config: GLAConfig, *, dtype: torch.dtype, state_dtype: torch.dtype) -> int:
-    """Bytes of one sequence's state: all layers, recurrent part and convolution inputs."""
-    recurrent = config.num_hidden_layers * config.num_kv_heads * config.head_k * config.head_v * state_dtype.itemsize
-    conv = 0
+def state_bytes(config: GLAConfig, *, on_cuda: bool, dtype: torch.dtype, state_dtype: torch.dtype) -> int:
+    """Bytes of one sequence's state: all layers, recurrent part, ring and convolution inputs."""
+    shapes = _shapes(config, on_cuda=on_cuda, dtype=dtype, state_dtype=state_dtype)
+    return config.num_hidden_layers * sum(math.prod(shape) * part.itemsize for shape, part in shapes.values())
+
+
+def _shapes(
+    config: GLAConfig, *, on_cuda: bool, dtype: torch.dtype, state_dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What one layer keeps of one slot: part -> shape and type."""
+    kv_heads, head_k, head_v = config.num_kv_heads, config.head_k, config.head_v
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "recurrent": ((kv_heads, head_k, head_v), state_dtype),
+    }
+    if state_dtype == torch.uint8:
+        shapes["scales"] = ((kv_heads, head_k), torch.float32)
+    # A CPU computes on float32 states in its caches: there is no traffic to save.
+    if on_cuda or state_dtype != torch.float32:
+        size = ring_size(state_dtype)
+        shapes["ring_keys"] = ((kv_heads, size, head_k), dtype)
+        shapes["ring_values"] = ((kv_heads, size, head_v), dtype)
+        shapes["ring_decays"] = ((kv_heads, size, head_k), torch.float32)
     if config.use_short_conv:
         channels = config.key_dim + config.kv_key_dim + config.kv_value_dim
-        conv = config.num_hidden_layers * (config.conv_size - 1) * channels * dtype.itemsize
-    return recurrent + conv
+        shapes["conv"] = ((config.conv_size - 1, channels), dtype)
+    return shapes
 
 
 class SlotAllocator:

@@ -15,14 +15,22 @@ K channels of a key (head_k), V channels of a value (head_v), D = G * K, E = H *
 R rank of the gate.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from server.kernels import reference
 from server.kernels.packed import PackedMatrix
+from server.kernels.state import STATE_DTYPES, LayerState, Ring, RingRows, ring_size
 
 __all__ = [
+    "STATE_DTYPES",
+    "LayerState",
     "PackedMatrix",
+    "Ring",
+    "RingRows",
+    "folds_every_token",
     "gla_decode",
     "gla_prefill",
     "linear_add_",
@@ -31,6 +39,7 @@ __all__ = [
     "norm_linear",
     "norm_swiglu",
     "pick_greedy",
+    "ring_size",
 ]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +50,7 @@ def gla_prefill(
     k_TGK: Tensor,
     v_TGV: Tensor,
     g_TGK: Tensor,
-    state_SGKV: Tensor,
+    state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
     cu_seqlens: Tensor,
@@ -62,8 +71,8 @@ def gla_prefill(
         k_TGK: keys [T, G, K], of q's dtype.
         v_TGV: values [T, G, V], of q's dtype.
         g_TGK: natural logarithms of the decay [T, G, K], float32, all <= 0.
-        state_SGKV: the pool of one layer [S, G, K, V], float32; any stride between slots, the rest contiguous.
-            Updated in place.
+        state: one layer of the pool. Updated in place; its rings must be empty. States held in float32 are computed
+            on where they lie, others in a float32 copy of the N states.
         slots_N: int64 [N]. Slot 0 may occur several times, and then holds anything; any other slot at most once.
         from_zero_N: bool [N].
         cu_seqlens: int32 [N + 1], ascending from 0 to T.
@@ -77,19 +86,27 @@ def gla_prefill(
         ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
             The contents of slots_N and cu_seqlens are not checked.
     """
-    _check(q_THK, k_TGK, v_TGV, g_TGK, state_SGKV, slots_N, from_zero_N)
+    _check(q_THK, k_TGK, v_TGV, g_TGK, state, slots_N, from_zero_N)
     _check_tensor("cu_seqlens", cu_seqlens, (slots_N.shape[0] + 1,), (torch.int32,), q_THK.device)
     if max_length < 0:
         raise ValueError(f"max_length: must not be negative, is {max_length}")
+    backend: ModuleType = reference
     if q_THK.is_cuda:
         from server.kernels import prefill
 
-        return prefill.gla_prefill(
-            q_THK, k_TGK, v_TGV, g_TGK, state_SGKV, slots_N, from_zero_N, cu_seqlens, scale=scale, max_length=max_length
-        )
-    return reference.gla_prefill(
-        q_THK, k_TGK, v_TGV, g_TGK, state_SGKV, slots_N, from_zero_N, cu_seqlens, scale=scale, max_length=max_length
+        backend = prefill
+    states_SGKV, places_N = state.values_SGKV, slots_N
+    copied = states_SGKV.dtype != torch.float32
+    if copied:
+        states_SGKV, places_N = state.load(slots_N), torch.arange(len(slots_N), device=slots_N.device)
+    o_THV: Tensor = backend.gla_prefill(
+        *(q_THK, k_TGK, v_TGV, g_TGK, states_SGKV, places_N, from_zero_N, cu_seqlens),
+        scale=scale,
+        max_length=max_length,
     )
+    if copied:
+        state.store(slots_N, states_SGKV)
+    return o_THV
 
 
 def gla_decode(
@@ -97,38 +114,66 @@ def gla_decode(
     k_NGK: Tensor,
     v_NGV: Tensor,
     g_NGK: Tensor,
-    state_SGKV: Tensor,
+    state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
     *,
     scale: float,
+    rows: RingRows | None = None,
 ) -> Tensor:
     """Absorb one token per row into the row's state, and return what the token reads.
+
+    A state without a ring absorbs every token at once. With one, so does a row whose ring folds with this token; any
+    other token waits in the ring.
 
     Args:
         q_NHK: queries [N, H, K]; this and all others as in :func:`gla_prefill`, with one token per row.
         k_NGK: keys [N, G, K].
         v_NGV: values [N, G, V].
         g_NGK: natural logarithms of the decay [N, G, K], float32, all <= 0.
-        state_SGKV: the pool of one layer [S, G, K, V], float32. Updated in place.
+        state: one layer of the pool. Updated in place.
         slots_N: int64 [N].
         from_zero_N: bool [N].
         scale: factor of the output.
+        rows: where the rings stand, if the state has them. Only float32 states may fold with every token: others
+            would be rounded every time.
 
     Returns:
         [N, H, V] of v's dtype, contiguous.
 
     Raises:
-        ValueError: as in :func:`gla_prefill`.
+        ValueError: as in :func:`gla_prefill`. The contents of rows are not checked.
     """
-    _check(q_NHK, k_NGK, v_NGV, g_NGK, state_SGKV, slots_N, from_zero_N)
+    _check(q_NHK, k_NGK, v_NGV, g_NGK, state, slots_N, from_zero_N)
     if slots_N.shape[0] != q_NHK.shape[0]:
         raise ValueError(f"slots: must have one slot per row of q, {q_NHK.shape[0]}, has {slots_N.shape[0]}")
+    inputs = (q_NHK, k_NGK, v_NGV, g_NGK)
+    ring, pending_N = state.ring, None
+    if ring is not None or rows is not None:
+        ring, pending_N, folding = _check_ring(state, rows, q_NHK, v_NGV)
+        if folding is not None:
+            assert rows is not None
+            if not q_NHK.is_cuda:
+                return reference.gla_decode_buffered(*inputs, state, slots_N, from_zero_N, rows, scale=scale)
+            from server.kernels import buffered
+
+            return buffered.gla_decode(*inputs, state, slots_N, from_zero_N, rows, scale=scale)
     if q_NHK.is_cuda:
         from server.kernels import decode
 
-        return decode.gla_decode(q_NHK, k_NGK, v_NGV, g_NGK, state_SGKV, slots_N, from_zero_N, scale=scale)
-    return reference.gla_decode(q_NHK, k_NGK, v_NGV, g_NGK, state_SGKV, slots_N, from_zero_N, scale=scale)
+        return decode.gla_decode(
+            *inputs, state.values_SGKV, slots_N, from_zero_N, scale=scale, ring=ring, pending_N=pending_N
+        )
+    return reference.gla_decode(*inputs, state.values_SGKV, slots_N, from_zero_N, scale=scale)
+
+
+def folds_every_token(num_rows: int, values_SGKV: Tensor) -> bool:
+    """Whether a batch of so many rows decodes fastest by updating states in place with every token.
+
+    Measured on an H200 with float32 states: up to 64 MiB of them, one kernel that reads and writes is faster than three
+    that mostly read. Smaller types are never updated so, since their rounding would add up.
+    """
+    return values_SGKV.dtype == torch.float32 and num_rows * values_SGKV[0].numel() <= 2**24
 
 
 def log_decay(
@@ -328,13 +373,14 @@ def _check(
     k_TGK: Tensor,
     v_TGV: Tensor,
     g_TGK: Tensor,
-    state_SGKV: Tensor,
+    state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
 ) -> None:
     """Raise ValueError unless the arguments common to both operations fit together."""
     if q_THK.dim() != 3:
         raise ValueError(f"q: must have 3 dimensions [tokens, heads, head_k], has shape {tuple(q_THK.shape)}")
+    state_SGKV = state.values_SGKV
     if state_SGKV.dim() != 4:
         raise ValueError(
             f"state: must have 4 dimensions [slots, kv_heads, head_k, head_v], has shape {tuple(state_SGKV.shape)}"
@@ -350,11 +396,38 @@ def _check(
     _check_tensor("k", k_TGK, (tokens, kv_heads, head_k), dtype, device)
     _check_tensor("v", v_TGV, (tokens, kv_heads, head_v), dtype, device)
     _check_tensor("g", g_TGK, (tokens, kv_heads, head_k), (torch.float32,), device)
-    _check_tensor("state", state_SGKV, (slots, kv_heads, head_k, head_v), (torch.float32,), device)
+    _check_tensor("state", state_SGKV, (slots, kv_heads, head_k, head_v), tuple(STATE_DTYPES.values()), device)
+    if (state_SGKV.dtype == torch.uint8) != (state.scales_SGK is not None):
+        raise ValueError("state: uint8 values, and no others, have scales")
+    if state.scales_SGK is not None:
+        _check_tensor("state's scales", state.scales_SGK, (slots, kv_heads, head_k), (torch.float32,), device)
     if state_SGKV.stride()[1:] != (head_k * head_v, head_v, 1):
         raise ValueError(f"state: its last three dimensions must be contiguous, strides are {state_SGKV.stride()}")
     _check_tensor("slots", slots_N, tuple(slots_N.shape), (torch.int64,), device)
     _check_tensor("from_zero", from_zero_N, tuple(slots_N.shape), (torch.bool,), device)
+
+
+def _check_ring(
+    state: LayerState, rows: RingRows | None, q_NHK: Tensor, v_NGV: Tensor
+) -> tuple[Ring, Tensor, Tensor | None]:
+    """Raise ValueError unless ring and rows fit the other, checked, arguments; the ring and what the rows say."""
+    ring = state.ring
+    if ring is None or rows is None:
+        raise ValueError("rows: a state with a ring, and no other, needs them")
+    slots, kv_heads, head_k, head_v = state.values_SGKV.shape
+    num_rows, device = q_NHK.shape[0], q_NHK.device
+    shape = (slots, kv_heads, ring.size)
+    _check_tensor("ring's keys", ring.keys_SGCK, (*shape, head_k), (q_NHK.dtype,), device)
+    _check_tensor("ring's values", ring.values_SGCV, (*shape, head_v), (v_NGV.dtype,), device)
+    _check_tensor("ring's decays", ring.decays_SGCK, (*shape, head_k), (torch.float32,), device)
+    _check_tensor("pending", rows.pending_N, (num_rows,), (torch.int64,), device)
+    if rows.folding is not None:
+        _check_tensor("folding", rows.folding, (num_rows + 1,), (torch.int64,), device)
+    elif state.values_SGKV.dtype != torch.float32:
+        raise ValueError(f"folding: {state.values_SGKV.dtype} states must not fold with every token")
+    elif not q_NHK.is_cuda:
+        raise ValueError("folding: needed on the CPU, where float32 states need no ring")
+    return ring, rows.pending_N, rows.folding
 
 
 def _check_projection(x_TK: Tensor, weight_NK: Tensor | PackedMatrix, name: str) -> None:

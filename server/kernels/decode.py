@@ -18,6 +18,7 @@ from torch import Tensor
 
 from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import check_head_k, next_power_of_2
+from server.kernels.state import Ring
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,15 @@ def gla_decode(
     from_zero_N: Tensor,
     *,
     scale: float,
+    ring: Ring | None = None,
+    pending_N: Tensor | None = None,
     plan: DecodePlan | None = None,
 ) -> Tensor:
     """Absorb one token per row; see :func:`server.kernels.gla_decode`, which has checked the arguments.
 
     Args:
+        ring: tokens that the state has yet to absorb; they are, together with the new one.
+        pending_N: how many of the ring's entries each row has.
         plan: sizes to use instead of those that :func:`plan_decode` chooses, to compare them.
 
     Raises:
@@ -68,14 +73,22 @@ def gla_decode(
             g_NGK,
             state_SGKV,
             o_NHV,
+            None if ring is None else ring.keys_SGCK,
+            None if ring is None else ring.values_SGCV,
+            None if ring is None else ring.decays_SGCK,
             slots_N,
             from_zero_N,
+            pending_N,
             scale,
             *q_NHK.stride()[:2],
             *k_NGK.stride()[:2],
             *v_NGV.stride()[:2],
             *g_NGK.stride()[:2],
             state_SGKV.stride(0),
+            0 if ring is None else ring.keys_SGCK.stride(0),
+            0 if ring is None else ring.values_SGCV.stride(0),
+            0 if ring is None else ring.decays_SGCK.stride(0),
+            C=0 if ring is None else ring.size,
             REPEATS=heads // kv_heads,
             K=head_k,
             V=head_v,
@@ -93,7 +106,7 @@ def plan_decode(head_k: int, head_v: int) -> DecodePlan:
     """Choose the tile by head size alone: then the order in which a sum is formed, hence every bit of a row's result,
     is the same in any batch."""
     block_k = next_power_of_2(head_k)
-    block_v = min(next_power_of_2(head_v), 64)  # at head_k 256 and 4 warps: 128 registers per thread, all in flight
+    block_v = min(next_power_of_2(head_v), 32)  # small: this kernel serves small batches, which have few programs
     return DecodePlan(block_k, block_v, num_warps=4 if block_k * block_v >= 4096 else 1)
 
 
@@ -105,8 +118,12 @@ def decode_kernel(
     p_g,
     p_state,
     p_o,
+    p_ring_k,
+    p_ring_v,
+    p_ring_g,
     p_slots,
     p_from_zero,
+    p_pending,
     scale,
     stride_qn,
     stride_qh,
@@ -117,6 +134,10 @@ def decode_kernel(
     stride_gn,
     stride_gg,
     stride_slot,
+    stride_ring_k,
+    stride_ring_v,
+    stride_ring_g,
+    C: tl.constexpr,
     REPEATS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -142,7 +163,20 @@ def decode_kernel(
     b_g = tl.load(p_g + i_n * stride_gn + i_g * stride_gg + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_k = tl.load(p_k + i_n * stride_kn + i_g * stride_kg + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_v = tl.load(p_v + i_n * stride_vn + i_g * stride_vg + o_v, mask=m_v, other=0.0).to(tl.float32)
-    b_state = b_state * tl.exp(b_g)[:, None] + b_k[:, None] * b_v[None, :]
+    if C > 0:
+        # Tokens that wait in the ring, as the buffered kernels leave them: seldom any.
+        pending = tl.where(continues, tl.load(p_pending + i_n), 0).to(tl.int32)
+        p_decays = p_ring_g + slot * stride_ring_g + i_g * (C * K) + o_k
+        b_g += tl.load(p_decays + (pending - 1) * K, mask=m_k & (pending > 0), other=0.0)
+        b_state *= tl.exp(b_g)[:, None]
+        for j in range(pending):
+            b_kj = tl.load(p_ring_k + slot * stride_ring_k + (i_g * C + j) * K + o_k, mask=m_k, other=0.0)
+            b_vj = tl.load(p_ring_v + slot * stride_ring_v + (i_g * C + j) * V + o_v, mask=m_v, other=0.0)
+            b_kj = b_kj.to(tl.float32) * tl.exp(b_g - tl.load(p_decays + j * K, mask=m_k, other=0.0))
+            b_state += b_kj[:, None] * b_vj.to(tl.float32)[None, :]
+        b_state += b_k[:, None] * b_v[None, :]
+    else:
+        b_state = b_state * tl.exp(b_g)[:, None] + b_k[:, None] * b_v[None, :]
     tl.store(p_tile, b_state, mask=m_kv)
 
     for i_r in tl.static_range(REPEATS):

@@ -14,7 +14,7 @@ under 80, as it nearly always does, and formed for every pair of tokens otherwis
 that block alone. Exponents are sums over the very tokens between two positions, never differences of long cumulative
 sums, whose rounding would show in exp.
 
-States are float32 and are updated in place in the pool, without being gathered or scattered.
+float32 states are updated in place in the pool, without being gathered or scattered.
 """
 
 import math
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.kernels.packed import PackedMatrix
+from server.kernels.state import LayerState, RingRows
 
 CHUNK = 64
 BLOCK = 16
@@ -113,6 +114,46 @@ def gla_decode(
         state_NGKV = state_SGKV[first : first + length].mul_(decay).addcmul_(k, v)
         o.flatten(0, 1).baddbmm_(q.flatten(0, 1), state_NGKV.flatten(0, 1), beta=0, alpha=scale)
     return o_NGRV.view(rows, heads, head_v).to(v_NGV.dtype)
+
+
+def gla_decode_buffered(
+    q_NHK: Tensor,
+    k_NGK: Tensor,
+    v_NGV: Tensor,
+    g_NGK: Tensor,
+    state: LayerState,
+    slots_N: Tensor,
+    from_zero_N: Tensor,
+    rows: RingRows,
+    *,
+    scale: float,
+) -> Tensor:
+    """Absorb one token per row into its ring; see :func:`server.kernels.gla_decode` and, for the formulas,
+    :mod:`server.kernels.buffered`. The states are formed with every token, but kept only where a ring folds."""
+    ring = state.ring
+    assert ring is not None and rows.folding is not None
+    num_rows, heads, head_k = q_NHK.shape
+    kv_heads, head_v = v_NGV.shape[1:]
+    row_N = torch.arange(num_rows, device=q_NHK.device)
+    pending_N = rows.pending_N.masked_fill(from_zero_N, 0)
+    decays_NGCK = ring.decays_SGCK[slots_N]
+    before_NGK = decays_NGCK[row_N, :, (pending_N - 1).clamp_min(0)]
+    total_NGK = torch.where((pending_N > 0)[:, None, None], before_NGK, 0.0) + g_NGK
+    ring.keys_SGCK[slots_N, :, pending_N] = k_NGK
+    ring.values_SGCV[slots_N, :, pending_N] = v_NGV
+    ring.decays_SGCK[slots_N, :, pending_N] = total_NGK
+
+    # By selection: entries that are not in the ring may hold NaN.
+    waits_NGC1 = (torch.arange(ring.size, device=q_NHK.device) <= pending_N.unsqueeze(1))[:, None, :, None]
+    since_NGCK = (total_NGK.unsqueeze(2) - ring.decays_SGCK[slots_N]).exp()
+    keys_NGCK = torch.where(waits_NGC1, ring.keys_SGCK[slots_N].float() * since_NGCK, 0.0)
+    values_NGCV = torch.where(waits_NGC1, ring.values_SGCV[slots_N].float(), 0.0)
+    states_NGKV = state.load(slots_N).masked_fill_(from_zero_N[:, None, None, None], 0.0)
+    states_NGKV.mul_(total_NGK.exp().unsqueeze(-1)).add_(keys_NGCK.transpose(2, 3) @ values_NGCV)
+    folding_F = rows.folding[1 : 1 + int(rows.folding[0])]
+    state.store(slots_N[folding_F], states_NGKV[folding_F])
+    q_NGRK = q_NHK.float().view(num_rows, kv_heads, heads // kv_heads, head_k)
+    return ((q_NGRK * scale) @ states_NGKV).view(num_rows, heads, head_v).to(v_NGV.dtype)
 
 
 def _runs(slots: list[int]) -> tuple[list[int], list[int]]:

@@ -17,12 +17,23 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 import triton
 
-from server.kernels import decode, prefill
+from server.kernels import (
+    STATE_DTYPES,
+    LayerState,
+    Ring,
+    RingRows,
+    buffered,
+    decode,
+    folds_every_token,
+    prefill,
+    ring_size,
+)
 from tests.bench import peers
 from tests.bench.common import Row, add_output_flags, environment, finish, pivot, print_table
 from tests.bench.timing import copy_rate, graph_time, product_rate, read_rate
@@ -82,21 +93,78 @@ class DecodeVariant:
     """Microseconds by shape and batch, and the least bytes of states that must move."""
 
 
-def time_decode(model: str, batch: int, plan: decode.DecodePlan | None = None) -> tuple[float, int]:
-    """Microseconds, and bytes of states moved."""
+def time_decode(
+    model: str,
+    batch: int,
+    dtype: str = "float32",
+    *,
+    in_place: bool | None = None,
+    plan: decode.DecodePlan | buffered.BufferedPlan | None = None,
+) -> tuple[float, int]:
+    """Microseconds, and the least bytes that must move: states, and for those with rings what these hold.
+
+    Args:
+        dtype: of the states.
+        in_place: update states with every token, or buffer tokens in rings; None: as the engine would.
+        plan: sizes of the kernel's programs; None: as chosen by shape.
+    """
     _, kv_heads, head_k, head_v = HEADS[model]
-    inputs = make_inputs(model, batch, 1)
-    moved = 2 * 4 * batch * kv_heads * head_k * head_v
-    sets = num_sets(moved // 2)
-    pool = torch.randn((1 + sets * batch, kv_heads, head_k, head_v), device="cuda")
+    x = make_inputs(model, batch, 1)
+    values_dtype = STATE_DTYPES[dtype]
+    one = kv_heads * head_k * head_v * values_dtype.itemsize
+    sets = num_sets(batch * one)
     slots = 1 + torch.randperm(sets * batch, device="cuda").view(sets, batch)
+    state = _random_state(model, 1 + sets * batch, values_dtype)
+    if folds_every_token(batch, state.values_SGKV) if in_place is None else in_place:
+        assert plan is None or isinstance(plan, decode.DecodePlan)
+        calls = [
+            partial(
+                decode.gla_decode,
+                x.q,
+                x.k,
+                x.v,
+                x.g,
+                state.values_SGKV,
+                row,
+                x.from_zero,
+                scale=head_k**-0.5,
+                plan=plan,
+            )
+            for row in slots
+        ]
+        return graph_time(repeated(calls)), 2 * batch * one
+    assert plan is None or isinstance(plan, buffered.BufferedPlan)
+    # Rings in all phases, as those of requests that came at different times.
+    size = ring_size(values_dtype)
+    pending = torch.randperm(batch, device="cuda") % size
+    full = (pending == size - 1).nonzero().flatten()
+    folding = torch.zeros(batch + 1, dtype=torch.int64, device="cuda")
+    folding[0], folding[1 : 1 + len(full)] = len(full), full
+    rows = RingRows(pending, folding)
+    calls = [
+        partial(buffered.gla_decode, x.q, x.k, x.v, x.g, state, row, x.from_zero, rows, scale=head_k**-0.5, plan=plan)
+        for row in slots
+    ]
+    entry = kv_heads * (head_k * 6 + head_v * 2)
+    return graph_time(repeated(calls)), batch * (one + one // size) + int(pending.sum()) * entry
 
-    def call(row: torch.Tensor) -> Callable[[], object]:
-        return lambda: decode.gla_decode(
-            inputs.q, inputs.k, inputs.v, inputs.g, pool, row, inputs.from_zero, scale=head_k**-0.5, plan=plan
-        )
 
-    return graph_time(repeated([call(row) for row in slots])), moved
+def _random_state(model: str, slots: int, dtype: torch.dtype) -> LayerState:
+    """States and rings with something in them."""
+    _, kv_heads, head_k, head_v = HEADS[model]
+    size = ring_size(dtype)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn((slots, kv_heads, *shape), device="cuda", dtype=torch.bfloat16)
+
+    if dtype == torch.uint8:
+        values = torch.randint(1, 256, (slots, kv_heads, head_k, head_v), device="cuda", dtype=dtype)
+        scales = torch.full((slots, kv_heads, head_k), 1 / 64, device="cuda")
+    else:
+        values, scales = torch.randn((slots, kv_heads, head_k, head_v), device="cuda", dtype=dtype), None
+    decays = -0.4 * torch.arange(1, size + 1, device="cuda").float().view(1, 1, size, 1)
+    ring = Ring(normal(size, head_k), normal(size, head_v), decays.expand(slots, kv_heads, -1, head_k).contiguous())
+    return LayerState(values, scales, ring)
 
 
 def time_prefill(model: str, spans: int, length: int, plan: prefill.PrefillPlan | None = None) -> float:
@@ -117,7 +185,7 @@ def time_prefill(model: str, spans: int, length: int, plan: prefill.PrefillPlan 
     return graph_time([call] * 4)
 
 
-DECODE_VARIANTS = (DecodeVariant(f"{GALE} float32", time_decode),)
+DECODE_VARIANTS = tuple(DecodeVariant(f"{GALE} {dtype}", partial(time_decode, dtype=dtype)) for dtype in STATE_DTYPES)
 
 
 def num_sets(state_bytes: int) -> int:
@@ -240,8 +308,9 @@ def sweep(shapes: list[str]) -> Iterator[dict[str, object]]:
             if not 1024 <= head_k * block_v // warps <= 4096:
                 continue
             decode_plan = replace(chosen_decode, block_v=block_v, num_warps=warps)
-            times = {f"{batch}": time_decode(model, batch, decode_plan)[0] for batch in (1, 64, 256)}
+            times = {f"{batch}": time_decode(model, batch, in_place=True, plan=decode_plan)[0] for batch in (1, 16, 32)}
             yield {"op": "decode", "shape": model, **times, "plan": f"{decode_plan}"}
+        yield from _sweep_buffered(model)
         chosen = prefill.plan_prefill(head_k, head_v, HEADS[model][0] // kv_heads, 2, 232448)
         candidates = [replace(chosen, prepare_block_k=bk, prepare_warps=w) for bk, w in ((16, 8), (32, 8), (64, 8))]
         for chunk, stages, block_v, warps in itertools.product((64, 32), (1, 2, 3), (32, 64, 128), (4, 8)):
@@ -254,6 +323,22 @@ def sweep(shapes: list[str]) -> Iterator[dict[str, object]]:
             except triton.runtime.errors.OutOfResources:
                 continue
             yield {"op": "prefill", "shape": model, **times, "plan": f"{plan}"}
+
+
+def _sweep_buffered(model: str) -> Iterator[dict[str, object]]:
+    heads, kv_heads, head_k, head_v = HEADS[model]
+    for dtype, values_dtype in STATE_DTYPES.items():
+        chosen = buffered.plan_buffered(head_k, head_v, heads // kv_heads, values_dtype)
+        plans = [
+            replace(chosen, read_k=read_k, read_v=read_v, read_warps=warps, read_stages=stages)
+            for read_k, read_v, warps, stages in ((16, 128, 1, 4), (16, 128, 1, 3), (32, 64, 2, 3), (32, 128, 2, 3))
+        ]
+        plans += [replace(chosen, score_c=entries, score_warps=warps) for entries, warps in ((4, 1), (8, 4), (16, 4))]
+        if dtype != "int8":
+            plans += [replace(chosen, fold_k=32, fold_warps=4), replace(chosen, fold_k=64, fold_v=64, fold_warps=4)]
+        for plan in plans:
+            times = {f"{batch}": time_decode(model, batch, dtype, in_place=False, plan=plan)[0] for batch in (32, 256)}
+            yield {"op": f"decode {dtype}", "shape": model, **times, "plan": f"{plan}"}
 
 
 def main() -> None:

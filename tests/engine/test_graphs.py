@@ -18,6 +18,7 @@ from server.engine.engine import Engine
 from server.engine.graphs import DecodeGraphs, ladder
 from server.engine.runner import PendingStep
 from server.engine.sampler import SamplePlan
+from server.kernels import STATE_DTYPES, ring_size
 from server.types import FinishReason
 from tests.engine.driving import FIXTURES, Answer, Driver, engine_config, random_prompt
 
@@ -95,7 +96,7 @@ def traffic(driver: Driver, seed: int, params: list[dict[str, object]]) -> dict[
     requests = []
     for index in range(24):
         prompt = random_prompt(rng.choice([1, 3, 64, 100]), VOCAB, index)
-        requests.append(driver.submit([prompt], max_tokens=rng.randint(1, 25), **rng.choice(params)))
+        requests.append(driver.submit([prompt], max_tokens=rng.randint(1, 40), **rng.choice(params)))
         for _ in range(rng.randint(0, 6)):
             driver.step()
     driver.run()
@@ -117,6 +118,23 @@ def test_answers_are_those_without_graphs(
     for index, answer in answers[0].items():
         assert answer.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
         assert same(answers[1][index], answer), index
+
+
+@ON_EACH_DEVICE
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "int8"])
+def test_answers_are_the_same_alone(
+    states: str, device: str, make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens wait in rings, which fold at absolute positions: the batch has no part in it."""
+    monkeypatch.setattr(graphs_module, "folds_every_token", lambda rows, values: False)
+    config: dict[str, object] = {"folder": FIXTURES / "gqa", "state_dtype": states, "max_num_seqs": 7}
+    together = traffic(make_driver(device, graphs=True, **config), 0, PARAMS[:1])  # type: ignore[arg-type]
+    without = traffic(make_driver(device, graphs=False, **config), 0, PARAMS[:1])  # type: ignore[arg-type]
+    one_by_one = traffic(make_driver(device, graphs=True, **config | {"max_num_seqs": 1}), 0, PARAMS[:1])  # type: ignore[arg-type]
+    assert sum(len(answer.token_ids) > ring_size(STATE_DTYPES[states]) for answer in together.values()) > 2
+    for index, answer in together.items():
+        assert same(without[index], answer), index
+        assert same(one_by_one[index], answer), index
 
 
 @ON_EACH_DEVICE
@@ -142,7 +160,12 @@ def test_padding_touches_no_live_slot(rows: int, plan: str, device: str, make_dr
         before = [table.clone() for table in tables]
         penalties = plan == "mixed"
         sampled = graphs.launch(
-            slots, range(rows), [0] * rows, SamplePlan(num_greedy, rows - num_greedy, 0, penalties, False, False, None)
+            slots,
+            range(rows),
+            [0] * rows,
+            SamplePlan(num_greedy, rows - num_greedy, 0, penalties, False, False, None),
+            [0] * rows,
+            range(rows),
         )
         tokens = sampled.tokens_R.tolist()
     assert len(tokens) == rows

@@ -14,7 +14,7 @@ from server.engine.checkpoint import load_model
 from server.engine.config import GLAConfig
 from server.engine.model import GLAModel
 from server.engine.state_pool import StateTensors, allocate_states
-from server.kernels import PackedMatrix
+from server.kernels import PackedMatrix, RingRows
 from server.tokenizer import load_tokenizer
 from tests.engine.oracle import SMALL, oracle_logits, random_tensors, write_checkpoint
 
@@ -67,6 +67,7 @@ class Lab:
             cu_seqlens=tensor(offsets, torch.int32),
             prefill_lengths=tuple(lengths),
             output_rows_R=tensor(range(len(tokens)) if rows is None else rows),
+            ring_rows=RingRows(tensor([0] * len(decodes)), None) if self.state.ring_size else None,
         )
         return self.model.forward(inputs, self.state).cpu()
 

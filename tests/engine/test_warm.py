@@ -25,9 +25,13 @@ def compiled_variants() -> dict[str, int]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["base", "gqa", "conv"])
-def test_traffic_compiles_no_kernel(name: str) -> None:
-    driver = Driver(Engine(engine_config(FIXTURES / name, device="cuda", dtype="bfloat16", max_num_seqs=40)))
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [("base", "float32"), ("gqa", "float32"), ("conv", "float32"), ("base", "bfloat16"), ("gqa", "int8")],
+)
+def test_traffic_compiles_no_kernel(name: str, states: str) -> None:
+    config = engine_config(FIXTURES / name, device="cuda", dtype="bfloat16", state_dtype=states, max_num_seqs=40)
+    driver = Driver(Engine(config))
     before = compiled_variants()
     assert any(before.values())
     rng = random.Random(0)

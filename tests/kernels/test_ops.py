@@ -2,18 +2,29 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from server import kernels
-from tests.kernels.cases import TRITON_DEVICE, Case, check_against_recurrence, make_case
+from tests.kernels.cases import (
+    TRITON_DEVICE,
+    Case,
+    check_against_recurrence,
+    gla_recurrence,
+    make_case,
+    relative_error,
+)
 
 
 def prefill_arguments(case: Case) -> dict[str, Any]:
-    names = ("q_THK", "k_TGK", "v_TGV", "g_TGK", "state_SGKV", "slots_N", "from_zero_N", "cu_seqlens")
-    return {name: getattr(case, name) for name in names} | {"scale": case.scale, "max_length": max(case.lengths)}
+    names = ("q_THK", "k_TGK", "v_TGV", "g_TGK", "slots_N", "from_zero_N", "cu_seqlens")
+    state = {"state": kernels.LayerState(case.state_SGKV.clone())}
+    others = {"scale": case.scale, "max_length": max(case.lengths)}
+    return {name: getattr(case, name) for name in names} | state | others
 
 
 def decode_arguments(case: Case) -> dict[str, Any]:
@@ -22,14 +33,18 @@ def decode_arguments(case: Case) -> dict[str, Any]:
     return {name.replace("_T", "_N"): value for name, value in arguments.items()}
 
 
+def with_values(state: kernels.LayerState, change: Callable[[torch.Tensor], torch.Tensor]) -> kernels.LayerState:
+    return replace(state, values_SGKV=change(state.values_SGKV))
+
+
 def test_prefill_and_decode_compute() -> None:
     for device in {"cpu", TRITON_DEVICE}:
         case = make_case([3, 20], heads=4, kv_heads=2, device=device)
-        arguments = prefill_arguments(case) | {"state_SGKV": case.state_SGKV.clone()}
-        check_against_recurrence(case, kernels.gla_prefill(**arguments), arguments["state_SGKV"])
+        arguments = prefill_arguments(case)
+        check_against_recurrence(case, kernels.gla_prefill(**arguments), arguments["state"].values_SGKV)
         case = make_case([1, 1], heads=4, kv_heads=2, device=device)
-        arguments = decode_arguments(case) | {"state_SGKV": case.state_SGKV.clone()}
-        check_against_recurrence(case, kernels.gla_decode(**arguments), arguments["state_SGKV"])
+        arguments = decode_arguments(case)
+        check_against_recurrence(case, kernels.gla_decode(**arguments), arguments["state"].values_SGKV)
 
 
 @pytest.mark.parametrize(
@@ -44,9 +59,10 @@ def test_prefill_and_decode_compute() -> None:
         ("v", lambda x: x.mT.contiguous().mT, "v: its last dimension must be contiguous, its stride is 2"),
         ("g", lambda x: x.half(), "g: must be torch.float32, is torch.float16"),
         ("g", lambda x: x.to("meta"), "g: must be on cpu as q is, is on meta"),
-        ("state", lambda x: x[0], "state: must have 4 dimensions"),
-        ("state", lambda x: x.double(), "state: must be torch.float32, is torch.float64"),
-        ("state", lambda x: x.repeat(1, 1, 1, 2)[..., :32], "state: its last three dimensions must be contiguous"),
+        ("state", lambda x: with_values(x, lambda v: v[0]), "state: must have 4 dimensions"),
+        ("state", lambda x: with_values(x, torch.Tensor.double), "state: must be .* is torch.float64"),
+        ("state", lambda x: with_values(x, torch.Tensor.byte), "state: uint8 values, and no others, have scales"),
+        ("state", lambda x: with_values(x, lambda v: v.repeat(1, 1, 1, 2)[..., :32]), "state: its last three"),
         ("slots", lambda x: x.int(), "slots: must be torch.int64, is torch.int32"),
         ("slots", lambda x: x[:, None], "slots: must have 1 dimension"),
         ("from_zero", lambda x: x.int(), "from_zero: must be torch.bool, is torch.int32"),
@@ -77,8 +93,8 @@ def test_decode_wants_a_slot_for_every_row() -> None:
 def test_cpu_tensors_never_import_triton() -> None:
     program = (
         "import sys, torch; from server import kernels; x = torch.ones(1, 1, 16);"
-        "kernels.gla_decode(x, x, x, -x, torch.ones(1, 1, 16, 16), torch.zeros(1, dtype=torch.int64),"
-        "torch.zeros(1, dtype=torch.bool), scale=1.0); sys.exit('triton' in sys.modules)"
+        "state = kernels.LayerState(torch.ones(1, 1, 16, 16)); slots = torch.zeros(1, dtype=torch.int64);"
+        "kernels.gla_decode(x, x, x, -x, state, slots, slots.bool(), scale=1.0); sys.exit('triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
@@ -88,6 +104,53 @@ def test_checks_read_no_contents() -> None:
     case = make_case([1, 1])
     for op, arguments in ((kernels.gla_prefill, prefill_arguments(case)), (kernels.gla_decode, decode_arguments(case))):
         on_meta = {key: x.to("meta") if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+        on_meta["state"] = with_values(arguments["state"], lambda values: values.to("meta"))
         on_meta["from_zero_N"] = arguments["from_zero_N"]  # checked last
         with pytest.raises(ValueError, match=r"^from_zero: must be on meta"):
             op(**on_meta)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "message"),
+    [
+        (None, torch.float32, "rows: a state with a ring, and no other, needs them"),
+        (kernels.RingRows(torch.zeros(2, dtype=torch.int32), None), torch.float32, "pending: must be torch.int64"),
+        (kernels.RingRows(torch.zeros(2).long(), torch.zeros(2).long()), torch.float32, "folding: must have shape"),
+        (kernels.RingRows(torch.zeros(2).long(), None), torch.bfloat16, "folding: torch.bfloat16 states must not fold"),
+        (kernels.RingRows(torch.zeros(2).long(), None), torch.float32, "folding: needed on the CPU"),
+    ],
+)
+def test_wrong_rings_are_named(rows: kernels.RingRows | None, dtype: torch.dtype, message: str) -> None:
+    case = make_case([1, 1])
+    slots = case.state_SGKV.shape[0]
+    ring = kernels.Ring(
+        torch.zeros((slots, 2, 16, 16)), torch.zeros((slots, 2, 16, 32)), torch.zeros((slots, 2, 16, 16))
+    )
+    arguments = decode_arguments(case) | {"state": kernels.LayerState(case.state_SGKV.to(dtype), None, ring)}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        kernels.gla_decode(**arguments, rows=rows)
+
+
+def test_rows_without_a_ring_are_refused() -> None:
+    rows = kernels.RingRows(torch.zeros(2).long(), None)
+    with pytest.raises(ValueError, match=r"^rows: a state with a ring, and no other"):
+        kernels.gla_decode(**decode_arguments(make_case([1, 1])), rows=rows)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("bfloat16", 4e-3), ("int8", 2e-2)])
+def test_prefill_rounds_small_states_once(name: str, tolerance: float) -> None:
+    for device in {"cpu", TRITON_DEVICE}:
+        case = make_case([3, 20, 0, 70], heads=4, kv_heads=2, device=device)
+        slots, kv_heads, head_k, _ = case.state_SGKV.shape
+        state = kernels.LayerState(
+            torch.zeros_like(case.state_SGKV, dtype=kernels.STATE_DTYPES[name]),
+            torch.full((slots, kv_heads, head_k), torch.nan, device=device) if name == "int8" else None,
+        )
+        everything = torch.arange(slots, device=device)
+        state.store(everything, case.state_SGKV.nan_to_num())
+        case = replace(case, state_SGKV=state.load(everything))
+        o = kernels.gla_prefill(**prefill_arguments(case) | {"state": state})
+        true_o, true_pool = gla_recurrence(case)
+        assert relative_error(o, true_o) < 1e-5  # computed from float32 copies
+        held = state.load(case.slots_N)
+        assert 0 < relative_error(held, true_pool[case.slots_N]) < tolerance

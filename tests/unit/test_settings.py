@@ -96,7 +96,7 @@ def test_names_of_the_model(tmp_path: Path) -> None:
         ({"host": ""}, "--host"),
         ({"device": "gpu"}, "--device"),
         ({"dtype": "float64"}, "--dtype"),
-        ({"state_dtype": "bfloat16"}, "--state-dtype"),
+        ({"state_dtype": "float16"}, "--state-dtype"),
         ({"max_num_seqs": 0}, "--max-num-seqs"),
         ({"max_num_batched_tokens": 63}, "--max-num-batched-tokens"),
         ({"max_model_len": 0}, "--max-model-len"),

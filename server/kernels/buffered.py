@@ -1,0 +1,401 @@
+"""Decoding with buffered write-back: the state is read for every token, but written only once in C tokens.
+
+The tokens since the last fold wait in a ring of their keys, values and cumulative gates G. With S the state after the
+last fold and t the new token, which is the ring's last entry,
+
+    o_t = scale * ((q_t * exp(G_t))^T S + sum over j <= t of a_j v_j)        a_j = sum_k q_tk k_jk exp(G_tk - G_jk)
+
+and a fold is S' = diag(exp(G_t)) S + sum_j (k_j * exp(G_t - G_j)) v_j^T, after which the ring is empty. Every exponent
+is <= 0. So a step moves the state once instead of twice, and a state of fewer bits is rounded once in C tokens. The
+idea is published for other linear-attention models as ReplaySSM (dao-lab.ai) and KVBuffer (arXiv 2605.19049).
+
+Three kernels: *score* appends the token to the ring and forms the weights, those of the state's rows (q_t * exp(G_t))
+and those of the ring's (a); *read* sums the rows of both under their weights, one warp to some columns, and is what
+takes the time; *fold* rewrites the states of the rows that are due.
+"""
+
+# Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.kernels.shapes import check_head_k, is_interpreted, next_power_of_2
+from server.kernels.state import LayerState, RingRows
+
+
+@dataclass(frozen=True, slots=True)
+class BufferedPlan:
+    """Sizes of the programs; tiles are [rows, columns] of the state."""
+
+    read_k: int
+    read_v: int
+    read_warps: int
+    read_stages: int
+    """Tiles on their way from memory."""
+    fold_k: int
+    fold_v: int
+    fold_warps: int
+    score_c: int = 8
+    """Entries of the ring that a program scores."""
+    score_warps: int = 2
+
+
+_FOLD_PROGRAMS = 8
+"""Programs per multiprocessor, at most, which share the folds: their number is fixed when a graph is captured."""
+
+
+def gla_decode(
+    q_NHK: Tensor,
+    k_NGK: Tensor,
+    v_NGV: Tensor,
+    g_NGK: Tensor,
+    state: LayerState,
+    slots_N: Tensor,
+    from_zero_N: Tensor,
+    rows: RingRows,
+    *,
+    scale: float,
+    plan: BufferedPlan | None = None,
+) -> Tensor:
+    """Absorb one token per row; see :func:`server.kernels.gla_decode`, which has checked the arguments.
+
+    Args:
+        rows: says which rows fold.
+        plan: sizes to use instead of those that :func:`plan_buffered` chooses, to compare them.
+
+    Raises:
+        ValueError: head_k is above 256.
+    """
+    num_rows, heads, head_k = q_NHK.shape
+    kv_heads, head_v = v_NGV.shape[1:]
+    repeats = heads // kv_heads
+    values, scales, ring = state.values_SGKV, state.scales_SGK, state.ring
+    assert ring is not None and rows.folding is not None
+    check_head_k(head_k)
+    o_NHV = torch.empty((num_rows, heads, head_v), dtype=v_NGV.dtype, device=v_NGV.device)
+    if num_rows == 0:
+        return o_NHV
+    plan = plan or plan_buffered(head_k, head_v, repeats, values.dtype)
+    # What each query reads of the state's rows, then of the ring's.
+    weights = torch.empty((num_rows, heads, head_k + ring.size), dtype=torch.float32, device=q_NHK.device)
+    shape = {"K": head_k, "V": head_v, "C": ring.size}
+    slot_strides = [values.stride(0), 0 if scales is None else scales.stride(0)]
+    ring_strides = [ring.keys_SGCK.stride(0), ring.values_SGCV.stride(0), ring.decays_SGCK.stride(0)]
+    with torch.cuda.device_of(q_NHK):
+        score_kernel[(kv_heads, num_rows, triton.cdiv(ring.size, plan.score_c))](
+            q_NHK,
+            k_NGK,
+            v_NGV,
+            g_NGK,
+            scales,
+            ring.keys_SGCK,
+            ring.values_SGCV,
+            ring.decays_SGCK,
+            weights,
+            slots_N,
+            from_zero_N,
+            rows.pending_N,
+            scale,
+            *q_NHK.stride()[:2],
+            *k_NGK.stride()[:2],
+            *v_NGV.stride()[:2],
+            *g_NGK.stride()[:2],
+            slot_strides[1],
+            *ring_strides,
+            **shape,
+            HAS_SCALES=scales is not None,
+            REPEATS=repeats,
+            BC=plan.score_c,
+            BK=next_power_of_2(head_k),
+            BV=next_power_of_2(head_v),
+            num_warps=plan.score_warps,
+        )
+        read_kernel[(triton.cdiv(head_v, plan.read_v), kv_heads, num_rows)](
+            values,
+            ring.values_SGCV,
+            weights,
+            o_NHV,
+            slots_N,
+            from_zero_N,
+            rows.pending_N,
+            slot_strides[0],
+            ring_strides[1],
+            **shape,
+            HAS_SCALES=scales is not None,
+            REPEATS=repeats,
+            BR=next_power_of_2(repeats),
+            BK=plan.read_k,
+            BV=plan.read_v,
+            STAGES=plan.read_stages,
+            num_warps=plan.read_warps,
+        )
+        tiles = num_rows * kv_heads * triton.cdiv(head_k, plan.fold_k) * triton.cdiv(head_v, plan.fold_v)
+        fold_kernel[(min(tiles, _multiprocessors(q_NHK.device) * _FOLD_PROGRAMS),)](
+            values,
+            scales,
+            ring.keys_SGCK,
+            ring.values_SGCV,
+            ring.decays_SGCK,
+            slots_N,
+            from_zero_N,
+            rows.pending_N,
+            rows.folding,
+            *slot_strides,
+            *ring_strides,
+            **shape,
+            HAS_SCALES=scales is not None,
+            G=kv_heads,
+            BK=plan.fold_k,
+            BV=plan.fold_v,
+            EXACT=q_NHK.dtype == torch.float32 or is_interpreted(fold_kernel),
+            num_warps=plan.fold_warps,
+            num_stages=1,
+        )
+    return o_NHV
+
+
+@cache
+def plan_buffered(head_k: int, head_v: int, repeats: int, state_dtype: torch.dtype) -> BufferedPlan:
+    """Choose the tiles by shape alone: then every bit of a row's result is the same in any batch.
+
+    ``tests/bench/kernels.py --sweep`` compares others. On an H200, programs of one warp, which wait for nobody, read
+    fastest; float32 states have the bytes to keep two warps busy. A fold needs whole rows of the state where it has to
+    find their scales, and tiles of at least 16 x 16 for its product.
+    """
+    all_v = max(16, next_power_of_2(head_v))
+    if repeats > 1:
+        read = (max(1, 16 // next_power_of_2(repeats)), min(all_v, 128), 1, 4)
+    elif state_dtype == torch.float32:
+        read = (32, min(all_v, 64), 2, 3)
+    else:
+        read = (16, min(all_v, 128), 1, 4)
+    if state_dtype == torch.uint8:
+        return BufferedPlan(*read, fold_k=16, fold_v=all_v, fold_warps=8 if all_v >= 512 else 4)
+    return BufferedPlan(*read, fold_k=16, fold_v=min(all_v, 128), fold_warps=2)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def score_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_g,
+    p_scales,
+    p_ring_k,
+    p_ring_v,
+    p_ring_g,
+    p_weights,
+    p_slots,
+    p_from_zero,
+    p_pending,
+    scale,
+    stride_qn,
+    stride_qh,
+    stride_kn,
+    stride_kg,
+    stride_vn,
+    stride_vg,
+    stride_gn,
+    stride_gg,
+    stride_scales,
+    stride_ring_k,
+    stride_ring_v,
+    stride_ring_g,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    REPEATS: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Grid: (kv heads, rows, blocks of the ring)."""
+    i_g, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    slot = tl.load(p_slots + i_n).to(tl.int64)
+    from_zero = tl.load(p_from_zero + i_n) != 0
+    pending = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32)
+    i_c = tl.program_id(2) * BC
+    if i_c > pending:
+        return
+    o_c = i_c + tl.arange(0, BC)
+    o_k = tl.arange(0, BK)
+    m_c = o_c < pending
+    m_k = o_k < K
+    m_ck = m_c[:, None] & m_k[None, :]
+    p_keys = p_ring_k + slot * stride_ring_k + i_g * (C * K)
+    p_decays = p_ring_g + slot * stride_ring_g + i_g * (C * K)
+    p_rows = p_weights + (i_n * tl.num_programs(0) + i_g) * (REPEATS * (K + C))
+    p_q += i_n * stride_qn + i_g * (REPEATS * stride_qh)
+
+    b_total = tl.load(p_g + i_n * stride_gn + i_g * stride_gg + o_k, mask=m_k, other=0.0)
+    # The ring's newest entry has the sum of all gates since the last fold.
+    b_total += tl.load(p_decays + (pending - 1) * K + o_k, mask=m_k & (pending > 0), other=0.0)
+    b_ring_g = tl.load(p_decays + o_c[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+    b_ring_k = tl.load(p_keys + o_c[:, None] * K + o_k[None, :], mask=m_ck, other=0.0).to(tl.float32)
+    b_ring_k *= tl.exp(b_total[None, :] - b_ring_g)  # [BC, BK]
+    for i_r in tl.static_range(REPEATS):
+        b_q = tl.load(p_q + i_r * stride_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_score = tl.sum(b_ring_k * b_q[None, :], axis=1) * scale
+        tl.store(p_rows + i_r * (K + C) + K + o_c, b_score, mask=m_c)
+    if i_c == 0:
+        # The token itself: an entry of the ring, its score, and what its queries read of the state.
+        b_k = tl.load(p_k + i_n * stride_kn + i_g * stride_kg + o_k, mask=m_k, other=0.0)
+        b_decay = tl.exp(b_total) * scale
+        if HAS_SCALES:
+            p_scale = p_scales + slot * stride_scales + i_g * K + o_k
+            b_decay *= tl.load(p_scale, mask=m_k & (from_zero == 0), other=0.0)
+        for i_r in tl.static_range(REPEATS):
+            p_row = p_rows + i_r * (K + C)
+            b_own = tl.load(p_q + i_r * stride_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
+            tl.store(p_row + o_k, b_own * b_decay, mask=m_k)
+            tl.store(p_row + K + pending, tl.sum(b_own * b_k.to(tl.float32), axis=0) * scale)
+        o_v = tl.arange(0, BV)
+        m_v = o_v < V
+        b_v = tl.load(p_v + i_n * stride_vn + i_g * stride_vg + o_v, mask=m_v, other=0.0)
+        tl.store(p_keys + pending * K + o_k, b_k, mask=m_k)
+        tl.store(p_decays + pending * K + o_k, b_total, mask=m_k)
+        tl.store(p_ring_v + slot * stride_ring_v + i_g * (C * V) + pending * V + o_v, b_v, mask=m_v)
+
+
+@triton.jit
+def read_kernel(
+    p_state,
+    p_ring_v,
+    p_weights,
+    p_o,
+    p_slots,
+    p_from_zero,
+    p_pending,
+    stride_slot,
+    stride_ring_v,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    REPEATS: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: (value tiles, kv heads, rows)."""
+    i_v, i_g, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    slot = tl.load(p_slots + i_n).to(tl.int64)
+    from_zero = tl.load(p_from_zero + i_n) != 0
+    entries = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32) + 1
+    # Three dimensions [BR, BK, BV] from the start, query heads first: a tile of the state serves all of them.
+    o_r = tl.arange(0, BR)[:, None, None]
+    o_k = tl.arange(0, BK)[None, :, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, None, :]
+    m_r = o_r < REPEATS
+    m_v = o_v < V
+    i_h = (i_n * tl.num_programs(1) + i_g) * REPEATS
+    p_rows = p_weights + (i_h + o_r) * (K + C) + o_k
+    p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_k * V + o_v
+    p_values = p_ring_v + slot * stride_ring_v + i_g * (C * V) + o_k * V + o_v
+
+    b_sum = tl.zeros((BR, BK, BV), dtype=tl.float32)
+    for i_k in tl.range(0, K, BK, num_stages=STAGES):
+        m_k = i_k + o_k < K
+        b_state = tl.load(p_tile + i_k * V, mask=m_k & m_v & (from_zero == 0), other=0)
+        if HAS_SCALES:
+            # 0x4B000000 is 2^23: the value becomes the last bits of a float32, and 2^23 + 128 is taken off again.
+            b_state = (b_state.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+        b_weight = tl.load(p_rows + i_k, mask=m_r & m_k, other=0.0)
+        b_sum += b_weight * b_state.to(tl.float32)
+    for i_c in range(0, entries, BK):
+        m_c = i_c + o_k < entries
+        b_value = tl.load(p_values + i_c * V, mask=m_c & m_v, other=0.0)
+        b_weight = tl.load(p_rows + K + i_c, mask=m_r & m_c, other=0.0)
+        b_sum += b_weight * b_value.to(tl.float32)
+    b_o = tl.sum(b_sum, axis=1, keep_dims=True)  # [BR, 1, BV]
+    tl.store(p_o + (i_h + o_r) * V + o_v, b_o, mask=m_r & m_v)
+
+
+@triton.jit
+def fold_kernel(
+    p_state,
+    p_scales,
+    p_ring_k,
+    p_ring_v,
+    p_ring_g,
+    p_slots,
+    p_from_zero,
+    p_pending,
+    p_folding,
+    stride_slot,
+    stride_scales,
+    stride_ring_k,
+    stride_ring_v,
+    stride_ring_g,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    G: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Grid: any number of programs, which share the tiles [BK, BV] of the folding rows."""
+    o_c = tl.arange(0, C)
+    TILES_K: tl.constexpr = (K + BK - 1) // BK
+    TILES_V: tl.constexpr = (V + BV - 1) // BV
+    for i in range(tl.program_id(0), tl.load(p_folding).to(tl.int32) * (G * TILES_K * TILES_V), tl.num_programs(0)):
+        i_n = tl.load(p_folding + 1 + i // (G * TILES_K * TILES_V)).to(tl.int64)
+        i_g = i // (TILES_K * TILES_V) % G
+        o_k = i // TILES_V % TILES_K * BK + tl.arange(0, BK)
+        o_v = i % TILES_V * BV + tl.arange(0, BV)
+        m_k = o_k < K
+        m_v = o_v < V
+        slot = tl.load(p_slots + i_n).to(tl.int64)
+        from_zero = tl.load(p_from_zero + i_n) != 0
+        # The row's newest token is in the ring already.
+        newest = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32)
+        p_keys = p_ring_k + slot * stride_ring_k + i_g * (C * K)
+        p_values = p_ring_v + slot * stride_ring_v + i_g * (C * V)
+        p_decays = p_ring_g + slot * stride_ring_g + i_g * (C * K)
+        p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_k[:, None] * V + o_v[None, :]
+        m_kv = m_k[:, None] & m_v[None, :]
+        m_c = o_c <= newest
+        m_kc = m_k[:, None] & m_c[None, :]
+        b_state = tl.load(p_tile, mask=m_kv & (from_zero == 0), other=0).to(tl.float32)  # [BK, BV]
+        if HAS_SCALES:
+            b_state -= 128.0
+        b_total = tl.load(p_decays + newest * K + o_k, mask=m_k, other=0.0)
+        b_gk = tl.load(p_decays + o_c[None, :] * K + o_k[:, None], mask=m_kc, other=0.0)
+        b_keys = tl.load(p_keys + o_c[None, :] * K + o_k[:, None], mask=m_kc, other=0.0).to(tl.float32)  # [BK, C]
+        b_values = tl.load(p_values + o_c[:, None] * V + o_v[None, :], mask=m_c[:, None] & m_v[None, :], other=0.0)
+        b_keys *= tl.exp(b_total[:, None] - b_gk)
+        b_decay = tl.exp(b_total)
+        if HAS_SCALES:
+            p_scale = p_scales + slot * stride_scales + i_g * K + o_k
+            b_decay *= tl.load(p_scale, mask=m_k & (from_zero == 0), other=0.0)
+        if EXACT:
+            b_update = tl.dot(b_keys, b_values.to(tl.float32), input_precision="ieee")
+        else:
+            # Two bfloat16 parts of a key have 16 bits; the values are bfloat16 as they are.
+            b_high = b_keys.to(tl.bfloat16)
+            b_update = tl.dot(b_high, b_values.to(tl.bfloat16))
+            b_update = tl.dot((b_keys - b_high.to(tl.float32)).to(tl.bfloat16), b_values.to(tl.bfloat16), b_update)
+        b_state = b_state * b_decay[:, None] + b_update
+        if HAS_SCALES:
+            b_scale = tl.max(tl.abs(b_state), axis=1) * (1.0 / 127.0)  # [BK]
+            tl.store(p_scale, b_scale, mask=m_k)
+            b_scaled = b_state * tl.where(b_scale > 0.0, 1.0 / b_scale, 0.0)[:, None]
+            b_state = b_scaled + 128.5  # the cast cuts off
+        tl.store(p_tile, b_state.to(p_state.dtype.element_ty), mask=m_kv)

@@ -1,0 +1,87 @@
+"""What one layer remembers of every slot: its recurrent state, and the tokens waiting to be absorbed into it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
+"""How states are held, by name. An int8 value is stored plus 128: a kernel turns that into a float32 with one bitwise
+operation and one addition."""
+
+_RING_SIZES = {torch.float32: 16, torch.bfloat16: 16, torch.uint8: 32}
+"""Measured: larger rings cost more to read than folding more seldom saves. int8 needs the few roundings."""
+
+_LARGEST = 127.0
+
+
+def ring_size(dtype: torch.dtype) -> int:
+    """Tokens between two folds, C, for states held in this type; it divides the chunk of prefill, 64."""
+    return _RING_SIZES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """The tokens that a slot's state has yet to absorb, oldest first; how many they are, the caller knows.
+
+    Attributes:
+        keys_SGCK: [slots, kv_heads, C, head_k], of the keys' dtype.
+        values_SGCV: [slots, kv_heads, C, head_v], of the values' dtype.
+        decays_SGCK: float32 [slots, kv_heads, C, head_k], natural logarithms of the decay from the last fold to the
+            entry's token, that token's own included.
+    """
+
+    keys_SGCK: Tensor
+    values_SGCV: Tensor
+    decays_SGCK: Tensor
+
+    @property
+    def size(self) -> int:
+        """C."""
+        return self.keys_SGCK.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class RingRows:
+    """Where the rings of a batch of rows stand.
+
+    Attributes:
+        pending_N: int64 [N], tokens in each row's ring before this one, 0 to C - 1.
+        folding: int64 [1 + N]: how many rows fold their ring with this token, then which; the rest is not read. A row
+            whose ring is full with this token must be among them, and one that starts from zero. None: every row
+            folds, with every token.
+    """
+
+    pending_N: Tensor
+    folding: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """One layer of the pool; any stride between slots, the rest contiguous.
+
+    Attributes:
+        values_SGKV: float32, bfloat16 or uint8 [slots, kv_heads, head_k, head_v].
+        scales_SGK: float32 [slots, kv_heads, head_k] of uint8 values: the state is (values - 128) * scales. Else None.
+        ring: tokens waiting to be folded into the values; None: every token is absorbed at once.
+    """
+
+    values_SGKV: Tensor
+    scales_SGK: Tensor | None = None
+    ring: Ring | None = None
+
+    def load(self, slots_N: Tensor) -> Tensor:
+        """A float32 copy of some slots' states, without their rings: [N, kv_heads, head_k, head_v]."""
+        values_NGKV = self.values_SGKV[slots_N].float()
+        if self.scales_SGK is None:
+            return values_NGKV
+        return values_NGKV.sub_(128.0).mul_(self.scales_SGK[slots_N].unsqueeze(-1))
+
+    def store(self, slots_N: Tensor, states_NGKV: Tensor) -> None:
+        """Round float32 states [N, kv_heads, head_k, head_v] to nearest and write them to their slots."""
+        if self.scales_SGK is not None:
+            scales_NGK = states_NGKV.abs().amax(-1).mul_(1 / _LARGEST)
+            self.scales_SGK[slots_N] = scales_NGK
+            factors_NGK = torch.where(scales_NGK > 0, 1 / scales_NGK, 0.0)
+            states_NGKV = states_NGKV * factors_NGK.unsqueeze(-1) + 128.5  # the cast cuts off
+        self.values_SGKV[slots_N] = states_NGKV.to(self.values_SGKV.dtype)

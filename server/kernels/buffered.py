@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import check_head_k, is_interpreted, next_power_of_2
 from server.kernels.state import LayerState, RingRows
 
@@ -87,6 +88,7 @@ def gla_decode(
     shape = {"K": head_k, "V": head_v, "C": ring.size}
     slot_strides = [values.stride(0), 0 if scales is None else scales.stride(0)]
     ring_strides = [ring.keys_SGCK.stride(0), ring.values_SGCV.stride(0), ring.decays_SGCK.stride(0)]
+    early = launches_early(q_NHK.device)
     with torch.cuda.device_of(q_NHK):
         score_kernel[(kv_heads, num_rows, triton.cdiv(ring.size, plan.score_c))](
             q_NHK,
@@ -114,7 +116,9 @@ def gla_decode(
             BC=plan.score_c,
             BK=next_power_of_2(head_k),
             BV=next_power_of_2(head_v),
+            EARLY=early,
             num_warps=plan.score_warps,
+            launch_pdl=early,
         )
         read_kernel[(triton.cdiv(head_v, plan.read_v), kv_heads, num_rows)](
             values,
@@ -133,7 +137,9 @@ def gla_decode(
             BK=plan.read_k,
             BV=plan.read_v,
             STAGES=plan.read_stages,
+            EARLY=early,
             num_warps=plan.read_warps,
+            launch_pdl=early,
         )
         tiles = num_rows * kv_heads * triton.cdiv(head_k, plan.fold_k) * triton.cdiv(head_v, plan.fold_v)
         fold_kernel[(min(tiles, _multiprocessors(q_NHK.device) * _FOLD_PROGRAMS),)](
@@ -154,8 +160,10 @@ def gla_decode(
             BK=plan.fold_k,
             BV=plan.fold_v,
             EXACT=q_NHK.dtype == torch.float32 or is_interpreted(fold_kernel),
+            EARLY=early,
             num_warps=plan.fold_warps,
             num_stages=1,
+            launch_pdl=early,
         )
     return o_NHV
 
@@ -222,8 +230,11 @@ def score_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: (kv heads, rows, blocks of the ring)."""
+    start_next(EARLY)
+    await_previous(EARLY)
     i_g, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = tl.load(p_slots + i_n).to(tl.int64)
     from_zero = tl.load(p_from_zero + i_n) != 0
@@ -291,8 +302,11 @@ def read_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: (value tiles, kv heads, rows)."""
+    start_next(EARLY)
+    await_previous(EARLY)
     i_v, i_g, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = tl.load(p_slots + i_n).to(tl.int64)
     from_zero = tl.load(p_from_zero + i_n) != 0
@@ -350,8 +364,11 @@ def fold_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     EXACT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: any number of programs, which share the tiles [BK, BV] of the folding rows."""
+    start_next(EARLY)
+    await_previous(EARLY)
     o_c = tl.arange(0, C)
     TILES_K: tl.constexpr = (K + BK - 1) // BK
     TILES_V: tl.constexpr = (V + BV - 1) // BV

@@ -206,10 +206,16 @@ def test_published_shapes_on_gpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", STATE_DTYPES)
-def test_one_token_repeated_on_gpu(dtype: str) -> None:
-    """10,000 times: the state grows far beyond float16, and stays right."""
+@pytest.mark.parametrize(
+    ("dtype", "gate", "tolerance"), [("float32", None, 4e-3), ("bfloat16", -0.05, 1e-2), ("int8", -0.05, 2e-2)]
+)
+def test_one_token_repeated_on_gpu(dtype: str, gate: float | None, tolerance: float) -> None:
+    """10,000 times. A float32 state grows far beyond float16, and stays right, while it hardly forgets. Smaller ones
+    forget within 20 tokens, like most channels of a trained model: a sum to which each fold adds less than half of its
+    last bit stops growing, which no ring of this size can help."""
     case = make_case([1], heads=2, kv_heads=1, head_k=64, head_v=64, gates="slow", dtype=torch.bfloat16, device="cuda")
+    if gate is not None:
+        case.g_TGK.fill_(gate)
     steps = 10_000
     repeated = Case(
         *(getattr(case, n).expand(steps, -1, -1) for n in ("q_THK", "k_TGK", "v_TGV", "g_TGK")),
@@ -220,4 +226,4 @@ def test_one_token_repeated_on_gpu(dtype: str) -> None:
     )
     rows = Rows(repeated, dtype, [0])
     outputs = [rows.step("triton", i) for i in range(steps)]
-    rows.check(outputs, {"float32": 4e-3, "bfloat16": 2e-2, "int8": 5e-2}[dtype])
+    rows.check(outputs, tolerance)

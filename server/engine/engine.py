@@ -62,6 +62,7 @@ class Engine:
         self.scheduler = Scheduler(
             SlotAllocator(built.num_slots),
             max_num_batched_tokens=config.max_num_batched_tokens,
+            prompt_limits=built.prompt_limits,
             max_num_queued_reqs=config.max_num_queued_reqs,
         )
         self.info = EngineInfo(

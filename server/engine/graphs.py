@@ -133,6 +133,24 @@ class DecodeGraphs:
         positions_R = self._columns(size)[2][:rows]
         return self._sampler.sample(self._logits_RV[:rows], self._slots_R[:rows], positions_R, plan)
 
+    @torch.inference_mode()
+    def measure(self) -> list[tuple[int, float]]:
+        """Every captured size and the seconds that its model takes; leaves garbage in the pool's slots."""
+        times = []
+        for size in self._sizes:
+            # Slots of their own: the null slot alone would be read from the cache.
+            self._inputs[:size] = torch.arange(1, size + 1, device=self._device)
+            self._inputs[size : _INPUT_COLUMNS * size + 1] = 0
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._forward[size]()
+            start.record()
+            self._forward[size]()
+            self._forward[size]()
+            end.record()
+            end.synchronize()
+            times.append((size, start.elapsed_time(end) / 2000))
+        return times
+
     def _in_place(self, size: int) -> bool:
         return folds_every_token(size, self._states.layers[0].values_SGKV)
 

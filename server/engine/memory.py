@@ -26,13 +26,16 @@ from server.engine.sampler import SamplePlan, Sampler
 from server.engine.state_pool import NULL_SLOT, StateTensors, allocate_states, state_bytes
 from server.errors import CheckpointError, SettingsError
 from server.kernels import STATE_DTYPES, RingRows
-from server.settings import EngineConfig
+from server.settings import CHUNK, EngineConfig
 
 logger = logging.getLogger(__name__)
 
 _MiB = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROFILE_SLOTS = 4
+_PROMPT_SHARE = 0.8
+"""Of the time that a step's decodes take, what prompts beside them may take: so a running request waits for its next
+token less than twice as long when prompts arrive."""
 _SHORT_STEP = 2
 """Tokens of a step whose products are kernels of their own, and not the matrix library's."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -49,6 +52,8 @@ class BuiltRunner:
         state_bytes: one sequence's state.
         dtype: of the weights, by name.
         device_name: for people.
+        prompt_limits: (decodes, tokens), ascending: beside at most so many decodes, a step should absorb at most so
+            many prompt tokens; empty: no such limits.
     """
 
     runner: Runner
@@ -57,6 +62,7 @@ class BuiltRunner:
     state_bytes: int
     dtype: str
     device_name: str
+    prompt_limits: tuple[tuple[int, int], ...]
 
 
 def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
@@ -115,10 +121,20 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
     states = allocate_states(model_config, num_slots, device=device, dtype=dtype, state_dtype=state_dtype)
     sampler = Sampler(num_slots + 1, model_config.vocab_size, device=device)
     graphs = None
+    prompt_limits: tuple[tuple[int, int], ...] = ()
     if stream is not None:
         start = time.monotonic()
         graphs = DecodeGraphs(model, states, sampler, max_rows=min(num_slots, MAX_ROWS), stream=stream)
         logger.info("decode graphs captured in %.2f s", time.monotonic() - start)
+        per_token = _seconds_per_prompt_token(model, states, config.max_num_batched_tokens, device)
+        prompt_limits = tuple(
+            (rows, max(CHUNK, int(_PROMPT_SHARE * seconds / per_token))) for rows, seconds in graphs.measure()
+        )
+        logger.info(
+            "%.0f prompt tokens per second; beside %d decodes a step takes %d of them",
+            1 / per_token,
+            *prompt_limits[-1],
+        )
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     logger.info(
         "%s: %s weights, %.1f MiB; one request's state is %.2f MiB, constant at any length",
@@ -136,7 +152,7 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         available // per_slot - 1,
     )
     runner = Runner(model, states, sampler, device=device, graphs=graphs)
-    return BuiltRunner(runner, device, num_slots, per_state, dtype_name, device_name)
+    return BuiltRunner(runner, device, num_slots, per_state, dtype_name, device_name, prompt_limits)
 
 
 def _resolve_device(name: str) -> torch.device:
@@ -216,6 +232,25 @@ def _run_worst_case(
         plan = SamplePlan(0, 0, len(step_rows), True, True, True, config.max_logprobs)
         sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
         sampler.sample(logits, torch.ones_like(step_rows), torch.zeros_like(step_rows), plan)
+
+
+@torch.inference_mode()
+def _seconds_per_prompt_token(model: GLAModel, states: StateTensors, num_tokens: int, device: torch.device) -> float:
+    """What a token of a prompt costs the device, in a step of so many."""
+    inputs = ModelInputs(
+        token_ids_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        num_decodes=0,
+        slots_N=torch.ones(1, dtype=torch.int64, device=device),
+        from_zero_N=torch.ones(1, dtype=torch.bool, device=device),
+        cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+        prefill_lengths=(num_tokens,),
+        output_rows_R=torch.zeros(1, dtype=torch.int64, device=device),
+    )
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    model.forward(inputs, states)
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / num_tokens
 
 
 def _graph_bytes(

@@ -6,6 +6,7 @@ getting most, in pieces that end on a fixed grid of positions, so that how a pro
 change its result.
 """
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import islice
@@ -31,10 +32,20 @@ class Scheduler:
         max_num_batched_tokens: token budget of a step. A prompt still makes progress by one grid
             piece per step when decodes alone fill the budget.
         max_num_queued_reqs: choices that may wait beyond those a free slot awaits.
+        prompt_limits: (decodes, tokens), ascending: beside at most so many decodes, prompts get at most so many tokens
+            of the budget. Larger batches are limited like the last; none: prompts get what decodes leave.
     """
 
-    def __init__(self, allocator: SlotAllocator, *, max_num_batched_tokens: int, max_num_queued_reqs: int) -> None:
+    def __init__(
+        self,
+        allocator: SlotAllocator,
+        *,
+        max_num_batched_tokens: int,
+        max_num_queued_reqs: int,
+        prompt_limits: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         self.allocator = allocator
+        self._prompt_limits = prompt_limits
         self._token_budget = max_num_batched_tokens
         self._max_queued = max_num_queued_reqs
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
@@ -69,7 +80,7 @@ class Scheduler:
                 decodes.append(self._launch(seq, 1))
         # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing.
         decodes.sort(key=_slot)
-        budget = max(self._token_budget - len(decodes), PREFILL_GRID)
+        budget = max(self._prompt_budget(len(decodes)), PREFILL_GRID)
         prompts += islice(self.waiting, self.allocator.num_free)
         prefills: list[Span] = []
         leased: list[Sequence] = []
@@ -84,6 +95,14 @@ class Scheduler:
         if not decodes and not prefills:
             return None
         return Batch(tuple(decodes), tuple(prefills), tuple(leased))
+
+    def _prompt_budget(self, num_decodes: int) -> int:
+        """Most prompt tokens beside so many decodes."""
+        budget = self._token_budget - num_decodes
+        if num_decodes and self._prompt_limits:
+            index = bisect_left(self._prompt_limits, (num_decodes, 0))
+            budget = min(budget, self._prompt_limits[min(index, len(self._prompt_limits) - 1)][1])
+        return budget
 
     @staticmethod
     def _launch(seq: Sequence, length: int) -> Span:

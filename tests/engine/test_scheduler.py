@@ -225,3 +225,23 @@ def test_slots_are_leased_lowest_first_and_not_twice() -> None:
     with pytest.raises(RuntimeError, match="slot 2 released but not leased"):
         allocator.release(2)
     assert allocator.lease() == 2
+
+
+@pytest.mark.parametrize(("running", "expected"), [(0, 512), (1, 64), (2, 64), (3, 128), (4, 192), (6, 192)])
+def test_prompts_beside_decodes_get_limited_tokens(running: int, expected: int) -> None:
+    """So that running requests do not wait long for their next token."""
+    scheduler = Scheduler(
+        SlotAllocator(8),
+        max_num_batched_tokens=512 + running,
+        max_num_queued_reqs=10,
+        prompt_limits=((2, 64), (3, 128), (5, 192)),
+    )
+    for request_id in range(running):
+        scheduler.add([make_sequence(1, max_tokens=None, request_id=request_id)])
+    for _ in range(2 * running + 1):
+        scheduler.schedule(0.0)
+    scheduler.add([make_sequence(5000, request_id=99)])
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    assert len(batch.decodes) == running
+    assert sum(span.length for span in batch.prefills) == expected

@@ -202,10 +202,10 @@ def _run_worst_case(
     ]
     if on_cuda:
         steps.append((0, (_SHORT_STEP,), rows[:1].repeat(_SHORT_STEP)))
-        if states.layers[0].values_SGKV.dtype != torch.float32:
-            # Many short prompts: each takes a float32 copy of its state.
-            spans = min(num_rows, num_tokens)
-            steps.append((0, (1,) * spans, rows % spans))
+        # Short prompts, few to many: the tiles of prefill depend on their number, and so does the memory for float32
+        # copies of smaller states.
+        most = min(num_rows, num_tokens)
+        steps += [(0, (1,) * min(1 << i, most), rows % min(1 << i, most)) for i in range(most.bit_length() + 1)]
     for num_decodes, lengths, step_rows in steps:
         spans = num_decodes + len(lengths)
         # A slot each while there are some, then the null slot.

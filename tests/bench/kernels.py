@@ -311,12 +311,13 @@ def sweep(shapes: list[str]) -> Iterator[dict[str, object]]:
             times = {f"{batch}": time_decode(model, batch, in_place=True, plan=decode_plan)[0] for batch in (1, 16, 32)}
             yield {"op": "decode", "shape": model, **times, "plan": f"{decode_plan}"}
         yield from _sweep_buffered(model)
-        chosen = prefill.plan_prefill(head_k, head_v, HEADS[model][0] // kv_heads, 2, 232448)
-        candidates = [replace(chosen, prepare_block_k=bk, prepare_warps=w) for bk, w in ((16, 8), (32, 8), (64, 8))]
-        for chunk, stages, block_v, warps in itertools.product((64, 32), (1, 2, 3), (32, 64, 128), (4, 8)):
-            if 1024 <= head_k * block_v // warps <= 4096:
-                sizes = {"chunk": chunk, "walk_stages": stages, "block_v": block_v, "walk_warps": warps}
-                candidates.append(replace(chosen, **sizes))
+        limits = prefill._device_limits(torch.device("cuda", 0))
+        repeats = HEADS[model][0] // kv_heads
+        chosen = prefill.plan_prefill(head_k, head_v, repeats, 2, limits[1], 16 * kv_heads, limits[0])
+        candidates = [replace(chosen, prepare_block_k=bk, prepare_warps=w) for bk, w in ((64, 4), (128, 8), (256, 8))]
+        for stages, (block_v, transposed, warps) in itertools.product((1, 2, 3), prefill.WALK_TILES):
+            sizes = {"walk_stages": stages, "block_v": block_v, "transposed": transposed, "walk_warps": warps}
+            candidates.append(replace(chosen, **sizes))
         for plan in candidates:
             try:
                 times = {f"{n} x {length}": time_prefill(model, n, length, plan) for n, length in SWEEP_BATCHES}

@@ -61,7 +61,7 @@ def test_every_chunk_size_of_triton_in_float32(gates: str, chunk: int) -> None:
     from server.kernels import prefill
 
     case = make_case([75, 64], heads=2, kv_heads=1, gates=gates, device=TRITON_DEVICE)
-    plan = replace(prefill.plan_prefill(16, 32, 2, 4, 101376), chunk=chunk)
+    plan = replace(prefill.plan_prefill(16, 32, 2, 4, 101376, 2, 132), chunk=chunk)
     check_against_recurrence(case, *case.prefill(prefill, plan=plan))
 
 
@@ -175,11 +175,15 @@ def test_plans(shared_memory: int, repeats: int, itemsize: int) -> None:
 
     for head_k in (16, 48, 128, 256):
         for head_v in (32, 96, 512):
-            plan = plan_prefill(head_k, head_v, repeats, itemsize, shared_memory)
-            assert 64 % plan.chunk == 0
-            assert plan.chunk % 16 == 0
-            assert plan.block_k >= head_k
-            assert plan.walk_stages == 1 or plan.chunk * plan.block_k * plan.walk_stages * itemsize < shared_memory
+            plans = [
+                plan_prefill(head_k, head_v, repeats, itemsize, shared_memory, n, 132) for n in (1, 4, 16, 64, 999)
+            ]
+            assert len({plan.chunk for plan in plans}) == 1  # it alone decides about bits
+            for plan in plans:
+                assert plan.chunk in (16, 32, 64)
+                assert plan.block_k >= head_k
+                assert not plan.transposed or plan.block_v >= 64
+                assert plan.walk_stages == 1 or plan.chunk * plan.block_k * plan.walk_stages * itemsize < shared_memory
 
 
 def test_head_k_above_256_is_refused_by_triton() -> None:
@@ -231,6 +235,43 @@ def test_published_shapes_on_gpu(
     o_end, state = replace(case.span(0, 128), state_SGKV=state).prefill(prefill)
     assert torch.equal(torch.cat((o_start, o_end)), o[:300])
     assert torch.equal(state[case.slots_N[0]], pool[case.slots_N[0]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_k", "head_v"),
+    [(4, 4, 256, 512), (4, 4, 128, 256), (32, 8, 128, 128), (8, 4, 256, 256)],
+    ids=["1.3B", "340M", "7B", "grouped_2"],
+)
+def test_no_tile_of_the_walk_changes_a_bit_on_gpu(
+    heads: int, kv_heads: int, head_k: int, head_v: int, aligned: bool
+) -> None:
+    """The batch decides about the tile, so a span's result is the same in any batch only if this holds. Aligned inputs
+    are copied asynchronously, which others are not."""
+    from server.kernels import prefill
+
+    case = make_case(
+        [300, 64, 1],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_k=head_k,
+        head_v=head_v,
+        gates="mixed",
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    if aligned:
+        q, k, v, g = (x.contiguous() for x in (case.q_THK, case.k_TGK, case.v_TGV, case.g_TGK))
+        case = replace(case, q_THK=q, k_TGK=k, v_TGV=v, g_TGK=g)
+    limits = prefill._device_limits(torch.device("cuda", 0))
+    sizes = (head_k, head_v, heads // kv_heads, 2, limits[1])
+    plans = {prefill.plan_prefill(*sizes, states, limits[0]) for states in (1, 4, 8, 16, 32, 64, 999)}
+    (o, pool), *others = (case.prefill(prefill, plan=plan) for plan in plans)
+    check_against_recurrence(case, o, pool)
+    for other_o, other_pool in others:
+        assert torch.equal(other_o, o)
+        assert torch.equal(other_pool[case.slots_N], pool[case.slots_N])
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from server.engine.batch import ModelInputs
 from server.engine.model import GLAModel
 from server.engine.sampler import Sampled, SamplePlan, Sampler, redirect_done
 from server.engine.state_pool import NULL_SLOT, StateTensors
-from server.kernels import RingRows, folds_every_token
+from server.kernels import RingRows, folds_every_token, join_folds
 
 MAX_ROWS = 1024
 """Larger batches run without a graph: their kernels take longer than launching them does."""
@@ -176,6 +176,8 @@ class DecodeGraphs:
         )
         self._model.forward(inputs, self._states, out_RV=self._logits_RV[:size])
         self._slots_R[:size] = slots_N[order_R]
+        if ring_rows is not None and ring_rows.folding is not None:
+            join_folds(self._device)
 
     def _run_sampler(self, size: int, greedy: bool) -> None:
         plan = _uniform_plan(size, greedy=greedy)

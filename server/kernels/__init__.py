@@ -33,6 +33,7 @@ __all__ = [
     "folds_every_token",
     "gla_decode",
     "gla_prefill",
+    "join_folds",
     "linear_add_",
     "log_decay",
     "norm_gate",
@@ -165,6 +166,18 @@ def gla_decode(
             *inputs, state.values_SGKV, slots_N, from_zero_N, scale=scale, ring=ring, pending_N=pending_N
         )
     return reference.gla_decode(*inputs, state.values_SGKV, slots_N, from_zero_N, scale=scale)
+
+
+def join_folds(device: torch.device) -> None:
+    """To be called at the end of a graph's capture, if rows were decoded in it that did not all fold.
+
+    Their folds are captured beside everything that follows, and nothing but the graph's end waits for them. Without a
+    capture, this does nothing.
+    """
+    if device.type == "cuda":
+        from server.kernels import buffered
+
+        buffered.join_folds(device)
 
 
 def folds_every_token(num_rows: int, values_SGKV: Tensor) -> bool:

@@ -17,6 +17,8 @@ takes the time; *fold* rewrites the states of the rows that are due.
 # Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -141,31 +143,56 @@ def gla_decode(
             num_warps=plan.read_warps,
             launch_pdl=early,
         )
-        tiles = num_rows * kv_heads * triton.cdiv(head_k, plan.fold_k) * triton.cdiv(head_v, plan.fold_v)
-        fold_kernel[(min(tiles, _multiprocessors(q_NHK.device) * _FOLD_PROGRAMS),)](
-            values,
-            scales,
-            ring.keys_SGCK,
-            ring.values_SGCV,
-            ring.decays_SGCK,
-            slots_N,
-            from_zero_N,
-            rows.pending_N,
-            rows.folding,
-            *slot_strides,
-            *ring_strides,
-            **shape,
-            HAS_SCALES=scales is not None,
-            G=kv_heads,
-            BK=plan.fold_k,
-            BV=plan.fold_v,
-            EXACT=q_NHK.dtype == torch.float32 or is_interpreted(fold_kernel),
-            EARLY=early,
-            num_warps=plan.fold_warps,
-            num_stages=1,
-            launch_pdl=early,
-        )
+        # Nobody waits for a fold before the next step. In a graph it runs beside what follows in this one.
+        with _beside(q_NHK.device) as alone:
+            tiles = num_rows * kv_heads * triton.cdiv(head_k, plan.fold_k) * triton.cdiv(head_v, plan.fold_v)
+            fold_kernel[(min(tiles, _multiprocessors(q_NHK.device) * _FOLD_PROGRAMS),)](
+                values,
+                scales,
+                ring.keys_SGCK,
+                ring.values_SGCV,
+                ring.decays_SGCK,
+                slots_N,
+                from_zero_N,
+                rows.pending_N,
+                rows.folding,
+                *slot_strides,
+                *ring_strides,
+                **shape,
+                HAS_SCALES=scales is not None,
+                G=kv_heads,
+                BK=plan.fold_k,
+                BV=plan.fold_v,
+                EXACT=q_NHK.dtype == torch.float32 or is_interpreted(fold_kernel),
+                EARLY=early and not alone,
+                num_warps=plan.fold_warps,
+                num_stages=1,
+                launch_pdl=early and not alone,
+            )
     return o_NHV
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[bool]:
+    """While a graph is captured, work that only its end waits for (:func:`join_folds`); yields whether it is."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield False
+        return
+    stream = _fold_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield True
+
+
+def join_folds(device: torch.device) -> None:
+    """Make the stream that captures a graph wait for the folds captured beside it; must be called where it ends."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).wait_stream(_fold_stream(device))
+
+
+@cache
+def _fold_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @cache

@@ -141,10 +141,12 @@ def time_decode(
     folding = torch.zeros(batch + 1, dtype=torch.int64, device="cuda")
     folding[0], folding[1 : 1 + len(full)] = len(full), full
     rows = RingRows(pending, folding)
-    calls = [
-        partial(buffered.gla_decode, x.q, x.k, x.v, x.g, state, row, x.from_zero, rows, scale=head_k**-0.5, plan=plan)
-        for row in slots
-    ]
+
+    def call(row: torch.Tensor) -> None:
+        buffered.gla_decode(x.q, x.k, x.v, x.g, state, row, x.from_zero, rows, scale=head_k**-0.5, plan=plan)
+        buffered.join_folds(row.device)  # in a model, they run beside other kernels
+
+    calls = [partial(call, row) for row in slots]
     entry = kv_heads * (head_k * 6 + head_v * 2)
     return graph_time(repeated(calls)), batch * (one + one // size) + int(pending.sum()) * entry
 

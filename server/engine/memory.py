@@ -205,7 +205,9 @@ def _run_worst_case(
         # Short prompts, few to many: the tiles of prefill depend on their number, and so does the memory for float32
         # copies of smaller states.
         most = min(num_rows, num_tokens)
-        steps += [(0, (1,) * min(1 << i, most), rows % min(1 << i, most)) for i in range(most.bit_length() + 1)]
+        for spans in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
+            # Beside a decode, the prompts' rows may be aligned otherwise.
+            steps += [(num_decodes, (1,) * spans, rows % spans) for num_decodes in (0, 1)]
     for num_decodes, lengths, step_rows in steps:
         spans = num_decodes + len(lengths)
         # A slot each while there are some, then the null slot.

@@ -49,6 +49,8 @@ class BufferedPlan:
     score_warps: int = 2
 
 
+_COLUMNS = ["p_slots", "p_from_zero", "p_pending", "p_folding"]
+"""Parts of one upload, aligned as the parts before them leave them: one variant of a kernel must do for all."""
 _FOLD_PROGRAMS = 8
 """Programs per multiprocessor, at most, which share the folds: their number is fixed when a graph is captured."""
 
@@ -222,7 +224,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def score_kernel(
     p_q,
     p_k,
@@ -309,7 +311,7 @@ def score_kernel(
         tl.store(p_ring_v + slot * stride_ring_v + i_g * (C * V) + pending * V + o_v, b_v, mask=m_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def read_kernel(
     p_state,
     p_ring_v,
@@ -367,7 +369,7 @@ def read_kernel(
     tl.store(p_o + (i_h + o_r) * V + o_v, b_o, mask=m_r & m_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def fold_kernel(
     p_state,
     p_scales,

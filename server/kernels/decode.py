@@ -110,7 +110,7 @@ def plan_decode(head_k: int, head_v: int) -> DecodePlan:
     return DecodePlan(block_k, block_v, num_warps=4 if block_k * block_v >= 4096 else 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_from_zero", "p_pending"])
 def decode_kernel(
     p_q,
     p_k,

@@ -14,7 +14,8 @@ from server.api.completions import completions_router
 from server.api.errors import ErrorMiddleware, answer_api_error, answer_http_error
 from server.api.models import models_router
 from server.api.operations import operations_router
-from server.api.schemas import CompletionRequest
+from server.api.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.api.tokenization import tokenization_router
 from server.errors import ApiError
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ def create_app(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer
         redoc_url=None,
     )
     app.include_router(completions_router(settings, client, tokenizer))
+    app.include_router(tokenization_router(settings, client, tokenizer))
     app.include_router(models_router(settings))
     app.include_router(operations_router(client))
     app.add_exception_handler(ApiError, answer_api_error)
@@ -58,10 +60,11 @@ def create_app(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer
 
 
 def _document(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
-    """The OpenAPI document, with the request model that the completions route reads by itself."""
+    """The OpenAPI document, with the request models of the routes that read their bodies by themselves."""
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _, definitions = models_json_schema(
-        [(CompletionRequest, "validation")], ref_template="#/components/schemas/{model}"
+        [(schema, "validation") for schema in (CompletionRequest, TokenizeRequest, DetokenizeRequest)],
+        ref_template="#/components/schemas/{model}",
     )
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(definitions["$defs"])

@@ -24,7 +24,7 @@ from server.types import EngineInfo
 
 logger = logging.getLogger(__name__)
 
-_OFFLOAD_BYTES: Final = 16 * 1024
+OFFLOAD_BYTES: Final = 16 * 1024
 """Bodies from this size on are parsed and tokenized in a thread, so that streams do not stall meanwhile."""
 
 _STREAM_HEADERS: Final = [
@@ -84,7 +84,7 @@ def completions_router(settings: ApiSettings, client: EngineClient, tokenizer: T
         info = ready_info(client)
         body = await read_body(request, settings.max_body_bytes)
         validator = CompletionValidator(settings.served_model_names, info, tokenizer)
-        if len(body) < _OFFLOAD_BYTES:
+        if len(body) < OFFLOAD_BYTES:
             job = _prepare(validator, body)
         else:
             job = await asyncio.to_thread(_prepare, validator, body)

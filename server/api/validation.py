@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from server.api.schemas import (
@@ -16,6 +16,8 @@ from server.api.schemas import (
 from server.errors import InvalidRequestError, NotFoundError
 from server.tokenizer import Tokenizer
 from server.types import EngineInfo, SamplingParams
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 DEFAULT_MAX_TOKENS: Final = 16
 
@@ -85,7 +87,7 @@ class CompletionValidator:
             NotFoundError: no model of that name is served.
         """
         request = parse_request(body)
-        model = self._model(request.model)
+        model = served_name(request.model, self._names)
         n = request.n or 1
         num_prompts = len(request.prompt)
         self._check_combinations(request, n)
@@ -105,16 +107,6 @@ class CompletionValidator:
             # Without a tokenizer the ids are the answer.
             token_ids=bool(request.return_token_ids) or self._tokenizer is None,
         )
-
-    def _model(self, name: str | None) -> str:
-        if name is None:
-            return self._names[0]
-        if name not in self._names:
-            served = ", ".join(map(repr, self._names))
-            raise NotFoundError(
-                f"The model {name!r} does not exist; this server has {served}.", param="model", code="model_not_found"
-            )
-        return name
 
     def _check_combinations(self, request: CompletionRequest, n: int) -> None:
         if request.best_of is not None and request.best_of != n:
@@ -153,9 +145,9 @@ class CompletionValidator:
         if stop and self._tokenizer is None:
             raise _invalid("stop", "is not possible: this server runs without a tokenizer; use 'stop_token_ids'")
         stop_token_ids = request.stop_token_ids or ()
-        self._check_vocabulary("stop_token_ids", stop_token_ids)
+        check_vocabulary("stop_token_ids", stop_token_ids, self._info.vocab_size)
         logit_bias = request.logit_bias or {}
-        self._check_vocabulary("logit_bias", logit_bias)
+        check_vocabulary("logit_bias", logit_bias, self._info.vocab_size)
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -167,11 +159,6 @@ class CompletionValidator:
             logprobs=request.logprobs,
             **sampling,
         )
-
-    def _check_vocabulary(self, param: str, token_ids: "list[int] | tuple[int, ...] | Mapping[int, float]") -> None:
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._info.vocab_size):
-            bad = next(token for token in token_ids if not 0 <= token < self._info.vocab_size)
-            raise _invalid(param, f"holds the token id {_brief(bad)}; ids lie in 0..{self._info.vocab_size - 1}")
 
     def _token_ids(self, prompt: list[str] | list[list[int]]) -> list[list[int]]:
         token_lists: list[list[int]] = []
@@ -189,7 +176,7 @@ class CompletionValidator:
         for token_ids in prompts:
             if not token_ids:
                 raise _invalid("prompt", "holds a text without a single token")
-            self._check_vocabulary("prompt", token_ids)
+            check_vocabulary("prompt", token_ids, self._info.vocab_size)
             if limit is not None and len(token_ids) >= limit:
                 raise InvalidRequestError(
                     f"Invalid 'prompt': has {len(token_ids)} tokens; prompt and answer together may have "
@@ -215,10 +202,42 @@ def parse_request(body: dict[str, Any]) -> CompletionRequest:
     if isinstance(options, dict):
         body["stream_options"] = options = dict(options)
         _drop_neutral(options, NEUTRAL_STREAM_OPTIONS, "stream_options.")
+    return parse_as(CompletionRequest, body)
+
+
+def parse_as(schema: type[Schema], body: dict[str, Any]) -> Schema:
+    """Check a body against a schema.
+
+    Raises:
+        InvalidRequestError: ``param`` names the field at fault.
+    """
     try:
-        return CompletionRequest.model_validate(body)
+        return schema.model_validate(body)
     except ValidationError as error:
         raise _explain(error.errors(include_url=False)[0]) from None
+
+
+def served_name(name: str | None, names: tuple[str, ...]) -> str:
+    """The name that a request means; not given: the first.
+
+    Raises:
+        NotFoundError: no model of that name is served.
+    """
+    if name is None:
+        return names[0]
+    if name not in names:
+        served = ", ".join(map(repr, names))
+        raise NotFoundError(
+            f"The model {name!r} does not exist; this server has {served}.", param="model", code="model_not_found"
+        )
+    return name
+
+
+def check_vocabulary(param: str, token_ids: "list[int] | tuple[int, ...] | Mapping[int, float]", size: int) -> None:
+    """Raise InvalidRequestError for ``param`` unless all ids are in [0, size)."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
+        bad = next(token for token in token_ids if not 0 <= token < size)
+        raise _invalid(param, f"holds the token id {_brief(bad)}; ids lie in 0..{size - 1}")
 
 
 def _drop_neutral(fields: dict[str, Any], neutral: Mapping[str, tuple[object, ...]], prefix: str = "") -> None:

@@ -12,6 +12,7 @@ from server.api.schemas import HARMLESS_FIELDS, NEUTRAL_VALUES, CompletionReques
 from tests.api.scripted import Server, serve
 
 ROUTES = [("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/scripted"), ("GET", "/v1/unknown")]
+ROUTES += [("POST", "/tokenize"), ("POST", "/detokenize")]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,8 @@ def test_openapi_document_is_whole(server: Server) -> None:
         "/v1/completions",
         "/v1/models",
         "/v1/models/{model}",
+        "/tokenize",
+        "/detokenize",
         "/health",
         "/version",
         "/metrics",

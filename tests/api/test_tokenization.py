@@ -1,0 +1,88 @@
+"""``POST /tokenize`` and ``POST /detokenize``."""
+
+from typing import Any
+
+import pytest
+
+from server.tokenizer import load_tokenizer
+from tests.api.scripted import BOS, VOCAB, Server, serve
+from tests.engine.driving import CLASSICS
+
+TEXT = "naïve 世界 🌊"
+
+
+def test_tokens_and_back(server: Server) -> None:
+    body = server.http.post("/tokenize", json={"prompt": TEXT}).json()
+    tokens = [BOS, *TEXT.encode()]
+    assert body == {"count": len(tokens), "max_model_len": 2000, "tokens": tokens, "token_strs": None}
+    assert server.http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": TEXT}
+    assert server.engine.requests == []
+
+
+def test_without_special_tokens(server: Server) -> None:
+    body = server.http.post("/tokenize", json={"prompt": TEXT, "add_special_tokens": False, "model": None}).json()
+    assert body["tokens"] == list(TEXT.encode())
+    assert server.http.post("/tokenize", json={"prompt": "", "add_special_tokens": False}).json()["count"] == 0
+
+
+def test_the_text_of_every_token(server: Server) -> None:
+    body = server.http.post("/tokenize", json={"prompt": "aï", "return_token_strs": True}).json()
+    assert body["token_strs"] == ["", "a", "bytes:\\xc3", "bytes:\\xaf"]
+
+
+def test_a_large_text_and_what_is_not_utf8(server: Server) -> None:
+    text = "ab" * 9_000
+    body = server.http.post("/tokenize", json={"prompt": text}).json()
+    assert body["count"] == 18_001
+    assert server.http.post("/detokenize", json={"tokens": body["tokens"]}).json() == {"prompt": text}
+    assert server.http.post("/detokenize", json={"tokens": [0xC3, 0x28]}).json() == {"prompt": "\ufffd("}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": ["a"]}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, 400, "add_special_tokens"),
+        ("/tokenize", {"prompt": "a", "messages": []}, 400, "messages"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+        ("/detokenize", {}, 400, "tokens"),
+        ("/detokenize", {"tokens": "abc"}, 400, "tokens"),
+        ("/detokenize", {"tokens": [1, "2"]}, 400, "tokens.1"),
+        ("/detokenize", {"tokens": [1, VOCAB]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [10**30]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [], "model": "other"}, 404, "model"),
+    ],
+)
+def test_refused_with_the_name_of_the_field(
+    server: Server, path: str, fields: dict[str, Any], status: int, param: str
+) -> None:
+    response = server.http.post(path, json=fields)
+    assert response.status_code == status
+    assert response.json()["error"]["param"].startswith(param)
+
+
+def test_without_a_tokenizer_or_a_key() -> None:
+    with serve(tokenizer=None) as server:
+        response = server.http.post("/tokenize", json={"prompt": "a"})
+        assert response.status_code == 400
+        assert "without a tokenizer" in response.json()["error"]["message"]
+    with serve(keys=("first",)) as server:
+        for path in ("/tokenize", "/detokenize"):
+            assert server.http.post(path, json={}).status_code == 401
+
+
+def test_the_documents_schemas_are_there(server: Server) -> None:
+    document = server.http.get("/openapi.json").json()
+    for path, schema in (("/tokenize", "TokenizeRequest"), ("/detokenize", "DetokenizeRequest")):
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body == {"$ref": f"#/components/schemas/{schema}"}
+        assert schema in document["components"]["schemas"]
+
+
+def test_the_shipped_tokenizer_gives_a_completions_prompt() -> None:
+    tokenizer = load_tokenizer(CLASSICS)
+    with serve(tokenizer=lambda: tokenizer) as server:
+        tokens = server.http.post("/tokenize", json={"prompt": "The old man"}).json()["tokens"]
+    assert tokens == tokenizer.encode("The old man")

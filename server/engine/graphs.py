@@ -141,6 +141,11 @@ class DecodeGraphs:
             # Slots of their own: the null slot alone would be read from the cache.
             self._inputs[:size] = torch.arange(1, size + 1, device=self._device)
             self._inputs[size : _INPUT_COLUMNS * size + 1] = 0
+            if self._states.ring_size:
+                # Rings half full, and as many folds as come in a step on average.
+                self._inputs[3 * size : 4 * size] = self._states.ring_size // 2
+                self._inputs[4 * size] = folds = size // self._states.ring_size
+                self._inputs[4 * size + 1 : 4 * size + 1 + folds] = torch.arange(folds, device=self._device)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._forward[size]()
             start.record()

@@ -202,12 +202,14 @@ def _run_worst_case(
     ]
     if on_cuda:
         steps.append((0, (_SHORT_STEP,), rows[:1].repeat(_SHORT_STEP)))
-        # Short prompts, few to many: the tiles of prefill depend on their number, and so does the memory for float32
-        # copies of smaller states.
+        # Prompts few to many: the tiles of prefill depend on their number, and so does the memory for float32 copies of
+        # smaller states, which is largest beside a full budget of tokens.
         most = min(num_rows, num_tokens)
-        for spans in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
+        numbers = {min(number, most) for i in range(most.bit_length()) for number in (1 << i, 3 << i >> 1)} | {most}
+        for spans in sorted(numbers):
             # Beside a decode, the prompts' rows may be aligned otherwise.
             steps += [(num_decodes, (1,) * spans, rows % spans) for num_decodes in (0, 1)]
+        steps.append((0, (num_tokens // most,) * most, rows))
     for num_decodes, lengths, step_rows in steps:
         spans = num_decodes + len(lengths)
         # A slot each while there are some, then the null slot.
@@ -248,6 +250,7 @@ def _seconds_per_prompt_token(model: GLAModel, states: StateTensors, num_tokens:
         prefill_lengths=(num_tokens,),
         output_rows_R=torch.zeros(1, dtype=torch.int64, device=device),
     )
+    model.forward(inputs, states)  # takes the memory that it needs from the driver
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     model.forward(inputs, states)

@@ -64,7 +64,7 @@ def gla_prefill(
     Span n is the rows ``cu_seqlens[n]:cu_seqlens[n + 1]``; it may be empty. It continues from the state in slot
     ``slots_N[n]``, or from zero where ``from_zero_N[n]``: then nothing depends on what the slot held before, NaN
     included. Its final state is written to that slot. Cutting a span at a multiple of 64 tokens does not change the
-    result of the Triton kernels by a bit.
+    result of the Triton kernels by a bit, where states are float32; others are rounded where a span ends.
 
     Args:
         q_THK: queries [T, H, K], float32, bfloat16 or float16. It and the next three may be strided views, with a

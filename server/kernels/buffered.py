@@ -146,7 +146,7 @@ def gla_decode(
             launch_pdl=early,
         )
         # Nobody waits for a fold before the next step. In a graph it runs beside what follows in this one.
-        with _beside(q_NHK.device) as alone:
+        with _beside(q_NHK.device):
             tiles = num_rows * kv_heads * triton.cdiv(head_k, plan.fold_k) * triton.cdiv(head_v, plan.fold_v)
             fold_kernel[(min(tiles, _multiprocessors(q_NHK.device) * _FOLD_PROGRAMS),)](
                 values,
@@ -165,25 +165,23 @@ def gla_decode(
                 G=kv_heads,
                 BK=plan.fold_k,
                 BV=plan.fold_v,
-                EXACT=q_NHK.dtype == torch.float32 or is_interpreted(fold_kernel),
-                EARLY=early and not alone,
+                EXACT=q_NHK.dtype != torch.bfloat16 or is_interpreted(fold_kernel),
                 num_warps=plan.fold_warps,
                 num_stages=1,
-                launch_pdl=early and not alone,
             )
     return o_NHV
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[bool]:
-    """While a graph is captured, work that only its end waits for (:func:`join_folds`); yields whether it is."""
+def _beside(device: torch.device) -> Iterator[None]:
+    """While a graph is captured, work that only its end waits for (:func:`join_folds`)."""
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield False
+        yield
         return
     stream = _fold_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        yield True
+        yield
 
 
 def join_folds(device: torch.device) -> None:
@@ -393,11 +391,8 @@ def fold_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     EXACT: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Grid: any number of programs, which share the tiles [BK, BV] of the folding rows."""
-    start_next(EARLY)
-    await_previous(EARLY)
     o_c = tl.arange(0, C)
     TILES_K: tl.constexpr = (K + BK - 1) // BK
     TILES_V: tl.constexpr = (V + BV - 1) // BV
@@ -421,7 +416,7 @@ def fold_kernel(
         m_kc = m_k[:, None] & m_c[None, :]
         b_state = tl.load(p_tile, mask=m_kv & (from_zero == 0), other=0).to(tl.float32)  # [BK, BV]
         if HAS_SCALES:
-            b_state -= 128.0
+            b_state = tl.where(m_kv & (from_zero == 0), b_state - 128.0, 0.0)
         b_total = tl.load(p_decays + newest * K + o_k, mask=m_k, other=0.0)
         b_gk = tl.load(p_decays + o_c[None, :] * K + o_k[:, None], mask=m_kc, other=0.0)
         b_keys = tl.load(p_keys + o_c[None, :] * K + o_k[:, None], mask=m_kc, other=0.0).to(tl.float32)  # [BK, C]

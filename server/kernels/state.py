@@ -78,10 +78,13 @@ class LayerState:
         return values_NGKV.sub_(128.0).mul_(self.scales_SGK[slots_N].unsqueeze(-1))
 
     def store(self, slots_N: Tensor, states_NGKV: Tensor) -> None:
-        """Round float32 states [N, kv_heads, head_k, head_v] to nearest and write them to their slots."""
+        """Round float32 states [N, kv_heads, head_k, head_v] to nearest and write them to their slots.
+
+        What is passed is used as scratch, and holds anything afterwards.
+        """
         if self.scales_SGK is not None:
             scales_NGK = states_NGKV.abs().amax(-1).mul_(1 / _LARGEST)
             self.scales_SGK[slots_N] = scales_NGK
             factors_NGK = torch.where(scales_NGK > 0, 1 / scales_NGK, 0.0)
-            states_NGKV = states_NGKV * factors_NGK.unsqueeze(-1) + 128.5  # the cast cuts off
+            states_NGKV.mul_(factors_NGK.unsqueeze(-1)).add_(128.5)  # the cast cuts off
         self.values_SGKV[slots_N] = states_NGKV.to(self.values_SGKV.dtype)

@@ -134,6 +134,20 @@ def test_head_sizes(backend: str, heads: int, kv_heads: int, head_k: int, head_v
 
 
 @ON_EACH_BACKEND
+@pytest.mark.parametrize("head_v", [8, 24, 32])
+def test_folding_nothing_changes_no_scale(backend: str, head_v: int) -> None:
+    """Neither decay nor a new token: whatever is beyond the last column must not find its way into a scale."""
+    case = make_case([32 * 6] * 2, head_k=16, head_v=head_v, gates="none", device=device_of(backend))
+    case.k_TGK.zero_()
+    case.from_zero_N.fill_(False)
+    case.state_SGKV.nan_to_num_()
+    rows = Rows(case, "int8", [0, 7])
+    for i in range(32 * 6):
+        rows.step(backend, i)
+    assert relative_error(rows.state.load(case.slots_N), rows.start[case.slots_N].double()) < 1e-5
+
+
+@ON_EACH_BACKEND
 @pytest.mark.parametrize("inputs", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_inputs(backend: str, inputs: torch.dtype) -> None:
     case = make_case([40] * 3, dtype=inputs, device=device_of(backend))

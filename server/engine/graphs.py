@@ -141,7 +141,7 @@ class DecodeGraphs:
             # Slots of their own: the null slot alone would be read from the cache.
             self._inputs[:size] = torch.arange(1, size + 1, device=self._device)
             self._inputs[size : _INPUT_COLUMNS * size + 1] = 0
-            if self._states.ring_size:
+            if self._states.ring_size and not self._in_place(size):
                 # Rings half full, and as many folds as come in a step on average.
                 self._inputs[3 * size : 4 * size] = self._states.ring_size // 2
                 self._inputs[4 * size] = folds = size // self._states.ring_size

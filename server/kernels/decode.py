@@ -2,7 +2,8 @@
 
 A program owns a tile [head_k, BV] of the state of one kv head and row. It reads the tile once, writes it once, and
 serves every query head of the group from registers. Nothing but the state matters for time: at the sizes of the 1.3B
-model it is 2 MB per row, against 14 KB of vectors.
+model it is 2 MB per row, against 14 KB of vectors. Tokens that :mod:`server.kernels.buffered` left in a row's ring are
+absorbed on the way.
 """
 
 # Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.

@@ -9,6 +9,8 @@ mixed       running requests while prompts of 8192 tokens arrive one behind the 
 context     one sequence after contexts of 1,000 to 1,000,000 tokens: the time per token; the first one again at the end
 fla         only if named, since its kernels take a minute or more to compile: decode of flash-linear-attention's own
             model, see :mod:`tests.bench.fla_model`
+profile     only if named: the device time of every kernel in a decoding step, by batch size, and in a step that is
+            full of prompts
 workload    ``--streams`` requests at once from submission to the last token, as :mod:`tests.bench.http` sends them
 
 Steps are timed on the host, from one return of ``Engine.step`` to the next.
@@ -202,6 +204,34 @@ def workload_rows(bench: Bench, streams: int, prompt_length: int, tokens: int) -
     yield row | {"tokens/s": rate, "steady tokens/s": steady}
 
 
+def profile_rows(bench: Bench, batches: Sequence[int], prompt_length: int, steps: int) -> Iterator[Row]:
+    """Microseconds of device time per step and the launches of each kernel, the longest first."""
+    for batch in batches:
+        for _ in range(batch):
+            bench.submit(prompt_length, None)
+        bench.absorb()
+        yield from _kernels(bench, steps, {"op": "profile", "step": f"decode of {batch}"})
+        bench.clear()
+    bench.submit(1 << 20, 1)
+    for _ in range(SETTLING_STEPS):
+        bench.step()
+    yield from _kernels(bench, steps, {"op": "profile", "step": "prefill"})
+    bench.clear()
+
+
+def _kernels(bench: Bench, steps: int, row: Row) -> Iterator[Row]:
+    synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            bench.step()
+        synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: event.device_time_total, reverse=True)
+    for event in events:
+        microseconds = event.device_time_total / steps
+        if microseconds >= 1:
+            yield row | {"us": microseconds, "launches": event.count / steps, "kernel": event.key[:80]}
+
+
 def fla_rows(model: Path, seconds: float) -> list[Row]:
     """Decode with fla's modules, in a process of its own, which gives its memory back."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -276,7 +306,12 @@ def main() -> None:
         ops.remove("fla")
         print("fla")
         every += fla_rows(args.model, args.peer_seconds)
-    most = {"decode": max(args.batch), "mixed": max(args.running) + 2, "workload": args.streams}
+    most = {
+        "decode": max(args.batch),
+        "profile": max(args.batch),
+        "mixed": max(args.running) + 2,
+        "workload": args.streams,
+    }
     start = time.perf_counter()
     engine = build_engine(args, max(most.get(op, 64) for op in ops))
     env = environment(engine.info.device)
@@ -290,6 +325,7 @@ def main() -> None:
         "prefill": lambda: prefill_rows(bench, args.lengths, args.prefill_tokens),
         "mixed": lambda: mixed_rows(bench, args.running, args.prompts, args.steps),
         "context": lambda: context_rows(bench, args.contexts, args.steps),
+        "profile": lambda: profile_rows(bench, args.batch, args.prompt_length, 32),
         "workload": lambda: workload_rows(bench, args.streams, args.prompt_length, args.tokens),
     }
     list(decode_rows(bench, [1], 300, 4))  # warm-up

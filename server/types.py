@@ -79,6 +79,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     params: SamplingParams
     arrived: float
     """``time.monotonic()`` when the request arrived (one clock for all processes of a host)."""
+    priority: int = 0
+    """Lower values are served first; among equals, the order of arrival counts."""
 
     @property
     def num_choices(self) -> int:

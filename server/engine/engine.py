@@ -130,6 +130,7 @@ class Engine:
             max_tokens=max_tokens,
             matcher=StopMatcher(params.stop) if params.stop else None,
             arrived=request.arrived,
+            priority=request.priority,
         )
 
     def cancel(self, client: bytes, request_ids: Iterable[int]) -> None:

@@ -1,24 +1,25 @@
 """Which tokens the next step absorbs, and who holds which slot.
 
 There is no prefill phase: a sequence has tokens still to be absorbed, and each step absorbs some,
-under a token budget. Decodes (one token each) come first; prompts share the rest, the oldest
-getting most, in pieces that end on a fixed grid of positions, so that how a prompt is cut does not
-change its result.
+under a token budget. Decodes (one token each) come first; prompts share the rest, the most urgent and
+of those the oldest getting most, in pieces that end on a fixed grid of positions, so that how a prompt
+is cut does not change its result.
 """
 
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import islice
 from operator import attrgetter
 
 from server.engine.batch import Batch, Span
+from server.engine.queue import WaitingQueue
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
 from server.settings import CHUNK
 from server.types import FinishReason
 
 _slot = attrgetter("slot")
+_priority = attrgetter("priority")
 
 PREFILL_GRID = CHUNK
 """Prompt pieces end at multiples of this position (the kernels' chunk), or at the prompt's end."""
@@ -48,7 +49,7 @@ class Scheduler:
         self._prompt_limits = prompt_limits
         self._token_budget = max_num_batched_tokens
         self._max_queued = max_num_queued_reqs
-        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self.waiting = WaitingQueue()
         self.running: dict[Sequence, None] = {}
 
     @property
@@ -61,9 +62,9 @@ class Scheduler:
         return len(self.waiting) + num_choices <= self.allocator.num_free + self._max_queued
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences behind those that wait already."""
+        """Queue sequences behind those of their priority that wait already."""
         for seq in sequences:
-            self.waiting[seq] = None
+            self.waiting.add(seq)
 
     def schedule(self, now: float) -> Batch | None:
         """Choose the next step's spans and count them as launched; None when there is nothing to do.
@@ -82,11 +83,12 @@ class Scheduler:
         decodes.sort(key=_slot)
         budget = max(self._prompt_budget(len(decodes)), PREFILL_GRID)
         prompts += islice(self.waiting, self.allocator.num_free)
+        prompts.sort(key=_priority)
         prefills: list[Span] = []
         leased: list[Sequence] = []
         for seq, length in _share(prompts, budget).items():
             if seq.slot is None:
-                del self.waiting[seq]
+                self.waiting.remove(seq)
                 seq.slot = self.allocator.lease()
                 seq.admitted = now
                 self.running[seq] = None
@@ -121,7 +123,7 @@ class Scheduler:
         assert not seq.finished
         seq.finish_reason = reason
         if seq.slot is None:
-            del self.waiting[seq]
+            self.waiting.remove(seq)
             return
         del self.running[seq]
         self._release_if_idle(seq)
@@ -144,11 +146,11 @@ class Scheduler:
 def _share(prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
     """Tokens of each prompt to absorb in a step, for those that get any, in order.
 
-    Each prompt in turn may take half of what is left, the oldest first, and what the others do not need goes to
-    the oldest again: short prompts are absorbed in order of arrival, and a long one does not hold up those behind it.
+    Each prompt in turn may take half of what is left, and what the others do not need goes to the first again: short
+    prompts are absorbed in order, and a long one does not hold up those behind it.
 
     Args:
-        prompts: sequences with prompt tokens left, oldest first.
+        prompts: sequences with prompt tokens left, the one to be served first first.
         budget: most tokens in all, at least PREFILL_GRID.
     """
     granted: dict[Sequence, int] = {}

@@ -27,6 +27,8 @@ class Sequence:
     """Most tokens to sample, the model length limit considered."""
     matcher: StopMatcher | None
     arrived: float
+    priority: int = 0
+    """Lower values are served first."""
 
     slot: int | None = None
     num_launched: int = 0

@@ -6,13 +6,14 @@ from array import array
 import pytest
 
 from server.engine.batch import Batch
+from server.engine.queue import WaitingQueue
 from server.engine.scheduler import PREFILL_GRID, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
 from server.types import FinishReason, SamplingParams
 
 
-def make_sequence(prompt_length: int, max_tokens: int | None = 8, request_id: int = 0) -> Sequence:
+def make_sequence(prompt_length: int, max_tokens: int | None = 8, request_id: int = 0, priority: int = 0) -> Sequence:
     return Sequence(
         client=b"c",
         request_id=request_id,
@@ -24,6 +25,7 @@ def make_sequence(prompt_length: int, max_tokens: int | None = 8, request_id: in
         max_tokens=max_tokens,
         matcher=None,
         arrived=0.0,
+        priority=priority,
     )
 
 
@@ -80,7 +82,9 @@ def test_random_traces_keep_integrity(seed: int, overlap: bool) -> None:
     for step in range(120):
         if step < 80 and rng.random() < 0.5:
             group = [
-                make_sequence(rng.choice([1, 5, 63, 64, 65, 200, 700]), rng.choice([1, 2, 5, 20]))
+                make_sequence(
+                    rng.choice([1, 5, 63, 64, 65, 200, 700]), rng.choice([1, 2, 5, 20]), priority=rng.randint(-1, 1)
+                )
                 for _ in range(rng.randint(1, 3))
             ]
             if scheduler.has_room(len(group)):
@@ -245,3 +249,45 @@ def test_prompts_beside_decodes_get_limited_tokens(running: int, expected: int) 
     assert batch is not None
     assert len(batch.decodes) == running
     assert sum(span.length for span in batch.prefills) == expected
+
+
+def test_the_lower_priority_value_is_served_first() -> None:
+    """It gets the next slot and the budget first; among equals the order of arrival counts."""
+    scheduler = make_scheduler(slots=2, budget=256)
+    running = make_sequence(5000, request_id=0)
+    scheduler.add([running])
+    assert schedule_prompts(scheduler) == [(running, 256)]
+    late, later, urgent, background = (
+        make_sequence(300, request_id=request_id, priority=priority)
+        for request_id, priority in enumerate((0, 0, -5, 7), 1)
+    )
+    scheduler.add([background, late, later, urgent])
+    assert list(scheduler.waiting) == [urgent, late, later, background]
+    assert schedule_prompts(scheduler) == [(urgent, 192), (running, 64)]
+    assert urgent not in scheduler.waiting and late in scheduler.waiting
+    scheduler.finish(urgent, FinishReason.CANCELLED)
+    scheduler.finish(later, FinishReason.CANCELLED)
+    assert list(scheduler.waiting) == [late, background]
+    # A prompt that runs came before those of its priority that start now.
+    assert schedule_prompts(scheduler) == [(running, 192), (late, 64)]
+    scheduler.finish(running, FinishReason.CANCELLED)
+    assert schedule_prompts(scheduler) == [(late, 192), (background, 64)]
+    assert len(scheduler.waiting) == 0
+
+
+def test_the_queue_keeps_its_order_under_any_changes() -> None:
+    rng = random.Random(0)
+    queue, model = WaitingQueue(), []
+    for request_id in range(400):
+        if model and rng.random() < 0.45:
+            seq = model.pop(rng.randrange(len(model)))
+            queue.remove(seq)
+            assert seq not in queue
+            with pytest.raises(KeyError):
+                queue.remove(seq)
+        else:
+            seq = make_sequence(1, request_id=request_id, priority=rng.randint(-2, 2))
+            queue.add(seq)
+            model.append(seq)
+        assert list(queue) == sorted(model, key=lambda seq: (seq.priority, seq.request_id))
+        assert len(queue) == len(model) and all(seq in queue for seq in model)

@@ -14,7 +14,8 @@ from server.api.completions import completions_router
 from server.api.errors import ErrorMiddleware, answer_api_error, answer_http_error
 from server.api.models import models_router
 from server.api.operations import operations_router
-from server.api.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.api.schemas.completion import CompletionRequest
+from server.api.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from server.api.tokenization import tokenization_router
 from server.errors import ApiError
 from server.settings import ApiSettings

@@ -1,16 +1,11 @@
 """``GET /v1/models``: what is served here."""
 
-from typing import Any, Final
-
 from fastapi import APIRouter
 
-from server.api.schemas import ErrorResponse, ModelCard, ModelList
+from server.api.routing import errors
+from server.api.schemas.server import ModelCard, ModelList
 from server.errors import NotFoundError
 from server.settings import ApiSettings
-
-_UNAUTHORIZED: Final[dict[int | str, dict[str, Any]]] = {
-    401: {"model": ErrorResponse, "description": "No API key, or a wrong one."}
-}
 
 
 def models_router(settings: ApiSettings) -> APIRouter:
@@ -26,7 +21,7 @@ def models_router(settings: ApiSettings) -> APIRouter:
     }
     router = APIRouter()
 
-    @router.get("/v1/models", summary="List the served models", responses=_UNAUTHORIZED)
+    @router.get("/v1/models", summary="List the served models", responses=errors(401))
     async def list_models() -> ModelList:
         """Every name under which the model is served."""
         return ModelList(data=list(cards.values()))
@@ -34,7 +29,7 @@ def models_router(settings: ApiSettings) -> APIRouter:
     @router.get(
         "/v1/models/{model:path}",
         summary="Describe a served model",
-        responses={**_UNAUTHORIZED, 404: {"model": ErrorResponse, "description": "No model of that name is served."}},
+        responses=errors(401, 404),
     )
     async def retrieve_model(model: str) -> ModelCard:
         """One served model by its name, which may contain slashes."""

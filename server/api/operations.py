@@ -7,8 +7,8 @@ from starlette.responses import Response
 
 from server import __version__
 from server.api.client import EngineClient, EngineStatus
-from server.api.completions import ready_info
-from server.api.schemas import ErrorResponse, Health, Version
+from server.api.routing import ready_info
+from server.api.schemas.server import ErrorResponse, Health, Version
 from server.metrics import EngineCollector
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.api.schemas import Completion
+from server.api.schemas.completion import Completion
 from tests.api.scripted import ALIAS, BOS, SCRIPT, VOCAB, ScriptedEngine, Server, script_text, script_tokens, serve
 
 

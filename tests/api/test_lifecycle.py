@@ -177,7 +177,7 @@ def test_unforeseen_error_is_a_500_in_the_usual_form(
         assert streamed.status_code == 200
         assert '"code":"internal_error"' in streamed.text
         assert streamed.text.endswith("data: [DONE]\n\n")
-        monkeypatch.setattr("server.api.completions.render_completion", explode)
+        monkeypatch.setattr("server.api.generation.render_answer", explode)
         response = server.complete()
         eventually(lambda: not server.engine.running)
     assert response.status_code == 500

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 from server.api.body import parse_json
 from server.api.client import ChoiceEvent
-from server.api.rendering import ChunkRenderer, TokenNames, render_completion
-from server.api.schemas import CompletionRequest
-from server.api.validation import CompletionJob, CompletionValidator
+from server.api.deltas import TokenNames
+from server.api.forms import CompletionForm
+from server.api.rendering import ChunkRenderer, render_answer
+from server.api.schemas.completion import CompletionRequest
+from server.api.validation import CompletionValidator, GenerationJob
 from server.errors import ApiError
 from server.types import FinishReason, SamplingParams
 from tests.api.scripted import INFO, VOCAB, ByteTokenizer, ScriptedEngine, Server, serve
 
-FIELDS = [*CompletionRequest.model_fields, "user", "suffix", "priority", "unknown", "stream_options"]
+FIELDS = [*CompletionRequest.model_fields, "unknown"]
 
 texts = st.text(st.characters(codec=None), max_size=6)
 scalars = st.none() | st.booleans() | st.integers() | st.integers(-3, VOCAB + 3) | st.floats(width=64) | texts
@@ -118,7 +120,7 @@ def test_no_input_gives_a_5xx(quick_server: Server, body: Any) -> None:
 def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int], choices: int, echoed: str) -> None:
     bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     pieces = [data[start:end] for start, end in pairwise(bounds)]
-    job = CompletionJob(
+    job = GenerationJob(
         model="m",
         prompts=[[1]],
         echoed=[echoed],
@@ -129,7 +131,7 @@ def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int]
         prompt_token_ids=False,
         token_ids=False,
     )
-    renderer = ChunkRenderer(job, "id", 0, TokenNames(None))
+    renderer = ChunkRenderer(job, CompletionForm(TokenNames(None)), "id", 0)
     streamed = renderer.opening()
     events: list[list[ChoiceEvent]] = [[] for _ in range(choices)]
     for number, piece in enumerate(pieces):
@@ -142,7 +144,7 @@ def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int]
         streamed += renderer.chunks([own[-1] for own in events])
     assert renderer.done
     expected = [echoed + data.decode(errors="replace")] * choices
-    whole = json.loads(render_completion(job, "id", 0, events, TokenNames(None)))
+    whole = json.loads(render_answer(job, CompletionForm(TokenNames(None)), "id", 0, events))
     assert [choice["text"] for choice in whole["choices"]] == expected
     *lines, done, _ = streamed.decode().split("\n\n")
     assert done == "data: [DONE]"

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import __version__
-from server.api.schemas import HARMLESS_FIELDS, NEUTRAL_VALUES, CompletionRequest
+from server.api.schemas.completion import CompletionRequest
 from tests.api.scripted import Server, serve
 
 ROUTES = [("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/scripted"), ("GET", "/v1/unknown")]
@@ -148,7 +148,7 @@ def test_openapi_document_is_whole(server: Server) -> None:
         assert resolve(document, reference)
     operation = document["paths"]["/v1/completions"]["post"]
     request = resolve(document, operation["requestBody"]["content"]["application/json"]["schema"]["$ref"])
-    assert set(request["properties"]) == set(CompletionRequest.model_fields) | HARMLESS_FIELDS | set(NEUTRAL_VALUES)
+    assert set(request["properties"]) == set(CompletionRequest.model_fields)
     assert all(field.get("description") for field in request["properties"].values())
     assert request["additionalProperties"] is False
     assert request["required"] == ["prompt"]

@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 from pydantic.fields import FieldInfo
 
 import server
-from server.api.schemas import HARMLESS_FIELDS, CompletionRequest
+from server.api.schemas.base import Unsupported
+from server.api.schemas.completion import CompletionRequest
 from server.metrics import EngineCollector
 from server.settings import Settings
 from server.types import EngineStats, HistogramSnapshot
@@ -72,8 +73,12 @@ def test_readme_lists_every_flag() -> None:
 
 
 def test_readme_lists_every_request_field() -> None:
-    listed = first_column(section(README, "Request fields"))
-    assert sorted(listed) == sorted([*CompletionRequest.model_fields, *HARMLESS_FIELDS])
+    served = [
+        name
+        for name, field in CompletionRequest.model_fields.items()
+        if not any(isinstance(mark, Unsupported) for mark in field.metadata)
+    ]
+    assert sorted(first_column(section(README, "Request fields"))) == sorted(served)
 
 
 def test_readme_lists_every_metric() -> None:

@@ -1,0 +1,113 @@
+"""From a job to its answer, whole or streamed, and no further than the client listens."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.body import ClientGoneError
+from server.api.client import ChoiceEvent, EngineClient, Mailbox
+from server.api.errors import error_json
+from server.api.rendering import DONE, AnswerForm, ChunkRenderer, render_answer
+from server.api.validation import GenerationJob
+from server.errors import ApiError, InternalError
+
+logger = logging.getLogger(__name__)
+
+_STREAM_HEADERS: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Asks reverse proxies not to collect the stream before passing it on.
+    (b"x-accel-buffering", b"no"),
+]
+_JSON_HEADERS: Final = [(b"content-type", b"application/json")]
+
+
+class GenerationAnswer(Response):
+    """Submits the job, then answers at once or as a stream. The job is cancelled if the client goes away.
+
+    Args:
+        job: what to generate.
+        form: that of the route.
+        client: the way to the engine.
+    """
+
+    def __init__(self, job: GenerationJob, form: AnswerForm, client: EngineClient) -> None:
+        super().__init__()
+        self._job = job
+        self._form = form
+        self._client = client
+        self._id = form.id_prefix + uuid.uuid4().hex
+        self._created = int(time.time())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; errors before the response's start are raised."""
+        await while_connected(receive, self._answer(send))
+
+    async def _answer(self, send: Send) -> None:
+        job = self._job
+        # No header is sent before the engine has accepted: a full queue is a proper 503.
+        async with await self._client.submit(prompts=job.prompts, n=job.n, params=job.params) as mailbox:
+            await (self._stream(mailbox, send) if job.stream else self._respond(mailbox, send))
+
+    async def _respond(self, mailbox: Mailbox, send: Send) -> None:
+        events: list[list[ChoiceEvent]] = [[] for _ in range(self._job.num_choices)]
+        async for batch in mailbox:
+            for event in batch:
+                events[event.choice].append(event)
+        body = render_answer(self._job, self._form, self._id, self._created, events)
+        headers = [*_JSON_HEADERS, (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, mailbox: Mailbox, send: Send) -> None:
+        renderer = ChunkRenderer(self._job, self._form, self._id, self._created)
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        try:
+            if opening := renderer.opening():
+                await send({"type": "http.response.body", "body": opening, "more_body": True})
+            async for batch in mailbox:
+                if chunks := renderer.chunks(batch):
+                    await send({"type": "http.response.body", "body": chunks, "more_body": not renderer.done})
+        except ApiError as error:
+            await self._end(send, error)
+        except Exception:
+            logger.exception("a stream failed")
+            await self._end(send, InternalError("The server failed to continue the stream."))
+
+    @staticmethod
+    async def _end(send: Send, error: ApiError) -> None:
+        await send({"type": "http.response.body", "body": b"data: %b\n\n%b" % (error_json(error), DONE)})
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine, and cancel it as soon as the client goes away.
+
+    Args:
+        receive: the ASGI channel, from which the request's body has been read.
+        work: what to run; its exceptions are raised.
+
+    Raises:
+        ClientGoneError: the client left first.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        task.result()
+    finally:
+        for future in (task, watcher):
+            future.cancel()
+        await asyncio.wait((task, watcher))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,71 @@
+"""What the routes have in common: readiness, bodies, and how the OpenAPI document describes both."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+
+from server.api.body import parse_json, read_body
+from server.api.client import EngineClient, EngineStatus
+from server.api.schemas.server import ErrorResponse
+from server.errors import EngineUnavailableError
+from server.types import EngineInfo
+
+Answer = TypeVar("Answer")
+
+OFFLOAD_BYTES: Final = 16 * 1024
+"""Bodies from this size on are parsed and tokenized in a thread, so that streams do not stall meanwhile."""
+
+ERRORS: Final[dict[int, str]] = {
+    400: "The request can never succeed as it is; `param` names the field at fault.",
+    401: "No API key, or a wrong one.",
+    404: "No model of that name is served.",
+    413: "The body is too large.",
+    415: "The body is declared to be something else than plain JSON.",
+    500: "The server failed.",
+    503: "The queue is full, or the engine cannot serve; see Retry-After.",
+}
+"""What each status of an error means."""
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How the OpenAPI document describes these errors of a route."""
+    return {status: {"model": ErrorResponse, "description": ERRORS[status]} for status in statuses}
+
+
+def json_body(schema: type[BaseModel]) -> dict[str, Any]:
+    """How the OpenAPI document describes a body that the route reads by itself."""
+    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
+def ready_info(client: EngineClient) -> EngineInfo:
+    """What the engine told of itself.
+
+    Raises:
+        EngineUnavailableError: it does not take requests now.
+    """
+    info = client.info
+    if client.status is not EngineStatus.READY or info is None:
+        raise EngineUnavailableError(f"The engine is {client.status.name.lower()}.")
+    return info
+
+
+async def read_json(request: Request, limit: int, work: Callable[[dict[str, Any]], Answer]) -> Answer:
+    """What becomes of the request's JSON body; large ones are worked on in a thread.
+
+    Args:
+        request: its body has not been read yet.
+        limit: most bytes of the body.
+        work: from the parsed body to the result.
+
+    Raises:
+        ApiError: the body cannot be accepted, or what ``work`` raises.
+        ClientGoneError: the client left before the end of the body.
+    """
+    body = await read_body(request, limit)
+    if len(body) < OFFLOAD_BYTES:
+        return work(parse_json(body))
+    return await asyncio.to_thread(lambda: work(parse_json(body)))

@@ -1,0 +1,96 @@
+"""Types of request fields that need more than a bound: one sentence says what is wrong with a value."""
+
+import math
+from typing import Annotated, Final
+
+from pydantic import PlainValidator
+from pydantic_core import PydanticCustomError
+
+MAX_STOP_STRINGS: Final = 32
+MAX_STOP_LENGTH: Final = 512
+MAX_STOP_TOKEN_IDS: Final = 256
+MAX_COUNT: Final = 2**31 - 1
+INT64_MIN: Final = -(2**63)
+INT64_MAX: Final = 2**63 - 1
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int
+
+
+def _prompt(value: object) -> list[str] | list[list[int]]:
+    """All four forms of a prompt as a list of texts or a list of token id lists."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise PydanticCustomError("prompt", "must be a string, a list of strings or (lists of) token ids")
+    if not value:
+        raise PydanticCustomError("prompt", "must not be empty")
+    kinds = set(map(type, value))
+    if kinds == {int}:
+        return [value]
+    if kinds == {str}:
+        if "" in value:
+            raise PydanticCustomError("prompt", "must not hold an empty string")
+        return value
+    if kinds == {list}:
+        if not all(value):
+            raise PydanticCustomError("prompt", "must not hold an empty list")
+        if set().union(*(map(type, ids) for ids in value)) == {int}:
+            return value
+    raise PydanticCustomError("prompt", "must hold only strings, only token ids, or only lists of token ids")
+
+
+def _stop(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or any(not isinstance(item, str) for item in value):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
+    if len(value) > MAX_STOP_STRINGS:
+        raise PydanticCustomError("stop", f"must hold at most {MAX_STOP_STRINGS} strings")
+    if "" in value:
+        raise PydanticCustomError("stop", "must not hold an empty string")
+    if any(len(item) > MAX_STOP_LENGTH for item in value):
+        raise PydanticCustomError("stop", f"must hold strings of at most {MAX_STOP_LENGTH} characters")
+    return tuple(value)
+
+
+def _stop_token_ids(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(map(_is_int, value)):
+        raise PydanticCustomError("stop_token_ids", "must be a list of token ids")
+    if len(value) > MAX_STOP_TOKEN_IDS:
+        raise PydanticCustomError("stop_token_ids", f"must hold at most {MAX_STOP_TOKEN_IDS} token ids")
+    return tuple(value)
+
+
+def _logit_bias(value: object) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise PydanticCustomError("logit_bias", "must be an object of token ids and numbers")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        # One spelling per id, so that no entry can silently replace another.
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and str(int(key)) == key):
+            raise PydanticCustomError("logit_bias", "must have token ids as keys, in plain decimal digits")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100 or math.isnan(bias):
+            raise PydanticCustomError("logit_bias", "must have numbers between -100 and 100 as values")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+Prompt = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Stop = Annotated[tuple[str, ...] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)]
+StopTokenIds = Annotated[
+    tuple[int, ...] | None, PlainValidator(_stop_token_ids, json_schema_input_type=list[int] | None)
+]
+LogitBias = Annotated[
+    dict[int, float] | None, PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)
+]

@@ -1,0 +1,150 @@
+"""What every way of generating text has in common: how to sample, how to answer."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from server.api.schemas.base import Body, Ignored, ModelName, Unsupported
+from server.api.schemas.fields import (
+    INT64_MAX,
+    INT64_MIN,
+    MAX_COUNT,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    LogitBias,
+    Stop,
+    StopTokenIds,
+)
+
+
+class StreamOptions(Body):
+    """What a stream carries beside the text."""
+
+    include_usage: bool | None = Field(
+        None, description="End the stream with a chunk that has empty `choices` and the `usage` of the whole request."
+    )
+    continuous_usage_stats: Annotated[object, Unsupported(False)] = None
+    include_obfuscation: Annotated[object, Unsupported(False)] = None
+
+
+class GenerationFields(Body):
+    """The fields that completions and chat completions share."""
+
+    model: ModelName = None
+    min_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_COUNT,
+        description="No stop string, stop token or end of sequence ends a choice before so many tokens. Default 0.",
+    )
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="Divides the logits; 0 (or below 0.00001) always takes the most likely token. Default: what the "
+        "model's generation_config.json says, else 1.",
+        examples=[0.8],
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Sample from the smallest set of most likely tokens whose probabilities add up to this. Default: "
+        "the model's, else 1.",
+        examples=[0.95],
+    )
+    top_k: int | None = Field(
+        None, ge=-1, description="Sample from so many most likely tokens; 0 or -1: all. Default: the model's, else all."
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Leave out tokens less likely than this share of the most likely one's probability. Default: the "
+        "model's, else 0.",
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, allow_inf_nan=False, description="Subtracted from the logits of tokens generated already."
+    )
+    frequency_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        allow_inf_nan=False,
+        description="Subtracted from a token's logit for every time it was generated already.",
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        ge=0.01,
+        le=100,
+        allow_inf_nan=False,
+        description="Above 1 makes tokens of the prompt and of the text so far less likely: positive logits are "
+        "divided by it, negative ones multiplied. Default: the model's, else 1.",
+    )
+    logit_bias: LogitBias = Field(
+        None,
+        description="Added to the logits of tokens, by token id; values between -100 and 100.",
+        examples=[{"42": -100}],
+    )
+    seed: int | None = Field(
+        None, ge=INT64_MIN, le=INT64_MAX, description="The same seed gives the same choices, whatever else is running."
+    )
+    stop: Stop = Field(
+        None,
+        description=f"Up to {MAX_STOP_STRINGS} strings that end a choice; the text returned ends before the string.",
+        examples=[["\n\n"]],
+    )
+    stop_token_ids: StopTokenIds = Field(
+        None, description=f"Up to {MAX_STOP_TOKEN_IDS} token ids that end a choice; their text is not returned."
+    )
+    ignore_eos: bool | None = Field(None, description="Go on after an end-of-sequence token. Default false.")
+    n: int | None = Field(None, ge=1, description="Choices per prompt. Default 1.")
+    stream: bool | None = Field(None, description="Answer with server-sent events, ended by `data: [DONE]`.")
+    stream_options: StreamOptions | None = Field(None, description="Only together with `stream`.")
+    return_token_ids: bool | None = Field(
+        None, description="Add `prompt_token_ids` and `token_ids` to the answer. Default false."
+    )
+
+    user: Ignored = None
+    metadata: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    store: Ignored = None
+
+    add_special_tokens: Annotated[object, Unsupported(True)] = None
+    allowed_token_ids: Annotated[object, Unsupported()] = None
+    bad_words: Annotated[object, Unsupported([])] = None
+    cache_salt: Annotated[object, Unsupported()] = None
+    detokenize: Annotated[object, Unsupported(True)] = None
+    early_stopping: Annotated[object, Unsupported(False)] = None
+    guided_choice: Annotated[object, Unsupported()] = None
+    guided_grammar: Annotated[object, Unsupported()] = None
+    guided_json: Annotated[object, Unsupported()] = None
+    guided_regex: Annotated[object, Unsupported()] = None
+    include_stop_str_in_output: Annotated[object, Unsupported(False)] = None
+    kv_transfer_params: Annotated[object, Unsupported()] = None
+    length_penalty: Annotated[object, Unsupported(1.0)] = None
+    logits_processors: Annotated[object, Unsupported([])] = None
+    priority: Annotated[object, Unsupported(0)] = None
+    prompt_logprobs: Annotated[object, Unsupported()] = None
+    request_id: Annotated[object, Unsupported()] = None
+    response_format: Annotated[object, Unsupported({"type": "text"})] = None
+    return_tokens_as_token_ids: Annotated[object, Unsupported(False)] = None
+    service_tier: Annotated[object, Unsupported("auto", "default")] = None
+    skip_special_tokens: Annotated[object, Unsupported(True)] = None
+    spaces_between_special_tokens: Annotated[object, Unsupported(True)] = None
+    structured_outputs: Annotated[object, Unsupported()] = None
+    truncate_prompt_tokens: Annotated[object, Unsupported()] = None
+    typical_p: Annotated[object, Unsupported(1.0)] = None
+    use_beam_search: Annotated[object, Unsupported(False)] = None
+
+
+class Usage(BaseModel):
+    """Token counts of the whole request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int

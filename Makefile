@@ -16,7 +16,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
-CHECKED := server tests
+CHECKED := server clients tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -61,7 +61,7 @@ install: $(VENV)/.serve ## Create the environment that make serve uses.
 .PHONY: clean
 clean: ## Remove the environment, caches and built files.
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find server tests -name __pycache__ -prune -exec rm -rf {} +
+	find server clients tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Gale needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Name another: make PYTHON=/path/to/python3.11")'

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from clients.bench.flags import add_arguments as add_bench_arguments
 from server import __version__
 from server.errors import GaleError, SettingsError
 from server.settings import Settings
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     _add_serve(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -92,6 +94,25 @@ def _serve(parsed: dict[str, Any]) -> int:
         return _complain(error, error.exit_code, settings)
     except GaleError as error:
         return _complain(error, 1, settings)
+
+
+def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure an OpenAI-style server under load",
+        description="Measure an OpenAI-style server under load: throughput, time to first token, time between tokens.",
+        usage="gale bench [--flag value ...]",
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    parser.set_defaults(command=_bench)
+    add_bench_arguments(parser)
+
+
+def _bench(parsed: dict[str, Any]) -> int:
+    from clients.bench.cli import run  # here, since its libraries take a while to load
+
+    return run(argparse.Namespace(**parsed))
 
 
 def _complain(error: GaleError, exit_code: int, settings: Settings | None = None) -> int:

@@ -57,9 +57,10 @@ def test_the_wheel_holds_the_package_and_the_model(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"server", f"gale_server-{server.__version__}.dist-info"}
-    sources = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "server").rglob("*") if is_source(p)}
-    assert {name for name in names if name.startswith("server/")} == sources
+    assert tops == {"server", "clients", f"gale_server-{server.__version__}.dist-info"}
+    for top in ("server", "clients"):
+        sources = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / top).rglob("*") if is_source(p)}
+        assert {name for name in names if name.startswith(f"{top}/")} == sources
     assert {"server/assets/classics-11m/model.safetensors", "server/assets/classics-11m/README.md"} <= names
 
 

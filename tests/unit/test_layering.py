@@ -41,8 +41,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.api.process",
         "server.engine.process",
     ),
-    "server.cli": (*BASE, "server.launch"),
+    "server.cli": (*BASE, "server.launch", "clients.bench"),
     "server.__main__": ("server.cli",),
+    # Over HTTP they talk to any server, so they know nothing of this one.
+    "clients": ("clients",),
 }
 WITH_TORCH = ("server.engine", "server.kernels")
 TORCH_FREE = ("server.engine.config", "server.engine.process")
@@ -51,7 +53,8 @@ HTTP = ("fastapi", "starlette", "uvicorn")
 
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted((REPOSITORY / "server").rglob("*.py"))
+    for top in ("server", "clients")
+    for path in sorted((REPOSITORY / top).rglob("*.py"))
 }
 
 
@@ -89,13 +92,13 @@ def ours(loaded: set[str]) -> set[str]:
     return {module for module in loaded if within(module, ("server",))}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"server"}))
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"server", "clients"}))
 def test_imports_follow_the_table(module: str) -> None:
     rule = rule_of(module)
     assert rule is not None, f"{module} has no entry in ALLOWED"
     for line, name in imports(MODULES[module]):
         where = f"{MODULES[module]}:{line}: {module} must not import {name}"
-        if within(name, ("server",)):
+        if within(name, ("server", "clients")):
             assert name == "server" or within(name, ALLOWED[rule]), where
         if within(name, HEAVY):
             assert within(module, WITH_TORCH) and not within(module, TORCH_FREE), where

@@ -1,0 +1,1 @@
+"""``gale bench``: a load generator for any OpenAI-style server."""

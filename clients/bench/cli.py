@@ -1,0 +1,195 @@
+"""What ``gale bench`` does with its flags (:mod:`clients.bench.flags`)."""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from clients.bench.load import Load, send
+from clients.bench.metrics import figures
+from clients.bench.protocol import Answer, Server, ServerError
+from clients.bench.report import print_results, write_report
+from clients.bench.workload import (
+    Conversation,
+    Lengths,
+    Ramp,
+    arrivals,
+    passages,
+    random_conversations,
+    shared_prefixes,
+)
+
+
+class UsageError(Exception):
+    """Flags that cannot work; the message names them."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and report.
+
+    Returns:
+        0; 1 if a server cannot be measured or no request of some run succeeded; 2 for flags that cannot work.
+    """
+    errors = Console(stderr=True)
+    try:
+        _check(arguments)
+        results = asyncio.run(_measure(arguments, errors))
+    except UsageError as error:
+        errors.print(f"gale bench: error: {error}", markup=False, highlight=False)
+        return 2
+    except (ServerError, OSError, UnicodeDecodeError) as error:
+        errors.print(f"gale bench: error: {error}", markup=False, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("gale bench: stopped; nothing is reported")
+        return 130
+    print_results(Console(), results, arguments.metric_percentiles)
+    if arguments.output:
+        content = results[0] if len(results) == 1 else results
+        arguments.output.write_text(json.dumps(content) + "\n")
+    if arguments.report:
+        write_report(arguments.report, results)
+    return 0 if all(result["completed"] for result in results) else 1
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    ramp = (arguments.ramp_up_strategy, arguments.ramp_up_start_rps, arguments.ramp_up_end_rps)
+    if any(ramp) and not all(ramp):
+        raise UsageError("--ramp-up-strategy, --ramp-up-start-rps and --ramp-up-end-rps go together")
+    if arguments.ramp_up_strategy and arguments.request_rate != [float("inf")]:
+        raise UsageError("--request-rate and --ramp-up-strategy exclude each other")
+    if (arguments.dataset_name == "text") != (arguments.dataset_path is not None):
+        raise UsageError("--dataset-name text and --dataset-path go together")
+    if arguments.report:
+        if arguments.report.suffix.lower() not in (".png", ".html"):
+            raise UsageError(f"--report: write a .png or a .html file, not {arguments.report.name}")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UsageError("--report needs matplotlib: pip install matplotlib") from None
+    for header in arguments.header:
+        if "=" not in header:
+            raise UsageError(f"--header: expected KEY=VALUE, got {header!r}")
+    for path in (arguments.output, arguments.report):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} to")
+
+
+async def _measure(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    headers = dict(header.split("=", 1) for header in arguments.header)
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers = {"Authorization": f"Bearer {key}"} | headers
+    # No limit of the session's own: a limit is --max-concurrency. No timeout either: a slow answer is a figure.
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
+        servers = [
+            Server(
+                session,
+                url,
+                backend=arguments.backend,
+                model=arguments.model,
+                extra_body=arguments.extra_body,
+                ignore_eos=not arguments.no_ignore_eos,
+            )
+            for url in arguments.compare or [arguments.base_url]
+        ]
+        conversations = _conversations(arguments)
+        for server in servers:
+            await server.prepare()
+            await _warm_up(server, arguments, conversations[0])
+        results = []
+        loads = [_load(arguments, conversations, rate, most) for rate, most in _settings(arguments)]
+        requests = sum(len(conversation.turns) for conversation in conversations) * len(servers) * len(loads)
+        with _progress(console, requests, hidden=arguments.disable_tqdm) as noticed:
+            for load in loads:
+                runs = await send(load, servers, noticed)
+                limits = dict(arguments.goodput)
+                results += [figures(run, limits=limits, percentiles=arguments.metric_percentiles) for run in runs]
+    return results
+
+
+async def _warm_up(server: Server, arguments: argparse.Namespace, conversation: Conversation) -> None:
+    turn = conversation.turns[0]
+    prompt = [{"role": "user", "content": str(turn.prompt)}] if arguments.backend == "openai-chat" else turn.prompt
+    for _ in range(arguments.num_warmups):
+        answer = await server.ask(prompt, turn.max_tokens)
+        if not answer.ok:
+            raise ServerError(f"{server.name} fails a first request: {answer.error}")
+
+
+def _settings(arguments: argparse.Namespace) -> Iterator[tuple[float | Ramp, int | None]]:
+    """Every rate with every limit on concurrency, one run each."""
+    if arguments.ramp_up_strategy:
+        rates: list[float | Ramp] = [
+            Ramp(arguments.ramp_up_strategy, arguments.ramp_up_start_rps, arguments.ramp_up_end_rps)
+        ]
+    else:
+        rates = arguments.request_rate
+    for rate in rates:
+        for most in arguments.max_concurrency:
+            yield rate, most
+
+
+def _load(
+    arguments: argparse.Namespace, conversations: Sequence[Conversation], rate: float | Ramp, most: int | None
+) -> Load:
+    moments = arrivals(random.Random(arguments.seed), len(conversations), rate, arguments.burstiness)
+    named = None if isinstance(rate, Ramp) else rate
+    return Load(conversations, moments, named, most, chat=arguments.backend == "openai-chat")
+
+
+def _conversations(arguments: argparse.Namespace) -> list[Conversation]:
+    rng = random.Random(arguments.seed)
+    number, ratio = arguments.num_prompts, arguments.random_range_ratio
+    inputs, outputs = Lengths(arguments.random_input_len, ratio), Lengths(arguments.random_output_len, ratio)
+    text = arguments.backend == "openai-chat"
+    if arguments.dataset_name == "text":
+        try:
+            return passages(rng, number, arguments.dataset_path, inputs, outputs)
+        except ValueError as error:
+            raise UsageError(f"--dataset-path: {error}") from error
+    if arguments.dataset_name == "prefix_repetition":
+        prefixes, length = arguments.prefix_repetition_num_prefixes, arguments.prefix_repetition_prefix_len
+        return shared_prefixes(rng, number, prefixes, length, inputs, outputs, text=text)
+    turns = arguments.num_turns if arguments.dataset_name == "multi-turn" else 1
+    return random_conversations(rng, number, inputs, outputs, turns=turns, text=text)
+
+
+@dataclass(slots=True)
+class _Counter:
+    failed: int = 0
+    tokens: int = 0
+
+
+@contextmanager
+def _progress(console: Console, requests: int, *, hidden: bool) -> Iterator[Callable[[Answer], None]]:
+    """A bar on a terminal, nothing elsewhere; the value takes note of an answer."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    counter = _Counter()
+    with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as progress:
+        task = progress.add_task("requests", total=requests, note="")
+
+        def noticed(answer: Answer) -> None:
+            counter.failed += not answer.ok
+            counter.tokens += answer.output_tokens
+            elapsed = progress.tasks[0].elapsed or 1.0
+            note = f"{counter.tokens / elapsed:,.0f} tokens/s"
+            progress.update(task, advance=1, note=note + (f", {counter.failed} failed" if counter.failed else ""))
+
+        yield noticed

@@ -1,0 +1,160 @@
+"""Results for people: a table in the terminal, curves of latency against throughput as PNG or HTML."""
+
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from clients.bench.metrics import LATENCIES
+
+Result = dict[str, Any]
+"""What :func:`clients.bench.metrics.figures` returns."""
+_COUNTS = (
+    ("Requests completed", "completed", "{:,.0f}"),
+    ("Requests failed", "failed", "{:,.0f}"),
+    ("Duration, s", "duration", "{:,.2f}"),
+    ("Input tokens", "total_input_tokens", "{:,.0f}"),
+    ("Output tokens", "total_output_tokens", "{:,.0f}"),
+    ("Requests/s", "request_throughput", "{:,.2f}"),
+    ("Goodput, requests/s", "request_goodput", "{:,.2f}"),
+    ("Output tokens/s", "output_throughput", "{:,.1f}"),
+    ("Input and output tokens/s", "total_token_throughput", "{:,.1f}"),
+    ("Most requests at once", "max_concurrent_requests", "{:,.0f}"),
+)
+_SHOWN_ERRORS = 3
+
+
+def label(result: Result) -> str:
+    """What tells a run from the others: its rate and its limit on concurrency."""
+    rate, most = result["request_rate"], result["max_concurrency"]
+    parts = (
+        []
+        if rate == "inf" and most
+        else ["ramp" if rate is None else "all at once" if rate == "inf" else f"{rate:g}/s"]
+    )
+    return ", ".join([*parts, f"{most} concurrent"] if most else parts)
+
+
+def print_results(console: Console, results: Sequence[Result], percentiles: Sequence[float]) -> None:
+    """A table with a column per run, and what went wrong."""
+    several = len({result["backend_server"] for result in results}) > 1
+    table = Table(title=f"{results[0]['model_id']}", title_justify="left", header_style="bold")
+    table.add_column("")
+    for result in results:
+        server = f"{result['backend_server']}\n" if several or len(results) == 1 else ""
+        table.add_column(f"{server}{label(result)}", justify="right")
+    for title, name, form in _COUNTS:
+        if any(result[name] is not None for result in results):
+            table.add_row(title, *(form.format(result[name]) for result in results))
+    for name, title in LATENCIES.items():
+        table.add_section()
+        table.add_row(f"[bold]{title}[/bold], ms")
+        for heading, prefix in (("mean", "mean"), ("median", "median"), *((f"p{p:g}", f"p{p:g}") for p in percentiles)):
+            table.add_row(f"  {heading}", *(f"{result[f'{prefix}_{name}_ms']:,.2f}" for result in results))
+    console.print(table)
+    for result in results:
+        errors = Counter(error for error in result["errors"] if error)
+        for error, times in errors.most_common(_SHOWN_ERRORS):
+            console.print(f"{times} x failed: {error}", style="red", markup=False, highlight=False)
+        if len(errors) > _SHOWN_ERRORS:
+            console.print(
+                f"and {len(errors) - _SHOWN_ERRORS} other kinds of failure; --output has them all", style="red"
+            )
+
+
+def write_report(path: Path, results: Sequence[Result]) -> None:
+    """Draw the results to a ``.png``, or to a ``.html`` page that needs no other file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    image = _draw(results)
+    if path.suffix.lower() != ".html":
+        path.write_bytes(image)
+        return
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<td>{html.escape(str(cell))}</td>"
+            for cell in (
+                result["backend_server"],
+                label(result),
+                f"{result['completed']:,} of {result['num_prompts']:,}",
+                f"{result['output_throughput']:,.1f}",
+                *(f"{result[f'{kind}_{name}_ms']:,.1f}" for name in LATENCIES for kind in ("median", "p99")),
+            )
+        )
+        + "</tr>"
+        for result in results
+    )
+    heads = ["server", "load", "completed", "output tokens/s"]
+    heads += [f"{name.upper()} {kind}, ms" for name in LATENCIES for kind in ("median", "p99")]
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>gale bench</title>'
+        "<style>body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}"
+        "img{max-width:100%}table{border-collapse:collapse;width:100%}td,th{padding:.3rem .6rem;text-align:right;"
+        "border-bottom:1px solid #ddd}td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}"
+        f"</style><h1>{html.escape(str(results[0]['model_id']))}</h1>"
+        f'<img alt="Latency against throughput" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table></html>"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _draw(results: Sequence[Result]) -> bytes:
+    """Latencies against throughput with a curve per server; for a single run, how each latency is distributed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    servers: dict[str, list[Result]] = {}
+    for result in results:
+        servers.setdefault(result["backend_server"], []).append(result)
+    curves = max(map(len, servers.values())) > 1
+    for panel, (name, title) in zip(panels, LATENCIES.items(), strict=True):
+        for index, (server, own) in enumerate(servers.items()):
+            color = f"C{index}"
+            if curves:
+                ordered = sorted(own, key=lambda result: float(result["output_throughput"]))
+                rates = [result["output_throughput"] for result in ordered]
+                for kind, style in (("median", "-"), ("p99", "--")):
+                    values = [result[f"{kind}_{name}_ms"] for result in ordered]
+                    panel.plot(rates, values, style, marker="o", color=color, label=f"{server}, {kind}")
+            else:
+                values = _sorted_latencies(own[0], name)
+                shares = [(place + 1) / len(values) * 100 for place in range(len(values))]
+                panel.plot(values, shares, color=color, label=server)
+        panel.set_title(title, loc="left")
+        panel.set_xlabel("output tokens/s" if curves else "ms")
+        panel.set_ylabel("ms" if curves else "% of all at most so long")
+        panel.set_ylim(bottom=0)
+        panel.set_xlim(left=0)
+        panel.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _sorted_latencies(result: Result, name: str) -> list[float]:
+    ok = [index for index, error in enumerate(result["errors"]) if not error]
+    if name == "ttft":
+        values = [result["ttfts"][index] for index in ok]
+    elif name == "e2el":
+        values = [result["latencies"][index] for index in ok]
+    elif name == "itl":
+        values = [gap for index in ok for gap in result["itls"][index]]
+    else:
+        values = [
+            (result["latencies"][index] - result["ttfts"][index]) / (result["output_lens"][index] - 1)
+            for index in ok
+            if result["output_lens"][index] > 1
+        ]
+    return sorted(value * 1e3 for value in values)

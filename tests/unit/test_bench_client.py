@@ -1,0 +1,305 @@
+"""``gale bench``: what it sends, when, and what it makes of the answers, against a server that plays a script."""
+
+import json
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from clients.bench.metrics import Run, figures, good, percentile
+from clients.bench.protocol import Answer
+from clients.bench.workload import (
+    Lengths,
+    Ramp,
+    arrivals,
+    passages,
+    random_conversations,
+    shared_prefixes,
+)
+from server import cli
+
+INFINITY = float("inf")
+
+
+@pytest.mark.parametrize(("burstiness", "spread"), [(1.0, 1.0), (0.25, 2.0), (25.0, 0.2)])
+def test_intervals_have_the_rate_and_the_burstiness(burstiness: float, spread: float) -> None:
+    moments = arrivals(random.Random(0), 4001, 50.0, burstiness)
+    assert moments[0] == 0 and moments[-1] == pytest.approx(80.0)
+    intervals = [later - earlier for earlier, later in pairwise(moments)]
+    assert min(intervals) >= 0
+    # The coefficient of variation of a gamma distribution of this shape.
+    assert statistics.stdev(intervals) / statistics.fmean(intervals) == pytest.approx(spread, rel=0.1)
+
+
+def test_an_infinite_rate_is_all_at_once() -> None:
+    assert list(arrivals(random.Random(0), 3, INFINITY, 1.0)) == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("strategy", ["linear", "exponential"])
+def test_a_ramp_begins_and_ends_at_its_rates(strategy: Any) -> None:
+    moments = arrivals(random.Random(0), 2001, Ramp(strategy, 10.0, 100.0), 1000.0)
+    first = statistics.fmean(later - earlier for earlier, later in pairwise(moments[:50]))
+    last = statistics.fmean(later - earlier for earlier, later in pairwise(moments[-50:]))
+    assert first == pytest.approx(1 / 10, rel=0.1)
+    assert last == pytest.approx(1 / 100, rel=0.1)
+
+
+def test_workloads_are_drawn_from_their_seed() -> None:
+    def draw(seed: int) -> Any:
+        return random_conversations(random.Random(seed), 5, Lengths(20, 0.5), Lengths(8, 0.0))
+
+    assert draw(1) == draw(1) != draw(2)
+    for conversation in draw(1):
+        [turn] = conversation.turns
+        assert 10 <= len(turn.prompt) <= 30 and turn.max_tokens == 8
+
+
+def test_shared_prefixes_are_shared_and_their_ends_are_not() -> None:
+    conversations = shared_prefixes(random.Random(0), 30, 3, 100, Lengths(10, 0.0), Lengths(8, 0.0), text=False)
+    prompts = [conversation.turns[0].prompt for conversation in conversations]
+    assert {len(prompt) for prompt in prompts} == {110}
+    assert len({tuple(prompt[:100]) for prompt in prompts}) == 3
+    assert len({tuple(prompt[100:]) for prompt in prompts}) == 30
+
+
+def test_passages_come_from_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("one two three four five")
+    for conversation in passages(random.Random(0), 9, path, Lengths(7, 0.0), Lengths(8, 0.0)):
+        assert conversation.turns[0].prompt in " ".join(["one two three four five"] * 3)
+    path.write_text(" \n")
+    with pytest.raises(ValueError, match="no words"):
+        passages(random.Random(0), 1, path, Lengths(7, 0.0), Lengths(8, 0.0))
+
+
+def test_percentiles_are_numpys() -> None:
+    numpy = pytest.importorskip("numpy")
+    values = sorted(random.Random(0).uniform(0, 9) for _ in range(37))
+    for share in (0, 1, 50, 90, 99, 99.9, 100):
+        assert percentile(values, share) == pytest.approx(numpy.percentile(values, share))
+
+
+def test_figures_by_hand() -> None:
+    answers = [
+        Answer(sent=0.0, first=0.1, ended=1.1, gaps=[0.5, 0.5], chunks=3, prompt_tokens=7, output_tokens=3),
+        Answer(sent=0.5, first=0.8, ended=2.0, gaps=[1.2], chunks=2, prompt_tokens=5, output_tokens=2),
+        Answer(sent=0.6, ended=0.7, error="503: full"),
+    ]
+    result = figures(Run("s", "m", INFINITY, None, answers, 2.0), limits={"ttft": 200.0}, percentiles=[99.0])
+    assert (result["completed"], result["failed"]) == (2, 1)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (12, 5)
+    assert result["request_throughput"] == 1.0 and result["output_throughput"] == 2.5
+    assert result["total_token_throughput"] == 8.5
+    assert result["request_goodput"] == 0.5
+    assert result["mean_ttft_ms"] == pytest.approx(200) and result["median_ttft_ms"] == pytest.approx(200)
+    assert result["mean_tpot_ms"] == pytest.approx((500 + 1200) / 2)
+    assert result["median_itl_ms"] == pytest.approx(500) and result["p99_itl_ms"] == pytest.approx(1186)
+    assert result["mean_e2el_ms"] == pytest.approx(1300)
+    assert result["max_concurrent_requests"] == 2
+    assert result["errors"] == ["", "", "503: full"]
+
+
+def test_goodput_wants_every_limit_met() -> None:
+    answer = Answer(sent=0.0, first=0.1, ended=1.1, output_tokens=11)
+    assert good(answer, {"ttft": 101, "tpot": 101, "e2el": 1101})
+    for broken in ({"ttft": 99}, {"tpot": 99}, {"e2el": 1099}):
+        assert not good(answer, {"ttft": 101, "tpot": 101, "e2el": 1101} | broken)
+
+
+# Against a server that plays a script.
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Answers every completion with three chunks of a token each, or as its server's ``script`` says."""
+
+    protocol_version = "HTTP/1.1"
+    server: "ScriptedServer"
+
+    def do_GET(self) -> None:
+        self._json(200, {"data": [{"id": "scripted"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.bodies.append(body)
+        self.server.keys.append(self.headers.get("authorization"))
+        script = self.server.script
+        if script == "refuse":
+            self._json(400, {"error": {"message": "'max_tokens' is too large"}})
+            return
+        chat = self.path == "/v1/chat/completions"
+        chunks: list[Any] = [{"choices": [{"delta": {"role": "assistant"}}]}] if chat else []
+        chunks += [{"choices": [{"delta": {"content": t}} if chat else {"text": t}]} for t in ("a", "b", "c")]
+        if script == "fail":
+            chunks[-1] = {"error": {"message": "the engine died"}}
+        else:
+            chunks.append({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3}})
+        data = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
+        data += b"" if script == "cut" else b"data: [DONE]\n\n"
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+        self.wfile.write(data)
+        self.close_connection = True
+
+    def _json(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class ScriptedServer(ThreadingHTTPServer):
+    """Remembers what it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Scripted)
+        self.script = ""
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as running:
+        thread = Thread(target=running.serve_forever)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def bench(server: ScriptedServer, *flags: str) -> int:
+    return cli.main(["bench", "--base-url", server.url, "--num-prompts", "4", "--num-warmups", "0", *flags])
+
+
+def results(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_run_of_completions(scripted: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run.json"
+    assert bench(scripted, "--random-input-len", "9", "--random-output-len", "3", "--output", str(out)) == 0
+    assert len(scripted.bodies) == 4
+    for body in scripted.bodies:
+        assert body["model"] == "scripted" and body["max_tokens"] == 3 and body["ignore_eos"] is True
+        assert len(body["prompt"]) == 9
+    result = results(out)
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (4, 0, 12)
+    assert result["input_lens"] == [4, 4, 4, 4]
+    assert "Requests completed" in capsys.readouterr().out
+
+
+def test_chat_sends_messages_and_history(scripted: ScriptedServer) -> None:
+    flags = ("--backend", "openai-chat", "--dataset-name", "multi-turn", "--num-turns", "2", "--max-concurrency", "1")
+    assert bench(scripted, *flags, "--num-prompts", "1", "--random-input-len", "2") == 0
+    first, second = (body["messages"] for body in scripted.bodies)
+    assert [message["role"] for message in first] == ["user"]
+    assert [message["role"] for message in second] == ["user", "assistant", "user"]
+    assert second[0] == first[0] and second[1]["content"] == "abc"
+
+
+def test_a_conversation_of_completions_grows(scripted: ScriptedServer) -> None:
+    assert bench(scripted, "--dataset-name", "multi-turn", "--num-turns", "2", "--num-prompts", "1") == 0
+    first, second = (body["prompt"] for body in scripted.bodies)
+    assert second.startswith(f"{first}abc ")
+
+
+def test_keys_and_further_fields_are_sent(scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    assert bench(scripted, "--extra-body", '{"top_k": 7}', "--no-ignore-eos") == 0
+    assert set(scripted.keys) == {"Bearer sesame"}
+    assert scripted.bodies[0]["top_k"] == 7 and "ignore_eos" not in scripted.bodies[0]
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("refuse", "400: 'max_tokens' is too large"),
+        ("fail", "the engine died"),
+        ("cut", "without [DONE]"),
+    ],
+)
+def test_failures_are_told(
+    scripted: ScriptedServer, script: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted.script = script
+    out = tmp_path / "run.json"
+    assert bench(scripted, "--output", str(out)) == 1
+    assert "4 x failed" in (shown := capsys.readouterr().out) and message in shown
+    assert results(out)["failed"] == 4
+
+
+def test_a_first_request_that_fails_ends_it(scripted: ScriptedServer, capsys: pytest.CaptureFixture[str]) -> None:
+    scripted.script = "refuse"
+    assert bench(scripted, "--num-warmups", "1") == 1
+    assert len(scripted.bodies) == 1
+    assert "fails a first request: 400" in capsys.readouterr().err
+
+
+def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--base-url", "http://127.0.0.1:1"]) == 1
+    assert "no server answers at http://127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_every_setting_is_a_run_and_servers_take_turns(scripted: ScriptedServer, tmp_path: Path) -> None:
+    with ScriptedServer() as other:
+        thread = Thread(target=other.serve_forever)
+        thread.start()
+        out = tmp_path / "run.json"
+        flags = ("--max-concurrency", "1,2", "--request-rate", "100,200", "--output", str(out))
+        assert bench(scripted, "--compare", scripted.url, other.url, *flags) == 0
+        other.shutdown()
+        thread.join()
+    assert [(r["request_rate"], r["max_concurrency"], r["completed"]) for r in results(out)] == [
+        (rate, most, 4) for rate in (100.0, 200.0) for most in (1, 2) for _ in range(2)
+    ]
+    assert len(scripted.bodies) == len(other.bodies) == 16
+    assert [body["prompt"] for body in scripted.bodies[:4]] == [body["prompt"] for body in other.bodies[:4]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--request-rate", "0"], "must be above 0"),
+        (["--num-prompts", "0"], "must be at least 1"),
+        (["--goodput", "speed:3"], "expected NAME:MILLISECONDS"),
+        (["--extra-body", "[]"], "expected a JSON object"),
+        (["--ramp-up-strategy", "linear"], "go together"),
+        (["--dataset-name", "text"], "go together"),
+        (["--header", "nothing"], "expected KEY=VALUE"),
+        (["--report", "curves.pdf"], ".png or a .html"),
+        (["--output", "nowhere/run.json"], "there is no folder"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_flags_that_cannot_work(flags: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = cli.main(["bench", *flags])
+    except SystemExit as stopped:
+        code = stopped.code  # type: ignore[assignment]
+    assert code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_help_lists_the_flags_of_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    shown = capsys.readouterr().out
+    wanted = "base-url model num-prompts request-rate burstiness max-concurrency random-input-len random-output-len"
+    for flag in (wanted + " goodput seed output").split():
+        assert f"--{flag} " in shown

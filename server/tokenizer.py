@@ -8,7 +8,7 @@ for SentencePiece-like vocabularies. Other kinds are refused.
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ import sentencepiece
 import tokenizers
 
 from server.errors import CheckpointError
-from server.jsonfile import read_json_object
+from server.tokenizer_config import AddedToken, TokenizerConfig
 
 _SPACE = "\u2581"  # SentencePiece's visible space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-_MAX_TOKEN_ID = 1 << 24
 
 
 class Tokenizer(ABC):
@@ -31,20 +30,35 @@ class Tokenizer(ABC):
         vocab_size: ids are in [0, vocab_size); the model's vocabulary may be larger.
         bos_token_id: id of the token that begins a text, if there is one.
         eos_token_id: id of the token that ends a text, if there is one.
+        special_tokens: texts of the named tokens, by name (``bos_token``, ``eos_token``, ``pad_token``, ...).
     """
 
     def __init__(
-        self, token_bytes: list[bytes], *, bos_token_id: int | None, eos_token_id: int | None, dummy_space: bool
+        self,
+        token_bytes: list[bytes],
+        *,
+        bos_token_id: int | None,
+        eos_token_id: int | None,
+        special_tokens: Mapping[str, str],
+        dummy_space: bool,
     ) -> None:
         self.vocab_size = len(token_bytes)
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+        self.special_tokens = special_tokens
         self._token_bytes = token_bytes
         self._dummy_space = dummy_space
 
     @abstractmethod
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The text's token ids; with BOS and EOS where the checkpoint asks for them, unless told not to."""
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> list[int]:
+        """The text's token ids.
+
+        Args:
+            text: any text.
+            add_special_tokens: put BOS and EOS where the checkpoint asks for them.
+            parse_special_tokens: the text of a special token is that token, as a chat template means it. A
+                ``tokenizer.json`` always reads it so.
+        """
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a whole sequence of ids, without special tokens. Bytes that are not UTF-8 become U+FFFD.
@@ -67,92 +81,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         CheckpointError: there is neither, or the file is broken or of a kind that is not supported.
     """
-    config = _TokenizerConfig.from_folder(folder)
+    config = TokenizerConfig.from_folder(folder)
     if (path := folder / "tokenizer.json").is_file():
         return JsonTokenizer(path, config)
     if (path := folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(path, config)
     raise CheckpointError(
         f"{folder}: no tokenizer.json and no tokenizer.model; use --tokenizer or --skip-tokenizer-init"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _AddedToken:
-    """A token outside the trained vocabulary, found in text before anything else."""
-
-    token_id: int
-    content: str
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool = True
-
-    @property
-    def pattern(self) -> str:
-        """Regular expression, one group, that also takes the white space the token swallows."""
-        pattern = re.escape(self.content)
-        if self.single_word:
-            pattern = rf"(?<!\w){pattern}(?!\w)"
-        return "(" + (r"\s*" if self.lstrip else "") + pattern + (r"\s*" if self.rstrip else "") + ")"
-
-
-@dataclass(frozen=True, slots=True)
-class _TokenizerConfig:
-    """What ``tokenizer_config.json`` and ``added_tokens.json`` say, where they exist."""
-
-    path: Path
-    values: Mapping[str, Any]
-    added_tokens: tuple[_AddedToken, ...]
-    """By id."""
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "_TokenizerConfig":
-        path = folder / "tokenizer_config.json"
-        values = read_json_object(path) if path.is_file() else {}
-        added: dict[int, _AddedToken] = {}
-        added_path = folder / "added_tokens.json"
-        for content, token_id in (read_json_object(added_path) if added_path.is_file() else {}).items():
-            _add_token(added, added_path, content, token_id, {})
-        decoder = values.get("added_tokens_decoder", {})
-        if not isinstance(decoder, dict):
-            raise CheckpointError(f"{path}: added_tokens_decoder: must be an object")
-        for key, entry in decoder.items():
-            options = entry if isinstance(entry, dict) else {"content": entry}
-            _add_token(added, path, options.get("content"), int(key) if key.isdecimal() else key, options)
-        return cls(path, values, tuple(added[token_id] for token_id in sorted(added)))
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {key}: must be true or false, is {value!r}")
-        return value
-
-    def token(self, key: str) -> str | None:
-        """The text of a named token such as ``bos_token``; None if there is none."""
-        value = self.values.get(key)
-        content: Any = value.get("content") if isinstance(value, dict) else value
-        if content is None or isinstance(content, str):
-            return content
-        raise CheckpointError(f"{self.path}: {key}: must be a token's text, is {value!r}")
-
-
-def _add_token(
-    added: dict[int, _AddedToken], path: Path, content: object, token_id: object, options: Mapping[str, object]
-) -> None:
-    if not isinstance(content, str) or not content:
-        raise CheckpointError(f"{path}: added token {token_id!r}: must have a text, is {content!r}")
-    if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < _MAX_TOKEN_ID:
-        raise CheckpointError(f"{path}: added token {content!r}: must have an id below 2^24, is {token_id!r}")
-    flags = ("special", "lstrip", "rstrip", "single_word")
-    added[token_id] = _AddedToken(
-        token_id,
-        content,
-        **{flag: options.get(flag) is True for flag in flags},
-        normalized=options.get("normalized") is not False,
     )
 
 
@@ -163,7 +98,7 @@ class SentencePieceTokenizer(Tokenizer):
     them go to SentencePiece.
     """
 
-    def __init__(self, path: Path, config: _TokenizerConfig) -> None:
+    def __init__(self, path: Path, config: TokenizerConfig) -> None:
         processor = _load_sentencepiece(path)
         size = processor.vocab_size()
         added = [
@@ -178,37 +113,62 @@ class SentencePieceTokenizer(Tokenizer):
             _sentencepiece_bytes(processor, added, path),
             bos_token_id=bos,
             eos_token_id=eos,
+            special_tokens=_piece_texts(processor, bos_token=bos, eos_token=eos) | config.special_tokens(),
             dummy_space="".join(processor.encode("a", out_type=str)).startswith(_SPACE),
         )
         self._prefix = [bos] if bos is not None and config.flag("add_bos_token", True) else []
         self._suffix = [eos] if eos is not None and config.flag("add_eos_token", False) else []
         self._processor = self._inner_processor = processor
-        if added and not config.flag("legacy", True):
+        if not config.flag("legacy", True):
             # A stretch behind an added token does not begin the text, so it gets no space put before it. Protobuf
             # merges a repeated field: these bytes set normalizer_spec.add_dummy_prefix to false.
             proto = processor.serialized_model_proto() + b"\x1a\x02\x18\x00"
             self._inner_processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        self._added = sorted(added, key=lambda token: -len(token.content))
-        self._added_pattern = re.compile("|".join(token.pattern for token in self._added)) if added else None
+        self._added = _TokenFinder(added)
+        self._special = _TokenFinder([*added, *_control_pieces(processor, ids)])
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> list[int]:
         """See :meth:`Tokenizer.encode`."""
-        ids = self._encode_text(text)
-        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
-
-    def _encode_text(self, text: str) -> list[int]:
-        if self._added_pattern is None:
-            return list(self._processor.encode(text))
         ids: list[int] = []
         end = 0
-        for match in self._added_pattern.finditer(text):
-            ids += self._encode_stretch(text[end : match.start()], begins=end == 0)
-            ids.append(self._added[(match.lastindex or 0) - 1].token_id)
-            end = match.end()
-        return ids + self._encode_stretch(text[end:], begins=end == 0)
+        for start, token_id, next_start in (self._special if parse_special_tokens else self._added).find(text):
+            ids += self._encode_stretch(text[end:start], begins=end == 0)
+            ids.append(token_id)
+            end = next_start
+        ids += self._encode_stretch(text[end:], begins=end == 0)
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def _encode_stretch(self, text: str, *, begins: bool) -> list[int]:
         return list((self._processor if begins else self._inner_processor).encode(text))
+
+
+class _TokenFinder:
+    """Finds whole tokens in a text; of those that begin at one place, the longest."""
+
+    def __init__(self, tokens: Sequence[AddedToken]) -> None:
+        self._tokens = sorted(tokens, key=lambda token: -len(token.content))
+        self._pattern = re.compile("|".join(token.pattern for token in self._tokens)) if tokens else None
+
+    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Where each begins, its id, and where it ends, from left to right."""
+        if self._pattern is not None:
+            for match in self._pattern.finditer(text):
+                yield match.start(), self._tokens[(match.lastindex or 0) - 1].token_id, match.end()
+
+
+def _control_pieces(processor: Any, added: Mapping[str, int]) -> Iterator[AddedToken]:
+    """A model's own special tokens, but for those whose text the configuration gives to another id."""
+    for token_id in range(processor.vocab_size()):
+        if processor.is_control(token_id) or processor.is_unknown(token_id):
+            piece = processor.id_to_piece(token_id)
+            if piece and piece not in added:
+                yield AddedToken(token_id, piece, special=True)
+
+
+def _piece_texts(processor: Any, **ids: int | None) -> dict[str, str]:
+    """The texts of named tokens that are pieces of the model."""
+    size = processor.vocab_size()
+    return {name: processor.id_to_piece(i) for name, i in ids.items() if i is not None and i < size}
 
 
 def _load_sentencepiece(path: Path) -> Any:
@@ -220,7 +180,7 @@ def _load_sentencepiece(path: Path) -> Any:
 
 
 def _named_piece(
-    processor: Any, config: _TokenizerConfig, key: str, default: int, added: Mapping[str, int]
+    processor: Any, config: TokenizerConfig, key: str, default: int, added: Mapping[str, int]
 ) -> int | None:
     """Id of the token the configuration names; the model's own if it says nothing; None if there is none."""
     if key not in config.values:
@@ -236,7 +196,7 @@ def _named_piece(
     return token_id
 
 
-def _sentencepiece_bytes(processor: Any, added: Sequence[_AddedToken], path: Path) -> list[bytes]:
+def _sentencepiece_bytes(processor: Any, added: Sequence[AddedToken], path: Path) -> list[bytes]:
     """The bytes of every piece and added token, by id."""
     table: list[bytes] = []
     for token_id in range(processor.vocab_size()):
@@ -252,7 +212,7 @@ def _sentencepiece_bytes(processor: Any, added: Sequence[_AddedToken], path: Pat
     return _with_added(table, added, path)
 
 
-def _with_added(table: list[bytes], added: Sequence[_AddedToken], path: Path) -> list[bytes]:
+def _with_added(table: list[bytes], added: Sequence[AddedToken], path: Path) -> list[bytes]:
     """The table with added tokens put in; special ones are no text."""
     size = max([len(table), *(token.token_id + 1 for token in added)])
     if size > len(table) + len(added) + (1 << 16):
@@ -272,7 +232,7 @@ def _byte_piece(piece: str) -> bytes | None:
 class JsonTokenizer(Tokenizer):
     """A ``tokenizer.json``; it also says where BOS and EOS go, and that special tokens in a text are tokens."""
 
-    def __init__(self, path: Path, config: _TokenizerConfig) -> None:
+    def __init__(self, path: Path, config: TokenizerConfig) -> None:
         try:
             source = path.read_text(encoding="utf-8")
             backend = tokenizers.Tokenizer.from_str(source)
@@ -286,16 +246,17 @@ class JsonTokenizer(Tokenizer):
             _json_bytes(backend, decoder, config, path),
             bos_token_id=_named_token(backend, config, "bos_token"),
             eos_token_id=_named_token(backend, config, "eos_token"),
+            special_tokens=config.special_tokens(),
             dummy_space=decoder.dummy_space,
         )
         self._backend = backend
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> list[int]:
         """See :meth:`Tokenizer.encode`."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
-def _complete_added_tokens(backend: tokenizers.Tokenizer, config: _TokenizerConfig) -> None:
+def _complete_added_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
     """Add the tokens that only the configuration knows; each must get the id it has there."""
     for token in config.added_tokens:
         if backend.token_to_id(token.content) is None:
@@ -315,7 +276,7 @@ def _complete_added_tokens(backend: tokenizers.Tokenizer, config: _TokenizerConf
             )
 
 
-def _named_token(backend: tokenizers.Tokenizer, config: _TokenizerConfig, key: str) -> int | None:
+def _named_token(backend: tokenizers.Tokenizer, config: TokenizerConfig, key: str) -> int | None:
     content = config.token(key)
     if content is None:
         return None
@@ -326,12 +287,12 @@ def _named_token(backend: tokenizers.Tokenizer, config: _TokenizerConfig, key: s
 
 
 def _json_bytes(
-    backend: tokenizers.Tokenizer, decoder: "_TokenDecoder", config: _TokenizerConfig, path: Path
+    backend: tokenizers.Tokenizer, decoder: "_TokenDecoder", config: TokenizerConfig, path: Path
 ) -> list[bytes]:
     """The bytes of every token, by id."""
     named = {config.token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
     added = [
-        _AddedToken(token_id, token.content, special=token.special or token.content in named)
+        AddedToken(token_id, token.content, special=token.special or token.content in named)
         for token_id, token in backend.get_added_tokens_decoder().items()
     ]
     vocabulary = backend.get_vocab(with_added_tokens=False)

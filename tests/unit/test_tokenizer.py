@@ -166,6 +166,29 @@ def test_legacy_puts_a_space_behind_added_tokens(tmp_path: Path) -> None:
     assert tokenizer.encode("<|start|>The", add_special_tokens=False) == [8192, 366]
 
 
+def test_special_tokens_in_a_text_are_parsed_on_request() -> None:
+    tokenizer = classics()
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    text = "<s>[INST] Hello [/INST]Good day</s>\n<unk>"
+    plain = tokenizer.encode(text)
+    assert plain.count(1) == 1, "the BOS put in front"
+    assert 2 not in plain
+    parsed = tokenizer.encode(text, add_special_tokens=False, parse_special_tokens=True)
+    assert [token for token in parsed if token < 3] == [1, 2, 0]
+    assert (parsed[0], parsed[-1]) == (1, 0)
+    assert joined(tokenizer, parsed[1:-1]) == b"[INST] Hello [/INST]Good day\n", "no space behind a special token"
+    assert tokenizer.encode("no such", parse_special_tokens=True) == tokenizer.encode("no such")
+
+
+def test_special_tokens_of_a_model_without_configuration(tmp_path: Path) -> None:
+    folder = sentencepiece_folder(tmp_path, {})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    # As old checkpoints were trained: a space before every stretch.
+    a = tokenizer.encode("a", add_special_tokens=False)
+    assert tokenizer.encode("a</s>a", add_special_tokens=False, parse_special_tokens=True) == [*a, 2, *a]
+
+
 def byte_level() -> Backend:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -26,13 +26,32 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Fork:
+    """The end of a prompt that several sequences share: its state is copied to those that did not absorb it.
+
+    Attributes:
+        source: index of the prefill that ends the prompt.
+        branches: spans of no tokens, one per follower that has a slot; they sample from the source's logits.
+        waiting: followers without a slot: they get a snapshot.
+    """
+
+    source: int
+    branches: tuple[Span, ...]
+    waiting: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step's work. A decode absorbs the newest sampled token; a prefill absorbs prompt tokens."""
 
     decodes: tuple[Span, ...]
     prefills: tuple[Span, ...]
     leased: tuple[Sequence, ...]
-    """Sequences that got their slot in this step: their sampling parameters go to the device."""
+    """Sequences that got their slot in this step: their sampling parameters go to the device, and their snapshots, if
+    they have one, to their slots."""
+    replays: tuple[Span, ...] = ()
+    """Spans of no tokens, whose whole prompt is in their snapshot: they sample from its logits."""
+    forks: tuple[Fork, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -41,8 +60,11 @@ class Batch:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All spans, decodes first, in the order of their rows."""
-        return self.decodes + self.prefills
+        """All spans: decodes, prefills, replays, branches."""
+        spans = self.decodes + self.prefills
+        if self.replays or self.forks:
+            spans += self.replays + tuple(branch for fork in self.forks for branch in fork.branches)
+        return spans
 
 
 @dataclass(frozen=True, slots=True)

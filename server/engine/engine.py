@@ -105,6 +105,11 @@ class Engine:
             self._sequence(client, request, choice, prompts[choice // request.n])
             for choice in range(request.num_choices)
         ]
+        for index in range(0, len(sequences), request.n):
+            leader, *followers = sequences[index : index + request.n]
+            leader.followers = followers
+            for seq in followers:
+                seq.leader = leader
         self._requests[client, request.request_id] = sequences
         self.scheduler.add(sequences)
         self._outbox.accept(client, request.request_id)

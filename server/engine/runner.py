@@ -23,6 +23,8 @@ from server.engine.sampler import (
     is_greedy,
     redirect_done,
 )
+from server.engine.sequence import Sequence
+from server.engine.snapshot import Snapshot, fork_slot, restore_snapshot, take_snapshot
 from server.engine.state_pool import StateTensors
 from server.kernels import RingRows
 from server.types import TokenLogprobs
@@ -98,6 +100,35 @@ class _Columns:
     folding: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _LogitRows:
+    """Which logits a batch needs of the model, and which of them each sampling row takes.
+
+    Attributes:
+        spans: indices of the spans whose last token's logits the model is to yield.
+        of_row: for each sampling row, an index into these and, behind them, into the batch's replays; None: the rows
+            are the spans, in order.
+    """
+
+    spans: list[int]
+    of_row: list[int] | None
+
+    @classmethod
+    def of(cls, batch: Batch, span_of_row: list[int]) -> "_LogitRows":
+        if not batch.replays and not batch.forks:
+            return cls(span_of_row, None)
+        absorbed = len(batch.decodes) + len(batch.prefills)
+        spans = [span for span in span_of_row if span < absorbed]
+        place = {span: place for place, span in enumerate(spans)}
+        place |= {absorbed + i: len(spans) + i for i in range(len(batch.replays))}
+        branch = absorbed + len(batch.replays)
+        for fork in batch.forks:
+            for _ in fork.branches:
+                place[branch] = place[len(batch.decodes) + fork.source]
+                branch += 1
+        return cls(spans, [place[span] for span in span_of_row])
+
+
 class Runner:
     """One device's model, states and sampler.
 
@@ -132,37 +163,99 @@ class Runner:
             self._sampler.lease(batch.leased)
         rows, span_of_row, plan = _plan(batch)
         graphs = self._graphs
-        if graphs is not None and not batch.prefills and len(rows) <= graphs.max_rows:
+        if graphs is not None and not batch.prefills and not batch.replays and len(rows) <= graphs.max_rows:
             slots = [span.slot for span in batch.decodes]
             pending, folding = self._advance_rings(batch, every_token=graphs.folds_every_token(len(slots)))
             positions = [span.position for span in rows]
-            sampled = graphs.launch(slots, span_of_row, positions, plan, pending, folding)
-            return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
+            sampled: Sampled | None = graphs.launch(slots, span_of_row, positions, plan, pending, folding)
+        else:
+            sampled = self._launch_kernels(batch, rows, span_of_row, plan)
+        return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
+
+    def _launch_kernels(
+        self, batch: Batch, rows: list[Span], span_of_row: list[int], plan: SamplePlan
+    ) -> Sampled | None:
+        """Run a batch of any kind; None if nobody samples."""
+        replayed = self._restore(batch)
         # Rows that decode beside prompts are seldom many, and the prompts take the time: their rings are used always.
         pending, folding = self._advance_rings(batch, every_token=False)
-        columns = self._upload(batch, rows, span_of_row, pending, folding)
+        logits = _LogitRows.of(batch, span_of_row)
+        columns = self._upload(batch, rows, span_of_row, logits.spans, pending, folding)
         slots_N = redirect_done(columns.slots, self._sampler.done_S)
+        logits_UV = self._run_model(batch, columns, slots_N)
+        self._fork(batch, logits_UV, logits.spans)
+        if not rows:
+            return None
+        if logits.of_row is not None:
+            logits_UV = torch.cat((logits_UV, *replayed)).index_select(0, self._to_device(logits.of_row))
+        return self._sampler.sample(logits_UV, slots_N[columns.sample_spans], columns.positions, plan)
+
+    def _run_model(self, batch: Batch, columns: _Columns, slots_N: Tensor) -> Tensor:
+        """Absorb the batch's tokens; the logits of the columns' output rows."""
         num_decodes = len(batch.decodes)
+        num_spans = num_decodes + len(batch.prefills)
+        if not num_spans:
+            return torch.empty((0, self._sampler.vocab_size), device=self._device)
         token_ids_T = columns.token_ids
         if num_decodes:
             token_ids_T = torch.cat((self._sampler.last_token_S[slots_N[:num_decodes]], token_ids_T))
-        logits_RV = self._model.forward(
-            ModelInputs(
-                token_ids_T=token_ids_T,
-                num_decodes=num_decodes,
-                slots_N=slots_N,
-                from_zero_N=columns.from_zero.bool(),
-                cu_seqlens=columns.cu_seqlens.int(),
-                prefill_lengths=tuple(span.length for span in batch.prefills),
-                output_rows_R=columns.output_rows,
-                ring_rows=RingRows(columns.pending, columns.folding) if self._states.ring_size else None,
-            ),
-            self._states,
+        inputs = ModelInputs(
+            token_ids_T=token_ids_T,
+            num_decodes=num_decodes,
+            slots_N=slots_N[:num_spans],
+            from_zero_N=columns.from_zero[:num_spans].bool(),
+            cu_seqlens=columns.cu_seqlens.int(),
+            prefill_lengths=tuple(span.length for span in batch.prefills),
+            output_rows_R=columns.output_rows,
+            ring_rows=RingRows(columns.pending, columns.folding) if self._states.ring_size else None,
         )
-        if not rows:
-            return PendingStep(batch, rows, None, on_cuda=self._device.type == "cuda")
-        sampled = self._sampler.sample(logits_RV, slots_N[columns.sample_spans], columns.positions, plan)
-        return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
+        return self._model.forward(inputs, self._states)
+
+    def _restore(self, batch: Batch) -> list[Tensor]:
+        """Write the snapshots of newly leased sequences to their slots; the logits [1, V] of the replays, in order."""
+        leased: dict[Snapshot, list[Sequence]] = {}
+        for seq in batch.leased:
+            if seq.snapshot is not None:
+                leased.setdefault(seq.snapshot, []).append(seq)
+                seq.num_folded = seq.snapshot.num_folded
+        logits: dict[Sequence, Tensor] = {}
+        for snapshot, sequences in leased.items():
+            logits_V = restore_snapshot(self._states, snapshot, [seq.slot for seq in sequences if seq.slot is not None])
+            for seq in sequences:
+                logits[seq] = logits_V[None]
+                seq.snapshot = None
+        return [logits[span.seq] for span in batch.replays]
+
+    def _fork(self, batch: Batch, logits_UV: Tensor, spans: list[int]) -> None:
+        """Copy the states of prompts that ended in this batch to the followers: to their slots, or to a snapshot.
+
+        Args:
+            logits_UV: of the spans.
+            spans: indices in the batch.
+        """
+        for fork in batch.forks:
+            source = batch.prefills[fork.source]
+            leader = source.seq
+            if fork.branches:
+                fork_slot(self._states, source.slot, [branch.slot for branch in fork.branches])
+            for branch in fork.branches:
+                branch.seq.num_folded = leader.num_folded
+            if not fork.waiting:
+                continue
+            snapshot = take_snapshot(
+                self._states,
+                source.slot,
+                logits_UV[spans.index(len(batch.decodes) + fork.source)],
+                num_tokens=len(leader.prompt),
+                num_folded=leader.num_folded,
+                on_host=True,
+            )
+            for seq in fork.waiting:
+                seq.snapshot = snapshot
+
+    def _to_device(self, values: list[int]) -> Tensor:
+        host = torch.tensor(values, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        return host.to(self._device, non_blocking=True)
 
     def _advance_rings(self, batch: Batch, *, every_token: bool) -> tuple[list[int], list[int]]:
         """Tokens in the ring of every decode, and the decodes that fold theirs; notes what the states then hold.
@@ -185,7 +278,13 @@ class Runner:
         return pending, folding
 
     def _upload(
-        self, batch: Batch, rows: list[Span], span_of_row: list[int], pending: list[int], folding: list[int]
+        self,
+        batch: Batch,
+        rows: list[Span],
+        span_of_row: list[int],
+        output_spans: list[int],
+        pending: list[int],
+        folding: list[int],
     ) -> _Columns:
         """Everything the host knows of the batch, in one copy."""
         spans = batch.spans
@@ -196,7 +295,7 @@ class Runner:
         # The last row of each span; decode row i is span i.
         last_rows = list(range(num_decodes)) + [num_decodes + end - 1 for end in offsets[1:]]
         sizes = (
-            *(offsets[-1], len(spans), len(spans), len(offsets), len(rows), len(rows), len(rows)),
+            *(offsets[-1], len(spans), len(spans), len(offsets), len(output_spans), len(rows), len(rows)),
             *(len(pending), len(pending) + 1),
         )
         host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=self._device.type == "cuda")
@@ -206,7 +305,7 @@ class Runner:
         small = array("q", (span.slot for span in spans))
         small.extend(span.start == 0 for span in spans)
         small.extend(offsets)
-        small.extend(last_rows[span] for span in span_of_row)
+        small.extend(last_rows[span] for span in output_spans)
         small.extend(span_of_row)
         small.extend(span.position for span in rows)
         small.extend(pending)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import islice
 from operator import attrgetter
 
-from server.engine.batch import Batch, Span
+from server.engine.batch import Batch, Fork, Span
 from server.engine.queue import WaitingQueue
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
@@ -82,21 +82,56 @@ class Scheduler:
         # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing.
         decodes.sort(key=_slot)
         budget = max(self._prompt_budget(len(decodes)), PREFILL_GRID)
-        prompts += islice(self.waiting, self.allocator.num_free)
+        # Whoever comes before the last free slot has one, and a follower keeps it free until its leader is ready.
+        candidates = list(islice(self.waiting, self.allocator.num_free))
+        ready: list[Sequence] = []
+        for seq in candidates:
+            if seq.leader is None:
+                (prompts if seq.prompt_remaining else ready).append(seq)
         prompts.sort(key=_priority)
         prefills: list[Span] = []
         leased: list[Sequence] = []
         for seq, length in _share(prompts, budget).items():
             if seq.slot is None:
-                self.waiting.remove(seq)
-                seq.slot = self.allocator.lease()
-                seq.admitted = now
-                self.running[seq] = None
+                self._lease(seq, now)
                 leased.append(seq)
             prefills.append(self._launch(seq, length))
-        if not decodes and not prefills:
+        forks = [
+            self._fork(index, span.seq, candidates, now)
+            for index, span in enumerate(prefills)
+            if span.samples and span.seq.followers
+        ]
+        for seq in ready:
+            self._lease(seq, now)
+        leased += ready + [branch.seq for fork in forks for branch in fork.branches]
+        if not decodes and not prefills and not ready:
             return None
-        return Batch(tuple(decodes), tuple(prefills), tuple(leased))
+        replays = tuple(self._launch(seq, 0) for seq in ready)
+        return Batch(tuple(decodes), tuple(prefills), tuple(leased), replays, tuple(forks))
+
+    def _lease(self, seq: Sequence, now: float) -> None:
+        self.waiting.remove(seq)
+        seq.slot = self.allocator.lease()
+        seq.admitted = now
+        self.running[seq] = None
+
+    def _fork(self, source: int, leader: Sequence, candidates: list[Sequence], now: float) -> Fork:
+        """Let the followers of a sequence whose prompt ends in this step begin, as many as have a slot."""
+        placed = set(candidates)
+        branches: list[Span] = []
+        waiting: list[Sequence] = []
+        for seq in leader.followers:
+            if seq.finished:
+                continue
+            seq.leader = None
+            seq.num_launched = leader.num_launched
+            if seq in placed:
+                self._lease(seq, now)
+                branches.append(self._launch(seq, 0))
+            else:
+                waiting.append(seq)
+        leader.followers = []
+        return Fork(source, tuple(branches), tuple(waiting))
 
     def _prompt_budget(self, num_decodes: int) -> int:
         """Most prompt tokens beside so many decodes."""
@@ -111,7 +146,7 @@ class Scheduler:
         slot = seq.slot
         assert slot is not None
         start = seq.num_launched
-        samples = start + length >= len(seq.prompt)
+        samples = start + length >= len(seq.prompt) and seq.max_tokens != 0
         span = Span(seq, slot, start, length, samples, seq.num_sampled)
         seq.num_launched = start + length
         seq.num_sampled += samples

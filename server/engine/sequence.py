@@ -2,9 +2,13 @@
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from server.engine.detokenizer import StopMatcher
 from server.types import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from server.engine.snapshot import Snapshot
 
 
 @dataclass(slots=True, eq=False)
@@ -14,6 +18,9 @@ class Sequence:
     The transcript is ``prompt + outputs``. ``num_launched`` counts the transcript's tokens that
     launched steps absorb into the state; the newest sampled token is in the transcript before it
     is absorbed. With a step in flight, ``num_sampled`` runs ahead of ``len(outputs)``.
+
+    Of several choices of one prompt, the first is the leader: it absorbs the prompt, and the others, its followers,
+    begin with a copy of its state.
     """
 
     client: bytes
@@ -30,6 +37,12 @@ class Sequence:
     priority: int = 0
     """Lower values are served first."""
 
+    leader: "Sequence | None" = None
+    """Who absorbs the prompt for this sequence, until it has done so."""
+    followers: list["Sequence"] = field(default_factory=list)
+    """Whose leader this is; empty once the prompt has been absorbed."""
+    snapshot: "Snapshot | None" = None
+    """What the slot is to hold when this waiting sequence gets one: its first ``num_launched`` tokens."""
     slot: int | None = None
     num_launched: int = 0
     num_folded: int = 0

@@ -6,6 +6,7 @@ count (a sequence that ended while its next step was already launched) are point
 
 import heapq
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +23,25 @@ class StateTensors:
     """The pool's memory; the kernels read and write it in place.
 
     Attributes:
-        recurrent_LSGKV: [layers, slots, kv_heads, head_k, head_v], of a type in :data:`server.kernels.STATE_DTYPES`.
+        parts: all that is kept of a slot, by name, [layers, slots, ...] each.
         layers: of every layer, a view of its recurrent states and what belongs to them.
-        conv_LSWD: model dtype [layers, slots, conv_size - 1, q + k + v channels]: the last inputs of the
-            short convolutions, oldest first; None for a model without them.
     """
 
-    recurrent_LSGKV: Tensor
+    parts: Mapping[str, Tensor]
     layers: tuple[LayerState, ...]
-    conv_LSWD: Tensor | None
+
+    @property
+    def recurrent_LSGKV(self) -> Tensor:
+        """[layers, slots, kv_heads, head_k, head_v], of a type in :data:`server.kernels.STATE_DTYPES`."""
+        return self.parts["recurrent"]
+
+    @property
+    def conv_LSWD(self) -> Tensor | None:
+        """The last inputs of the short convolutions, oldest first; None for a model without them.
+
+        Model dtype [layers, slots, conv_size - 1, q + k + v channels].
+        """
+        return self.parts.get("conv")
 
     @property
     def ring_size(self) -> int:
@@ -62,7 +73,7 @@ def allocate_states(
         ring = Ring(part["ring_keys"], part["ring_values"], part["ring_decays"]) if "ring_keys" in part else None
         return LayerState(part["recurrent"], part.get("scales"), ring)
 
-    return StateTensors(parts["recurrent"], tuple(map(layer, range(config.num_hidden_layers))), parts.get("conv"))
+    return StateTensors(parts, tuple(map(layer, range(config.num_hidden_layers))))
 
 
 def state_bytes(config: GLAConfig, *, on_cuda: bool, dtype: torch.dtype, state_dtype: torch.dtype) -> int:

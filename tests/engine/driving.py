@@ -59,7 +59,7 @@ class Driver:
         self.rejected: dict[int, str] = {}
         self._next_id = 0
 
-    def submit(self, prompts: list[list[int]], n: int = 1, **params: object) -> int:
+    def submit(self, prompts: list[list[int]], n: int = 1, priority: int = 0, **params: object) -> int:
         request_id = self._next_id
         self._next_id += 1
         request = GenerateRequest(
@@ -68,6 +68,7 @@ class Driver:
             n=n,
             params=SamplingParams(**params),  # type: ignore[arg-type]
             arrived=time.monotonic(),
+            priority=priority,
         )
         self.engine.submit(CLIENT, request)
         self.collect()

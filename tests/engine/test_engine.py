@@ -187,6 +187,111 @@ def test_n_and_several_prompts(mode: Mode) -> None:
         assert driver.answers[alone, 0].token_ids == answers[3 * index], "a prompt's place in its request shows"
 
 
+def submit_apart(driver: Driver, prompts: list[list[int]], n: int, **params: object) -> int:
+    """Like ``driver.submit``, but every choice absorbs its prompt itself."""
+    request = driver.submit(prompts, n=n, **params)
+    for seq in driver.engine._requests[CLIENT, request]:
+        seq.leader, seq.followers = None, []
+    return request
+
+
+@ALL_MODES
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("base", {}),
+        # States of few bits are rounded after each piece of a prompt: it is absorbed whole, or in pieces of 64.
+        ("gqa", {"state_dtype": "int8", "max_num_batched_tokens": 4096}),
+        ("conv", {"state_dtype": "bfloat16", "max_num_batched_tokens": 64}),
+    ],
+)
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_choices_of_a_prompt_absorb_it_once(name: str, changes: dict[str, object], slots: int, mode: Mode) -> None:
+    """With slots for all of them, for some or for one at a time, and the answers are those of separate sequences."""
+    driver = make_driver(FIXTURES / name, mode=mode, max_num_seqs=slots, **changes)
+    prompts = [random_prompt(length, VOCAB, length) for length in (150, 1, 64)]
+    for params in (
+        {"temperature": 0.0, "max_tokens": 5, "logprobs": 2},
+        {"temperature": 1.0, "seed": 5, "max_tokens": 20, "repetition_penalty": 1.2, "stop_token_ids": (1, 2, 3)},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 6, "max_tokens": 1},
+    ):
+        before = driver.engine.stats().prompt_tokens
+        request = driver.submit(prompts, n=4, ignore_eos=True, **params)
+        settle(driver)
+        between = driver.engine.stats().prompt_tokens
+        assert between - before == 150 + 1 + 64
+        apart = submit_apart(driver, prompts, 4, ignore_eos=True, **params)
+        settle(driver)
+        assert driver.engine.stats().prompt_tokens - between == 4 * (150 + 1 + 64)
+        for choice in range(12):
+            ours, theirs = driver.answers[request, choice], driver.answers[apart, choice]
+            assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason), (params, choice)
+            for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+                assert abs(one.sampled - other.sampled) < 1e-4
+
+
+@ALL_MODES
+@pytest.mark.parametrize("seed", range(4))
+def test_random_forks_end_as_if_they_ran_alone(seed: int, mode: Mode) -> None:
+    """Forks among other traffic, with few slots, priorities and cancellations at any moment."""
+    rng = random.Random(seed)
+    kinds = [
+        {"temperature": 0.0, "max_tokens": 6},
+        {"temperature": 0.0, "max_tokens": 1},
+        {"temperature": 1.0, "seed": 3, "max_tokens": 9, "stop_token_ids": tuple(range(60))},
+    ]
+    lengths = [1, 40, 64, 129]
+    alone = {}
+    reference = make_driver(mode=mode)
+    for length in lengths:
+        for kind, params in enumerate(kinds):
+            request = submit_apart(reference, [random_prompt(length, VOCAB, length)], 5, ignore_eos=True, **params)
+            settle(reference)
+            alone[length, kind] = [reference.answers[request, choice] for choice in range(5)]
+    driver = make_driver(mode=mode, max_num_seqs=rng.choice([1, 2, 4]), max_num_batched_tokens=rng.choice([64, 200]))
+    submitted: dict[int, tuple[int, int]] = {}
+    cancelled = set()
+    absorbed = 0
+    for _ in range(80):
+        action = rng.random()
+        if action < 0.3:
+            length, kind = rng.choice(lengths), rng.randrange(len(kinds))
+            prompt, n = random_prompt(length, VOCAB, length), rng.randint(1, 5)
+            request = driver.submit([prompt], n=n, priority=rng.randint(-1, 1), ignore_eos=True, **kinds[kind])
+            submitted[request] = length, kind
+            absorbed += length
+        elif action < 0.4 and submitted:
+            request = rng.choice(list(submitted))
+            driver.cancel(request)
+            cancelled.add(request)
+        else:
+            driver.step()
+    settle(driver)
+    for (request, choice), answer in driver.answers.items():
+        expected = alone[submitted[request]][choice]
+        if answer.finish_reason is FinishReason.CANCELLED:
+            assert request in cancelled
+            assert answer.token_ids == expected.token_ids[: len(answer.token_ids)]
+        else:
+            assert (answer.token_ids, answer.finish_reason) == (expected.token_ids, expected.finish_reason)
+    assert driver.engine.stats().prompt_tokens <= absorbed, "a prompt was absorbed more than once"
+
+
+@ALL_MODES
+def test_a_fork_is_not_disturbed_by_what_takes_its_leaders_slot(mode: Mode) -> None:
+    """The leader ends at once and its slot goes to an urgent stranger before the followers get theirs."""
+    driver = make_driver(mode=mode, max_num_seqs=1)
+    prompt, other = random_prompt(70, VOCAB, 1), random_prompt(90, VOCAB, 2)
+    params = {"temperature": 0.0, "ignore_eos": True}
+    expected = driver.complete(prompt, max_tokens=12, **params).token_ids
+    request = driver.submit([prompt], n=3, max_tokens=12, **params)
+    driver.step()
+    driver.submit([other], max_tokens=30, priority=-1, **params)
+    settle(driver)
+    assert [driver.answers[request, choice].token_ids for choice in range(3)] == [expected] * 3
+    assert driver.engine.stats().prompt_tokens == 70 + 70 + 90
+
+
 def test_choices_share_their_prompt() -> None:
     """Memory for prompts must not grow with n: a body of many tokens with a large n would be the end of the engine."""
     driver = make_driver()
@@ -241,7 +346,7 @@ def test_random_traffic_ends_every_request_once(seed: int, mode: Mode) -> None:
             open_requests.append(
                 driver.submit(
                     prompts,
-                    n=rng.randint(1, 2),
+                    n=rng.randint(1, 4),
                     max_tokens=rng.choice([1, 2, 9]),
                     temperature=rng.choice([0.0, 1.0]),
                     top_p=rng.choice([1.0, 0.5]),

@@ -29,6 +29,15 @@ def make_sequence(prompt_length: int, max_tokens: int | None = 8, request_id: in
     )
 
 
+def make_group(size: int, prompt_length: int, max_tokens: int, priority: int = 0) -> list[Sequence]:
+    """Choices of one prompt, the leader first."""
+    leader, *followers = (make_sequence(prompt_length, max_tokens, priority=priority) for _ in range(size))
+    leader.followers = followers
+    for seq in followers:
+        seq.leader = leader
+    return [leader, *followers]
+
+
 def make_scheduler(slots: int = 4, budget: int = 128, queued: int = 1000) -> Scheduler:
     return Scheduler(SlotAllocator(slots), max_num_batched_tokens=budget, max_num_queued_reqs=queued)
 
@@ -61,6 +70,8 @@ def check_batch(scheduler: Scheduler, batch: Batch, budget: int) -> None:
         assert span.length > 0
         assert end % PREFILL_GRID == 0 or end == len(span.seq.prompt), "a piece ends off the grid"
         assert span.samples == (end == len(span.seq.prompt))
+    for span in batch.replays + tuple(branch for fork in batch.forks for branch in fork.branches):
+        assert span.samples and (span.start, span.length, span.position) == (len(span.seq.prompt), 0, 0)
     for span in batch.decodes:
         assert span.length == 1 and span.samples and span.start >= len(span.seq.prompt)
     assert len({span.seq for span in batch.spans}) == len(batch.spans), "a sequence twice in a batch"
@@ -78,25 +89,35 @@ def test_random_traces_keep_integrity(seed: int, overlap: bool) -> None:
     scheduler = make_scheduler(slots=rng.randint(1, 6), budget=budget, queued=rng.randint(0, 8))
     everyone: list[Sequence] = []
     flying: list[Batch] = []
+    groups: list[list[Sequence]] = []
     absorbed: dict[Sequence, int] = {}
+    with_snapshot: set[Sequence] = set()
     for step in range(120):
         if step < 80 and rng.random() < 0.5:
-            group = [
-                make_sequence(
-                    rng.choice([1, 5, 63, 64, 65, 200, 700]), rng.choice([1, 2, 5, 20]), priority=rng.randint(-1, 1)
-                )
-                for _ in range(rng.randint(1, 3))
-            ]
+            length, max_tokens = rng.choice([1, 5, 63, 64, 65, 200, 700]), rng.choice([1, 2, 5, 20])
+            group = make_group(rng.randint(1, 4), length, max_tokens, priority=rng.randint(-1, 1))
             if scheduler.has_room(len(group)):
                 scheduler.add(group)
                 everyone += group
+                groups.append(group)
         alive = [seq for seq in everyone if not seq.finished]
         if alive and rng.random() < 0.15:
-            scheduler.finish(rng.choice(alive), FinishReason.CANCELLED)
+            # A request is cancelled with all its choices, of which some may have ended.
+            victim = rng.choice(alive)
+            for seq in next(group for group in groups if victim in group):
+                if not seq.finished:
+                    scheduler.finish(seq, FinishReason.CANCELLED)
             check_integrity(scheduler, everyone, flying)
         batch = scheduler.schedule(now=float(step))
         if batch is not None:
             check_batch(scheduler, batch, budget)
+            assert {span.seq for span in batch.replays} <= with_snapshot
+            for fork in batch.forks:
+                source = batch.prefills[fork.source]
+                for seq in (*(branch.seq for branch in fork.branches), *fork.waiting):
+                    assert seq.prompt == source.seq.prompt and seq not in absorbed
+                    absorbed[seq] = source.start + source.length
+                with_snapshot.update(fork.waiting)
             for span in batch.spans:
                 assert span.start == absorbed.get(span.seq, 0), "tokens skipped or absorbed twice"
                 absorbed[span.seq] = span.start + span.length
@@ -190,6 +211,30 @@ def test_admission_is_first_come_first_served() -> None:
     scheduler.add([first, second, third])
     assert schedule_prompts(scheduler) == [(first, 64), (second, 64)]
     assert third in scheduler.waiting
+
+
+def test_followers_keep_free_slots_for_the_end_of_their_prompt() -> None:
+    scheduler = make_scheduler(slots=3, budget=128)
+    leader, *followers = make_group(4, 150, 8)
+    stranger = make_sequence(10)
+    scheduler.add([leader, *followers, stranger])
+    first = scheduler.schedule(0.0)
+    assert first is not None and first.leased == (leader,)
+    scheduler.retire(first)
+    assert scheduler.allocator.num_free == 2, "the stranger came later"
+    second = scheduler.schedule(0.0)
+    assert second is not None
+    (fork,) = second.forks
+    assert [branch.seq for branch in fork.branches] == followers[:2]
+    assert fork.waiting == (followers[2],)
+    assert second.leased == (followers[0], followers[1])
+    assert list(scheduler.waiting) == [followers[2], stranger]
+    scheduler.finish(leader, FinishReason.STOP)
+    scheduler.retire(second)
+    third = scheduler.schedule(0.0)
+    assert third is not None
+    assert [span.seq for span in third.replays] == [followers[2]]
+    assert len(third.decodes) == 2 and not third.prefills
 
 
 def test_a_slot_in_flight_is_not_released() -> None:

@@ -1,0 +1,76 @@
+"""Copies of slots are exact, touch nobody else, and hold everything."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.config import GLAConfig
+from server.engine.snapshot import fork_slot, restore_snapshot, take_snapshot
+from server.engine.state_pool import StateTensors, allocate_states, state_bytes
+from server.kernels import STATE_DTYPES
+from tests.engine.driving import FIXTURES
+
+ON_EACH_DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+ON_EACH_POOL = pytest.mark.parametrize(("name", "dtype"), [("base", "float32"), ("gqa", "bfloat16"), ("conv", "int8")])
+SLOTS = 5
+
+
+def random_pool(folder: Path, device: str, dtype: str) -> tuple[GLAConfig, StateTensors]:
+    """A pool of any bits, numbers or not."""
+    config = GLAConfig.from_folder(folder)
+    states = allocate_states(
+        config, SLOTS, device=torch.device(device), dtype=torch.bfloat16, state_dtype=STATE_DTYPES[dtype]
+    )
+    for part in states.parts.values():
+        bits(part).random_(0, 256)
+    return config, states
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8)
+
+
+def copies(states: StateTensors) -> dict[str, Tensor]:
+    return {name: bits(part).clone() for name, part in states.parts.items()}
+
+
+@ON_EACH_DEVICE
+@ON_EACH_POOL
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_snapshot_is_what_the_slot_held(name: str, dtype: str, device: str, on_host: bool) -> None:
+    config, states = random_pool(FIXTURES / name, device, dtype)
+    before = copies(states)
+    logits_V = torch.randn(config.vocab_size, device=device)
+    wanted = logits_V.clone()
+    snapshot = take_snapshot(states, 2, logits_V, num_tokens=70, num_folded=64, on_host=on_host)
+    # Whatever happens to the slot and the logits now, the snapshot keeps what they were.
+    logits_V.fill_(torch.nan)
+    for part in states.parts.values():
+        bits(part).random_(0, 256)
+    between = copies(states)
+    snapshot.wait()
+    assert {part.device.type for part in snapshot.parts.values()} == {"cpu" if on_host else device}
+    if on_host and device == "cuda":
+        assert all(part.is_pinned() for part in (*snapshot.parts.values(), snapshot.logits_V))
+    assert (snapshot.num_tokens, snapshot.num_folded) == (70, 64)
+    size = state_bytes(config, on_cuda=device == "cuda", dtype=torch.bfloat16, state_dtype=STATE_DTYPES[dtype])
+    assert snapshot.nbytes == size + 4 * config.vocab_size
+    logits = restore_snapshot(states, snapshot, [1, 4])
+    assert torch.equal(logits, wanted) and logits.device.type == device
+    for part, tensor in states.parts.items():
+        for slot in range(SLOTS + 1):
+            expected = before[part][:, 2] if slot in (1, 4) else between[part][:, slot]
+            assert torch.equal(bits(tensor)[:, slot], expected), (part, slot)
+
+
+@ON_EACH_DEVICE
+@ON_EACH_POOL
+def test_a_fork_copies_one_slot_to_others(name: str, dtype: str, device: str) -> None:
+    _, states = random_pool(FIXTURES / name, device, dtype)
+    before = copies(states)
+    fork_slot(states, 3, [5, 1])
+    for part, tensor in states.parts.items():
+        for slot in range(SLOTS + 1):
+            assert torch.equal(bits(tensor)[:, slot], before[part][:, 3 if slot in (1, 5) else slot]), (part, slot)

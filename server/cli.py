@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from clients.bench.flags import add_arguments as add_bench_arguments
@@ -132,6 +133,8 @@ def _flags(parsed: dict[str, Any]) -> dict[str, object]:
         variable = _extra(field)["env"]
         if variable is not None and name not in parsed and os.environ.get(variable):
             parsed[name] = [os.environ[variable]] if _is_list(field) else os.environ[variable]
+        if variable is not None and get_args(field.annotation)[:1] == (SecretStr,):
+            os.environ.pop(variable, None)  # Child processes have no use for it.
     return parsed
 
 

@@ -12,6 +12,7 @@
          +- MethodNotAllowedError  405
          +- BodyTooLargeError    413
          +- UnsupportedMediaTypeError  415
+         +- RateLimitError       429 with Retry-After
          +- QueueFullError       503 with Retry-After
          +- EngineUnavailableError  503 with Retry-After: starting, draining or dead
          +- InternalError        500
@@ -101,6 +102,15 @@ class UnsupportedMediaTypeError(ApiError):
     status = 415
     type = "invalid_request_error"
     code = "unsupported_media_type"
+
+
+class RateLimitError(ApiError):
+    """The API key has as many choices waiting and running as it may."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retry_after = 1
 
 
 class QueueFullError(ApiError):

@@ -5,10 +5,11 @@ it needs: :class:`EngineConfig` to the engine process, :class:`ApiSettings` to t
 ``auto`` for device and dtype is resolved in the engine process, the only one that imports torch.
 """
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 from pydantic.config import JsonDict
 
 from server.errors import SettingsError
+from server.keys import ApiKey, check_distinct, hash_key, read_key_file
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
@@ -24,6 +26,9 @@ GenerationConfigSource: TypeAlias = Literal["auto", "none"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 LogFormat: TypeAlias = Literal["text", "json"]
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
+"""Scheme, host and perhaps port, as browsers write them: no path, no slash at the end (RFC 6454)."""
 
 CHUNK = 64
 """Prompt chunks end on multiples of this many tokens, so a step must be able to take that many."""
@@ -44,6 +49,8 @@ class EngineConfig:
         max_model_len: most tokens of prompt and answer together; None: unlimited.
         gpu_memory_utilization: share of the GPU's memory for weights, states and workspace.
         max_num_queued_reqs: choices that may wait beyond the running ones.
+        max_concurrent_seqs_per_key: choices that one API key may have waiting and running; None: unlimited.
+        several_keys: whether there are keys of more than one name.
         max_logprobs: most alternatives per token that a request may ask for.
         generation_config: ``auto`` reads sampling defaults from the checkpoint's ``generation_config.json``.
         load_format: ``dummy`` fills the weights at random.
@@ -60,6 +67,8 @@ class EngineConfig:
     max_model_len: int | None
     gpu_memory_utilization: float
     max_num_queued_reqs: int
+    max_concurrent_seqs_per_key: int | None
+    several_keys: bool
     max_logprobs: int
     generation_config: GenerationConfigSource
     load_format: LoadFormat
@@ -72,7 +81,9 @@ class ApiSettings:
 
     Attributes:
         served_model_names: names clients may ask for; the first one stands in the answers.
-        api_keys: SHA-256 of each accepted key, lower-case hex (see :func:`hash_key`); empty: no key needed.
+        api_keys: the accepted keys; empty: no key needed.
+        protect_all_routes: whether health, version and metrics want a key too.
+        allowed_origins: web pages of these origins may use the API; ``*``: of all.
         tokenizer_folder: where the tokenizer lies; None: prompts and answers are token ids.
         max_model_len: most tokens of prompt and answer together; None: unlimited.
         max_body_bytes: larger request bodies are refused.
@@ -80,16 +91,13 @@ class ApiSettings:
     """
 
     served_model_names: tuple[str, ...]
-    api_keys: tuple[str, ...]
+    api_keys: tuple[ApiKey, ...]
+    protect_all_routes: bool
+    allowed_origins: tuple[str, ...]
     tokenizer_folder: Path | None
     max_model_len: int | None
     max_body_bytes: int
     created: int
-
-
-def hash_key(key: str) -> str:
-    """The form in which API keys are kept and compared: SHA-256, lower-case hex."""
-    return sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _flag(
@@ -153,6 +161,24 @@ class Settings(BaseModel):
             metavar="KEY",
         ),
     ] = ()
+    api_key_file: Annotated[
+        Path | None,
+        _flag(
+            _HTTP,
+            "File of further keys, one a line: 'NAME KEY' or 'NAME sha256:HEX'. Keys of one name are one user.",
+            metavar="FILE",
+        ),
+    ] = None
+    protect_all_routes: Annotated[bool, _flag(_HTTP, "/health, /version and /metrics want a key too.")] = False
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        _flag(
+            _HTTP,
+            "Origins whose web pages may use the API (CORS), as https://chat.example.com; '*': all. Default: none.",
+            metavar="ORIGIN",
+            several=True,
+        ),
+    ] = ()
     max_logprobs: Annotated[
         int, Field(ge=0), _flag(_HTTP, "Most log-probabilities per token that a request may ask for.")
     ] = 20
@@ -188,6 +214,15 @@ class Settings(BaseModel):
     max_num_queued_reqs: Annotated[
         int, Field(ge=0), _flag(_ENGINE, "Sequences that may wait for a slot; beyond it requests are refused with 503.")
     ] = 4096
+    max_concurrent_seqs_per_key: Annotated[
+        int | None,
+        Field(ge=1),
+        _flag(
+            _ENGINE,
+            "Sequences that one API key may have waiting and running; beyond it requests are refused with 429. "
+            "Default: unlimited.",
+        ),
+    ] = None
     seed: Annotated[
         int, Field(ge=0, lt=1 << 63), _flag(_ENGINE, "Seed of requests that bring none, and of dummy weights.")
     ] = 0
@@ -210,6 +245,15 @@ class Settings(BaseModel):
             raise ValueError("--skip-tokenizer-init and --tokenizer exclude each other")
         if not all(key.get_secret_value() for key in self.api_key):
             raise ValueError("--api-key: a key must not be empty")
+        if not self.keys:
+            for needs_keys in ("protect_all_routes", "max_concurrent_seqs_per_key"):
+                if getattr(self, needs_keys):
+                    raise ValueError(f"--{needs_keys.replace('_', '-')} needs --api-key or --api-key-file")
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--allowed-origins: {origin!r} is not an origin, such as https://chat.example.com:8443"
+                )
         if self.max_num_batched_tokens < self.max_num_seqs + CHUNK:
             # A step takes one token of every decoding sequence and at least one piece of a prompt.
             raise ValueError(
@@ -219,6 +263,23 @@ class Settings(BaseModel):
         if self.revision is not None and (self.model is None or _is_folder(self.model)):
             raise ValueError("--revision needs a hub id as --model; a local folder has no revisions")
         return self
+
+    @cached_property
+    def keys(self) -> tuple[ApiKey, ...]:
+        """All accepted keys; those given as flags are called key-1, key-2 ...
+
+        Raises:
+            SettingsError: the key file is wrong, or a key is given under two names.
+        """
+        given = tuple(
+            ApiKey(f"key-{number}", hash_key(key.get_secret_value())) for number, key in enumerate(self.api_key, 1)
+        )
+        listed = () if self.api_key_file is None else read_key_file(self.api_key_file)
+        check_distinct(given + listed)
+        taken = {key.name for key in given} & {key.name for key in listed}
+        if taken:
+            raise SettingsError(f"--api-key-file: {min(taken)} is the name of a key given with --api-key")
+        return given + listed
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, object]) -> "Settings":
@@ -258,6 +319,8 @@ class Settings(BaseModel):
             max_model_len=self.max_model_len,
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_num_queued_reqs=self.max_num_queued_reqs,
+            max_concurrent_seqs_per_key=self.max_concurrent_seqs_per_key,
+            several_keys=len({key.name for key in self.keys}) > 1,
             max_logprobs=self.max_logprobs,
             generation_config=self.generation_config,
             load_format=self.load_format,
@@ -268,7 +331,9 @@ class Settings(BaseModel):
         """The API processes' part; keys leave the launcher as hashes only."""
         return ApiSettings(
             served_model_names=self.model_names(model_folder),
-            api_keys=tuple(hash_key(key.get_secret_value()) for key in self.api_key),
+            api_keys=self.keys,
+            protect_all_routes=self.protect_all_routes,
+            allowed_origins=self.allowed_origins,
             tokenizer_folder=tokenizer_folder,
             max_model_len=self.max_model_len,
             max_body_bytes=self.max_body_bytes,

@@ -39,6 +39,22 @@ def unpack_tokens(packed: bytes) -> "array[int]":
     return token_ids
 
 
+class RefusalReason(enum.IntEnum):
+    """Why the engine did not take a request."""
+
+    QUEUE_FULL = 1
+    """Too many choices wait already, of everybody's or of this tenant's."""
+    TENANT_LIMIT = 2
+    """The tenant has as many choices waiting and running as it may."""
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True):
+    """The engine's answer to a request that it does not take."""
+
+    reason: RefusalReason
+    message: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one request samples. Validated by the API process; the engine trusts it."""
 
@@ -81,6 +97,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """``time.monotonic()`` when the request arrived (one clock for all processes of a host)."""
     priority: int = 0
     """Lower values are served first; among equals, the order of arrival counts."""
+    tenant: str = ""
+    """The name of the API key that the request came with, never the key; empty where no key is needed."""
 
     @property
     def num_choices(self) -> int:
@@ -148,6 +166,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Slots: sequences that can run at once."""
     max_num_queued_reqs: int
     """Choices that may wait beyond the running ones."""
+    max_request_choices: int
+    """Choices that one request may have; one with more can never be taken."""
     max_logprobs: int
     default_sampling: dict[str, float | int]
     """Fields of :class:`SamplingParams` set by the checkpoint's ``generation_config.json``."""
@@ -178,8 +198,8 @@ class StepOutput(msgspec.Struct, kw_only=True, tag=True):
     """By row: the stop token id or stop string that ended the choice. Not set for end-of-sequence."""
     accepted: list[int] = []
     """Request ids now queued or running."""
-    rejected: dict[int, str] = {}
-    """Request ids refused because the queue is full, with the message."""
+    rejected: dict[int, Refusal] = {}
+    """By request id: requests that were not taken."""
     errors: dict[int, str] = {}
     """By row: message of a choice that ended with FinishReason.ERROR."""
     stats: EngineStats | None = None

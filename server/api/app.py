@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api.auth import PUBLIC_PATHS, AuthMiddleware
@@ -14,7 +15,9 @@ from server.api.completions import completions_router
 from server.api.errors import ErrorMiddleware, answer_api_error, answer_http_error
 from server.api.models import models_router
 from server.api.operations import operations_router
+from server.api.routing import ERRORS
 from server.api.schemas.completion import CompletionRequest
+from server.api.schemas.server import ErrorResponse
 from server.api.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from server.api.tokenization import tokenization_router
 from server.errors import ApiError
@@ -22,6 +25,12 @@ from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
 
 _DESCRIPTION = "An OpenAI-style API for Gated Linear Attention models."
+_CORS_METHODS = ("GET", "POST", "DELETE")
+_CORS_HEADERS = ("Retry-After", "X-Request-Id")
+_UNAUTHORIZED = {
+    "description": ERRORS[401],
+    "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}}},
+}
 
 
 def create_app(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer | None) -> FastAPI:
@@ -47,21 +56,35 @@ def create_app(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer
     app.include_router(operations_router(client))
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
+    public_paths = frozenset[str]() if settings.protect_all_routes else PUBLIC_PATHS
     if settings.api_keys:
-        app.add_middleware(AuthMiddleware, key_digests=settings.api_keys)
-    app.add_middleware(ErrorMiddleware)  # the last one added is the outermost
+        app.add_middleware(AuthMiddleware, keys=settings.api_keys, public_paths=public_paths)
+    app.add_middleware(ErrorMiddleware)
+    if settings.allowed_origins:
+        # The last one added is the outermost: pages may read errors too, and browsers ask without a key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=_CORS_METHODS,
+            allow_headers=("*",),
+            expose_headers=_CORS_HEADERS,
+        )
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, needs_key=bool(settings.api_keys))
+            app.openapi_schema = _document(app, public_paths if settings.api_keys else None)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
 
 
-def _document(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
-    """The OpenAPI document, with the request models of the routes that read their bodies by themselves."""
+def _document(app: FastAPI, public_paths: frozenset[str] | None) -> dict[str, Any]:
+    """The OpenAPI document, with the request models of the routes that read their bodies by themselves.
+
+    Args:
+        public_paths: what needs no key; None: no path needs one.
+    """
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _, definitions = models_json_schema(
         [(schema, "validation") for schema in (CompletionRequest, TokenizeRequest, DetokenizeRequest)],
@@ -69,10 +92,11 @@ def _document(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
     )
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(definitions["$defs"])
-    if needs_key:
+    if public_paths is not None:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():
-            if path not in PUBLIC_PATHS:
+            if path not in public_paths:
                 for operation in operations.values():
                     operation["security"] = [{"key": []}]
+                    operation["responses"].setdefault("401", _UNAUTHORIZED)
     return document

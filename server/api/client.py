@@ -14,7 +14,7 @@ from types import TracebackType
 
 import msgspec
 
-from server.errors import ApiError, EngineUnavailableError, InternalError, QueueFullError
+from server.errors import ApiError, EngineUnavailableError, InternalError, QueueFullError, RateLimitError
 from server.ipc import ClientChannel
 from server.types import (
     Cancel,
@@ -25,6 +25,7 @@ from server.types import (
     FinishReason,
     GenerateRequest,
     Hello,
+    RefusalReason,
     SamplingParams,
     StepOutput,
     TokenLogprobs,
@@ -34,6 +35,10 @@ from server.types import (
 _CANCEL_RETRY_SECONDS = 0.05
 _MAX_UNREAD_TOKENS = 1 << 16
 """What a request may leave unread before it is ended: a client that never reads must not hold a slot for ever."""
+_REFUSALS: dict[RefusalReason, type[ApiError]] = {
+    RefusalReason.QUEUE_FULL: QueueFullError,
+    RefusalReason.TENANT_LIMIT: RateLimitError,
+}
 _REASONS = {int(reason): reason for reason in FinishReason}
 
 
@@ -252,7 +257,7 @@ class EngineClient:
         """Return once the engine can serve."""
         await self._ready.wait()
 
-    async def submit(self, *, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams) -> Mailbox:
+    async def submit(self, *, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, tenant: str) -> Mailbox:
         """Hand a request to the engine and wait until it is queued there.
 
         A caller that is cancelled while it waits cancels the request at the engine.
@@ -260,8 +265,10 @@ class EngineClient:
         Args:
             prompts: token ids, at least one prompt and one id in each; validated by the caller.
             n: answers to each prompt.
+            tenant: whose request it is; see :func:`server.api.auth.tenant_of`.
 
         Raises:
+            RateLimitError: the tenant has as many choices waiting and running as it may.
             QueueFullError: too many wait already.
             EngineUnavailableError: the engine is starting, draining, dead or does not read.
         """
@@ -272,6 +279,7 @@ class EngineClient:
             n=n,
             params=params,
             arrived=time.monotonic(),
+            tenant=tenant,
         )
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         mailbox = Mailbox(
@@ -342,9 +350,9 @@ class EngineClient:
         for request_id in message.accepted:
             if request_id in mailboxes:
                 mailboxes[request_id]._accept()
-        for request_id, reason in message.rejected.items():
+        for request_id, refusal in message.rejected.items():
             if request_id in mailboxes:
-                mailboxes.pop(request_id)._fail(QueueFullError(reason))
+                mailboxes.pop(request_id)._fail(_REFUSALS[refusal.reason](refusal.message))
         for row, request_id in enumerate(message.request_ids):
             mailbox = mailboxes.get(request_id)
             if mailbox is not None:

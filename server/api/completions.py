@@ -36,7 +36,7 @@ def completions_router(settings: ApiSettings, client: EngineClient, tokenizer: T
                 'ended by `data: [DONE]`; an error after the stream\'s start is one event, `data: {"error": ...}`.',
                 "content": {"text/event-stream": {"schema": {"type": "string"}}},
             },
-            **errors(400, 401, 404, 413, 415, 500, 503),
+            **errors(400, 401, 404, 413, 415, 429, 500, 503),
         },
         openapi_extra=json_body(CompletionRequest),
     )

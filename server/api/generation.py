@@ -10,6 +10,7 @@ from typing import Any, Final
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.api.auth import tenant_of
 from server.api.body import ClientGoneError
 from server.api.client import ChoiceEvent, EngineClient, Mailbox
 from server.api.errors import error_json
@@ -47,12 +48,12 @@ class GenerationAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; errors before the response's start are raised."""
-        await while_connected(receive, self._answer(send))
+        await while_connected(receive, self._answer(send, tenant_of(scope)))
 
-    async def _answer(self, send: Send) -> None:
+    async def _answer(self, send: Send, tenant: str) -> None:
         job = self._job
         # No header is sent before the engine has accepted: a full queue is a proper 503.
-        async with await self._client.submit(prompts=job.prompts, n=job.n, params=job.params) as mailbox:
+        async with await self._client.submit(prompts=job.prompts, n=job.n, params=job.params, tenant=tenant) as mailbox:
             await (self._stream(mailbox, send) if job.stream else self._respond(mailbox, send))
 
     async def _respond(self, mailbox: Mailbox, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Routes for those who run the server: health, version, metrics. No key needed."""
+"""Routes for those who run the server: health, version, metrics. No key needed, unless all routes are protected."""
 
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, generate_latest

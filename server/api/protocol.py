@@ -1,7 +1,7 @@
-"""uvicorn's HTTP/1.1 protocol with bounds on a request's head: how long it is and how long it takes.
+"""uvicorn's HTTP/1.1 protocol with bounds on what it keeps of a request beside the body, and on how long a head takes.
 
 uvicorn bounds neither, so a client could hold connections for ever with a byte now and then, or fill
-the memory with one endless header.
+the memory with one endless header, before the body or after it.
 """
 
 import asyncio
@@ -9,17 +9,23 @@ import asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 * 1024
+"""Of request line and headers. Also of whatever comes between two pieces of a body, or after the last one."""
 HEAD_SECONDS = 30.0
 
 _TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class _HeadTooLongError(Exception):
+    """Raised through the parser, which stops."""
 
 
 class HttpProtocol(HttpToolsProtocol):
     """Closes connections whose request line and headers are too long or do not come to an end."""
 
     _head_timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0
     _in_head = True
+    _unaccounted = 0
+    """Bytes since the last head or piece of a body was whole: the parser may have to keep them."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: its first head may take so long."""
@@ -32,12 +38,18 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse, and count what belongs to a head."""
-        self._head_bytes += len(data)
+        """Parse, and count what the parser keeps."""
+        self._unaccounted += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.transport.write(_TOO_LONG)
-            self.transport.close()
+        if self._unaccounted > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse()
+
+    def send_400_response(self, msg: str) -> None:
+        """The parser has stopped."""
+        if self._unaccounted > MAX_HEAD_BYTES:
+            self._refuse()
+        else:
+            super().send_400_response(msg)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -46,16 +58,39 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """The end of a request's head."""
+        """The end of a request's head.
+
+        Raises:
+            _HeadTooLongError: it came in one piece that is too long.
+        """
+        length = len(self.url) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
+        if length > MAX_HEAD_BYTES:
+            raise _HeadTooLongError
         self._in_head = False
+        self._unaccounted = 0
         self._stop_timer()
         super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """The size of the next piece of a body is known."""
+        self._unaccounted = 0
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body; the application bounds the whole."""
+        self._unaccounted = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The end of a request; what follows is the next one's head."""
         self._in_head = True
-        self._head_bytes = 0
+        self._unaccounted = 0
         super().on_message_complete()
+
+    def _refuse(self) -> None:
+        if self._in_head:
+            self.transport.write(_TOO_LONG)
+        # Else an answer may be on its way already.
+        self.transport.close()
 
     def _start_timer(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._time_out)

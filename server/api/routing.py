@@ -24,6 +24,7 @@ ERRORS: Final[dict[int, str]] = {
     404: "No model of that name is served.",
     413: "The body is too large.",
     415: "The body is declared to be something else than plain JSON.",
+    429: "The API key has as many choices waiting and running as it may; see Retry-After.",
     500: "The server failed.",
     503: "The queue is full, or the engine cannot serve; see Retry-After.",
 }

@@ -104,10 +104,10 @@ class RequestValidator(ABC):
         if request.stream_options is not None and not request.stream:
             raise invalid("stream_options", "is only allowed together with 'stream'")
         num_choices = num_prompts * (request.n or 1)
-        most = self._info.max_num_seqs + self._info.max_num_queued_reqs
+        most = self._info.max_request_choices
         if num_choices > most:
             at_fault = param if num_prompts > most else "n"
-            raise invalid(at_fault, f"asks for {num_choices} choices; this server can never take more than {most}")
+            raise invalid(at_fault, f"asks for {num_choices} choices; at most {most} are taken at once")
 
     def _params(self, request: GenerationFields, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """How the request samples, with the checkpoint's defaults.

@@ -64,6 +64,8 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             prompt_limits=built.prompt_limits,
             max_num_queued_reqs=config.max_num_queued_reqs,
+            max_seqs_per_tenant=config.max_concurrent_seqs_per_key,
+            several_tenants=config.several_keys,
         )
         self.info = EngineInfo(
             vocab_size=model_config.vocab_size,
@@ -71,6 +73,7 @@ class Engine:
             max_model_len=config.max_model_len,
             max_num_seqs=built.num_slots,
             max_num_queued_reqs=config.max_num_queued_reqs,
+            max_request_choices=self.scheduler.max_request_choices,
             max_logprobs=config.max_logprobs,
             default_sampling=generation.sampling_defaults if config.generation_config == "auto" else {},
             state_bytes=built.state_bytes,
@@ -92,12 +95,9 @@ class Engine:
             client: the API process, to which the outputs will be addressed.
             request: validated by the API process.
         """
-        if not self.scheduler.has_room(request.num_choices):
-            message = (
-                f"the queue is full: no place for {request.num_choices} more choices beside the "
-                f"{len(self.scheduler.waiting)} that wait (--max-num-queued-reqs {self.info.max_num_queued_reqs})"
-            )
-            self._outbox.reject(client, request.request_id, message)
+        refusal = self.scheduler.refusal(request.tenant, request.num_choices)
+        if refusal is not None:
+            self._outbox.reject(client, request.request_id, refusal)
             return
         # One array per prompt, however many choices share it: nothing writes to it.
         prompts = [unpack_tokens(prompt) for prompt in request.prompts]
@@ -136,6 +136,7 @@ class Engine:
             matcher=StopMatcher(params.stop) if params.stop else None,
             arrived=request.arrived,
             priority=request.priority,
+            tenant=request.tenant,
         )
 
     def cancel(self, client: bytes, request_ids: Iterable[int]) -> None:

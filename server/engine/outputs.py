@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from server.engine.sequence import Sequence
-from server.types import StepOutput, TokenLogprobs
+from server.types import Refusal, StepOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -47,9 +47,9 @@ class Outbox:
         """The request is queued or running."""
         self._of(client).rest.accepted.append(request_id)
 
-    def reject(self, client: bytes, request_id: int, message: str) -> None:
+    def reject(self, client: bytes, request_id: int, refusal: Refusal) -> None:
         """The request was refused as a whole."""
-        self._of(client).rest.rejected[request_id] = message
+        self._of(client).rest.rejected[request_id] = refusal
 
     def token(
         self,

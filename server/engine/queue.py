@@ -1,53 +1,127 @@
-"""The sequences that wait for a slot, in the order in which they get one."""
+"""Who waits for a slot, and whose turn it is.
 
-from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Iterator
+Lower priority values go first. Among equals, the tenant (API key) with the fewest running sequences is next; between
+tenants with equally many, the one whose last turn is longest ago; within a tenant, the oldest sequence. So every
+tenant with work waiting gets the same share of the slots, and the thousands of choices that one has queued do not
+delay another's first.
+"""
+
+import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 
 from server.engine.sequence import Sequence
 
 
 class WaitingQueue:
-    """Waiting sequences by priority, the lower value first, and among equals by arrival.
+    """The waiting sequences, and how many of each tenant run.
 
-    Iterating yields them in this order. A sequence must not be added twice, and its priority must not change while it
-    waits.
+    Iterating yields them in the order in which they would be given slots now; the queue must not change meanwhile. A
+    sequence must not be added twice, and neither its priority nor its tenant may change while it waits.
     """
 
     def __init__(self) -> None:
-        # Ordered dictionaries: an ordinary one is slow to find its first entry once many before it are gone.
-        self._classes: dict[int, OrderedDict[Sequence, None]] = {}
-        self._priorities: list[int] = []
+        # By priority and tenant, oldest first; neither level keeps empty entries. Ordered dictionaries: an ordinary
+        # one is slow to find its first entry once many before it are gone.
+        self._classes: dict[int, dict[str, OrderedDict[Sequence, None]]] = {}
         self._length = 0
-
-    def add(self, seq: Sequence) -> None:
-        """Put a sequence behind those of its priority."""
-        same = self._classes.get(seq.priority)
-        if same is None:
-            same = self._classes[seq.priority] = OrderedDict()
-            insort(self._priorities, seq.priority)
-        same[seq] = None
-        self._length += 1
-
-    def remove(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it stands.
-
-        Raises:
-            KeyError: it does not wait here.
-        """
-        same = self._classes[seq.priority]
-        del same[seq]
-        self._length -= 1
-        if not same:
-            del self._classes[seq.priority]
-            del self._priorities[bisect_left(self._priorities, seq.priority)]
-
-    def __iter__(self) -> Iterator[Sequence]:
-        for priority in self._priorities:
-            yield from self._classes[priority]
+        self._running: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+        self._last_turn: dict[str, int] = {}
+        self._turns = 0
 
     def __len__(self) -> int:
         return self._length
 
     def __contains__(self, seq: Sequence) -> bool:
-        return seq in self._classes.get(seq.priority, ())
+        return seq in self._classes.get(seq.priority, {}).get(seq.tenant, {})
+
+    def __iter__(self) -> Iterator[Sequence]:
+        running, last_turn, turn = Counter(self._running), dict(self._last_turn), self._turns
+        for priority in sorted(self._classes):
+            lines = self._classes[priority]
+            # Between tenants that never had a turn, the one that came first: so sequences are never compared.
+            turns = [
+                (running[tenant], last_turn.get(tenant, 0), place, tenant, iter(line))
+                for place, (tenant, line) in enumerate(lines.items())
+            ]
+            heapq.heapify(turns)
+            while turns:
+                _, _, place, tenant, line = turns[0]
+                seq = next(line, None)
+                if seq is None:
+                    heapq.heappop(turns)
+                    continue
+                yield seq
+                running[tenant] += 1
+                turn += 1
+                last_turn[tenant] = turn
+                heapq.heapreplace(turns, (running[tenant], turn, place, tenant, line))
+
+    def num_waiting(self, tenant: str) -> int:
+        """How many of a tenant's sequences wait."""
+        return self._waiting[tenant]
+
+    def num_open(self, tenant: str) -> int:
+        """How many of a tenant's sequences wait or run."""
+        return self._waiting[tenant] + self._running[tenant]
+
+    def add(self, seq: Sequence) -> None:
+        """Put a sequence behind those of its tenant and priority."""
+        self._classes.setdefault(seq.priority, {}).setdefault(seq.tenant, OrderedDict())[seq] = None
+        self._waiting[seq.tenant] += 1
+        self._length += 1
+
+    def remove(self, seq: Sequence) -> None:
+        """Take out a sequence that is no longer wanted.
+
+        Raises:
+            KeyError: it does not wait.
+        """
+        lines = self._classes[seq.priority]
+        line = lines[seq.tenant]
+        del line[seq]
+        if not line:
+            del lines[seq.tenant]
+            if not lines:
+                del self._classes[seq.priority]
+        _lower(self._waiting, seq.tenant)
+        self._length -= 1
+
+    def start(self, seq: Sequence) -> None:
+        """Take out a sequence that has been given a slot: its tenant has had a turn, and one more runs.
+
+        Raises:
+            KeyError: it does not wait.
+        """
+        self.remove(seq)
+        self._running[seq.tenant] += 1
+        self._turns += 1
+        self._last_turn[seq.tenant] = self._turns
+
+    def end(self, seq: Sequence) -> None:
+        """A sequence that ran has ended."""
+        _lower(self._running, seq.tenant)
+
+
+def in_turns(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """Sequences ordered by priority; among equals, the first of every tenant, then the second of every tenant ...
+
+    Args:
+        sequences: in the order that counts within a tenant, and between the n-th of two tenants.
+    """
+    seen: Counter[tuple[int, str]] = Counter()
+    ranks: list[tuple[int, int, int, Sequence]] = []
+    for place, seq in enumerate(sequences):
+        key = (seq.priority, seq.tenant)
+        ranks.append((seq.priority, seen[key], place, seq))
+        seen[key] += 1
+    ranks.sort(key=lambda rank: rank[:3])
+    return [seq for *_, seq in ranks]
+
+
+def _lower(counts: Counter[str], tenant: str) -> None:
+    """Count one less; nothing is kept of tenants that have nothing."""
+    counts[tenant] -= 1
+    if not counts[tenant]:
+        del counts[tenant]

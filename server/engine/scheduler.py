@@ -1,9 +1,9 @@
 """Which tokens the next step absorbs, and who holds which slot.
 
 There is no prefill phase: a sequence has tokens still to be absorbed, and each step absorbs some,
-under a token budget. Decodes (one token each) come first; prompts share the rest, the most urgent and
-of those the oldest getting most, in pieces that end on a fixed grid of positions, so that how a prompt
-is cut does not change its result.
+under a token budget. Decodes (one token each) come first; prompts share the rest, the most urgent and,
+tenant by tenant, the oldest of those getting most, in pieces that end on a fixed grid of positions, so
+that how a prompt is cut does not change its result.
 """
 
 from bisect import bisect_left
@@ -12,14 +12,16 @@ from itertools import islice
 from operator import attrgetter
 
 from server.engine.batch import Batch, Fork, Span
-from server.engine.queue import WaitingQueue
+from server.engine.queue import WaitingQueue, in_turns
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
 from server.settings import CHUNK
-from server.types import FinishReason
+from server.types import FinishReason, Refusal, RefusalReason
 
 _slot = attrgetter("slot")
-_priority = attrgetter("priority")
+
+_RESERVED_SHARE = 16
+"""One in so many places of the queue stays free of any one tenant."""
 
 PREFILL_GRID = CHUNK
 """Prompt pieces end at multiples of this position (the kernels' chunk), or at the prompt's end."""
@@ -33,6 +35,8 @@ class Scheduler:
         max_num_batched_tokens: token budget of a step. A prompt still makes progress by one grid
             piece per step when decodes alone fill the budget.
         max_num_queued_reqs: choices that may wait beyond those a free slot awaits.
+        max_seqs_per_tenant: choices that one tenant may have waiting and running; None: unlimited.
+        several_tenants: whether a part of the queue is kept free of any one tenant.
         prompt_limits: (decodes, tokens), ascending: beside at most so many decodes, prompts get at most so many tokens
             of the budget. Larger batches are limited like the last; none: prompts get what decodes leave.
     """
@@ -43,12 +47,16 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         max_num_queued_reqs: int,
+        max_seqs_per_tenant: int | None = None,
+        several_tenants: bool = False,
         prompt_limits: tuple[tuple[int, int], ...] = (),
     ) -> None:
         self.allocator = allocator
         self._prompt_limits = prompt_limits
         self._token_budget = max_num_batched_tokens
         self._max_queued = max_num_queued_reqs
+        self._max_per_tenant = max_seqs_per_tenant
+        self._several_tenants = several_tenants
         self.waiting = WaitingQueue()
         self.running: dict[Sequence, None] = {}
 
@@ -57,12 +65,40 @@ class Scheduler:
         """Whether any sequence waits or runs."""
         return bool(self.running or self.waiting)
 
-    def has_room(self, num_choices: int) -> bool:
-        """Whether so many more sequences may join the queue, all of them."""
-        return len(self.waiting) + num_choices <= self.allocator.num_free + self._max_queued
+    @property
+    def max_request_choices(self) -> int:
+        """The most sequences that can be added at once, to an idle scheduler."""
+        most = self.allocator.num_slots + self._queue_share(self._max_queued)
+        return most if self._max_per_tenant is None else min(most, self._max_per_tenant)
+
+    def refusal(self, tenant: str, num_choices: int) -> Refusal | None:
+        """Why so many more sequences of a tenant may not join the queue; None: all of them may."""
+        num_open = self.waiting.num_open(tenant)
+        if self._max_per_tenant is not None and num_open + num_choices > self._max_per_tenant:
+            return Refusal(
+                RefusalReason.TENANT_LIMIT,
+                f"this API key has {num_open} choices waiting or running: no place for {num_choices} more "
+                f"(--max-concurrent-seqs-per-key {self._max_per_tenant})",
+            )
+        own = self.waiting.num_waiting(tenant)
+        places = self._queue_share(self._max_queued - len(self.waiting) + own)
+        if own + num_choices > self.allocator.num_free + places:
+            return Refusal(
+                RefusalReason.QUEUE_FULL,
+                f"the queue is full: no place for {num_choices} more choices beside the {len(self.waiting)} that wait "
+                f"(--max-num-queued-reqs {self._max_queued})",
+            )
+        return None
+
+    def _queue_share(self, places: int) -> int:
+        """How many of the places that others leave in the queue one tenant may take.
+
+        Where there are several, a part stays free, so that a newcomer is never refused for what one other has queued.
+        """
+        return places - max(places, 0) // _RESERVED_SHARE if self._several_tenants else places
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences behind those of their priority that wait already."""
+        """Queue sequences behind those of their tenants and priorities that wait already."""
         for seq in sequences:
             self.waiting.add(seq)
 
@@ -88,10 +124,9 @@ class Scheduler:
         for seq in candidates:
             if seq.leader is None:
                 (prompts if seq.prompt_remaining else ready).append(seq)
-        prompts.sort(key=_priority)
         prefills: list[Span] = []
         leased: list[Sequence] = []
-        for seq, length in _share(prompts, budget).items():
+        for seq, length in _share(in_turns(prompts), budget).items():
             if seq.slot is None:
                 self._lease(seq, now)
                 leased.append(seq)
@@ -110,7 +145,7 @@ class Scheduler:
         return Batch(tuple(decodes), tuple(prefills), tuple(leased), replays, tuple(forks))
 
     def _lease(self, seq: Sequence, now: float) -> None:
-        self.waiting.remove(seq)
+        self.waiting.start(seq)
         seq.slot = self.allocator.lease()
         seq.admitted = now
         self.running[seq] = None
@@ -161,6 +196,7 @@ class Scheduler:
             self.waiting.remove(seq)
             return
         del self.running[seq]
+        self.waiting.end(seq)
         self._release_if_idle(seq)
 
     def retire(self, batch: Batch) -> None:
@@ -185,7 +221,7 @@ def _share(prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
     prompts are absorbed in order, and a long one does not hold up those behind it.
 
     Args:
-        prompts: sequences with prompt tokens left, the one to be served first first.
+        prompts: sequences with prompt tokens left, the one to be served first first; see :func:`in_turns`.
         budget: most tokens in all, at least PREFILL_GRID.
     """
     granted: dict[Sequence, int] = {}

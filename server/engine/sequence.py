@@ -34,6 +34,8 @@ class Sequence:
     """Most tokens to sample, the model length limit considered."""
     matcher: StopMatcher | None
     arrived: float
+    tenant: str = ""
+    """Whose turn it takes in the queue."""
     priority: int = 0
     """Lower values are served first."""
 

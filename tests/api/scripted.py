@@ -20,7 +20,8 @@ import uvicorn
 from server.api.app import create_app
 from server.api.client import EngineClient
 from server.engine.detokenizer import StopMatcher
-from server.settings import ApiSettings, hash_key
+from server.keys import ApiKey, hash_key
+from server.settings import ApiSettings
 from server.types import (
     Cancel,
     ClientMessage,
@@ -31,6 +32,8 @@ from server.types import (
     GenerateRequest,
     Hello,
     HistogramSnapshot,
+    Refusal,
+    RefusalReason,
     StepOutput,
     TokenLogprobs,
     unpack_tokens,
@@ -46,6 +49,7 @@ INFO = EngineInfo(
     max_model_len=2000,
     max_num_seqs=8,
     max_num_queued_reqs=8,
+    max_request_choices=16,
     max_logprobs=5,
     default_sampling={"temperature": 0.7, "top_p": 0.9, "top_k": 40},
     state_bytes=1024,
@@ -120,6 +124,8 @@ class ScriptedEngine:
     generated: int = 0
     fail_after: int | None = None
     """A choice ends with an error after so many tokens."""
+    max_per_tenant: int | None = None
+    """Choices that one tenant may have running."""
     stop_after: int | None = None
     """A choice comes to its end of sequence after so many tokens."""
 
@@ -145,8 +151,9 @@ class ScriptedEngine:
         return True
 
     def _submit(self, request: GenerateRequest) -> None:
-        if len(self.running) + request.num_choices > self.info.max_num_seqs + self.info.max_num_queued_reqs:
-            self._receive([StepOutput(rejected={request.request_id: "the queue is full"})])
+        refusal = self._refusal(request)
+        if refusal is not None:
+            self._receive([StepOutput(rejected={request.request_id: refusal})])
             return
         self.requests.append(request)
         idle = not self.running
@@ -158,6 +165,14 @@ class ScriptedEngine:
         self._receive([StepOutput(accepted=[request.request_id])])
         if idle:
             self.loop.call_soon(self._tick)
+
+    def _refusal(self, request: GenerateRequest) -> Refusal | None:
+        if len(self.running) + request.num_choices > self.info.max_request_choices:
+            return Refusal(RefusalReason.QUEUE_FULL, "the queue is full")
+        own = sum(running.request.tenant == request.tenant for running in self.running.values())
+        if self.max_per_tenant is not None and own + request.num_choices > self.max_per_tenant:
+            return Refusal(RefusalReason.TENANT_LIMIT, "too much of this key's is running")
+        return None
 
     def _tick(self) -> None:
         if self.running:
@@ -278,12 +293,15 @@ def api_settings(**changes: Any) -> ApiSettings:
     fields: dict[str, Any] = {
         "served_model_names": ("scripted", "org/scripted"),
         "api_keys": (),
+        "protect_all_routes": False,
+        "allowed_origins": (),
         "tokenizer_folder": None,
         "max_model_len": 2000,
         "max_body_bytes": 100_000,
         "created": 1_700_000_000,
     }
-    fields["api_keys"] = tuple(map(hash_key, changes.pop("keys", ())))
+    keys = changes.pop("keys", ())
+    fields["api_keys"] = tuple(ApiKey(f"key-{number}", hash_key(key)) for number, key in enumerate(keys, 1))
     return ApiSettings(**{**fields, **changes})
 
 

@@ -79,7 +79,7 @@ def test_every_body_is_a_job_or_a_clear_refusal(tokenizer: Any, body: bytes) -> 
         assert error.message
     else:
         params = job.params
-        assert 1 <= job.num_choices <= INFO.max_num_seqs + INFO.max_num_queued_reqs
+        assert 1 <= job.num_choices <= INFO.max_request_choices
         assert all(0 <= token < VOCAB for prompt in job.prompts for token in prompt)
         assert all(0 < len(prompt) < INFO.max_model_len for prompt in job.prompts)  # type: ignore[operator]
         assert params.max_tokens is not None

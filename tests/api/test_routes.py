@@ -152,7 +152,7 @@ def test_openapi_document_is_whole(server: Server) -> None:
     assert all(field.get("description") for field in request["properties"].values())
     assert request["additionalProperties"] is False
     assert request["required"] == ["prompt"]
-    assert set(operation["responses"]) == {"200", "400", "401", "404", "413", "415", "500", "503"}
+    assert set(operation["responses"]) == {"200", "400", "401", "404", "413", "415", "429", "500", "503"}
     assert set(document["paths"]) == {
         "/v1/completions",
         "/v1/models",

@@ -258,6 +258,8 @@ def build_engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
             max_model_len=None,
             gpu_memory_utilization=0.9,
             max_num_queued_reqs=4096,
+            max_concurrent_seqs_per_key=None,
+            several_keys=False,
             max_logprobs=20,
             generation_config="none",
             load_format=args.load_format,

@@ -16,15 +16,17 @@ MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 ENDLESS = 1_000_000
 
 
-def test_drain_finishes_what_runs(tmp_path: Path) -> None:
-    flags = ("--api-key", "topsecret", "--log-format", "json", "--shutdown-timeout", "60")
+def test_drain_finishes_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GALE_API_KEY", "topsecret")
+    flags = ("--log-format", "json", "--shutdown-timeout", "60")
     with RunningServer(tmp_path, *flags) as server:
         key = {"Authorization": "Bearer topsecret"}
         assert httpx.get(f"{server.base_url}/v1/models").status_code == 401
         with Stream(server.base_url, 100, headers=key) as stream:
             next(stream)
             server.signal(signal.SIGTERM)
-            assert not any("topsecret" in part for child in server.children for part in child.cmdline())
+            for child in server.children:
+                assert not any("topsecret" in part for part in (*child.cmdline(), *child.environ().values()))
             events = list(stream)
             assert events[-1]["choices"][0]["finish_reason"] == "length"
             assert stream.done

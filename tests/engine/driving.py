@@ -9,7 +9,7 @@ import torch
 
 from server.engine.engine import Engine
 from server.settings import EngineConfig
-from server.types import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs, pack_tokens
+from server.types import FinishReason, GenerateRequest, Refusal, SamplingParams, TokenLogprobs, pack_tokens
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CLASSICS = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
@@ -29,6 +29,8 @@ def engine_config(folder: Path = FIXTURES / "base", *, tokenizer: bool = False, 
         "max_model_len": None,
         "gpu_memory_utilization": 0.5,
         "max_num_queued_reqs": 1000,
+        "max_concurrent_seqs_per_key": None,
+        "several_keys": False,
         "max_logprobs": 20,
         "generation_config": "none",
         "load_format": "auto",
@@ -56,10 +58,12 @@ class Driver:
         self.engine = engine
         self.answers: dict[tuple[int, int], Answer] = {}
         self.accepted: set[int] = set()
-        self.rejected: dict[int, str] = {}
+        self.rejected: dict[int, Refusal] = {}
         self._next_id = 0
 
-    def submit(self, prompts: list[list[int]], n: int = 1, priority: int = 0, **params: object) -> int:
+    def submit(
+        self, prompts: list[list[int]], n: int = 1, *, priority: int = 0, tenant: str = "", **params: object
+    ) -> int:
         request_id = self._next_id
         self._next_id += 1
         request = GenerateRequest(
@@ -69,6 +73,7 @@ class Driver:
             params=SamplingParams(**params),  # type: ignore[arg-type]
             arrived=time.monotonic(),
             priority=priority,
+            tenant=tenant,
         )
         self.engine.submit(CLIENT, request)
         self.collect()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from server.engine.engine import Engine
 from server.tokenizer import load_tokenizer
-from server.types import FinishReason
+from server.types import FinishReason, RefusalReason
 from tests.engine.driving import CLASSICS, CLIENT, FIXTURES, Answer, Driver, engine_config, random_prompt, states_of
 
 VOCAB = 512
@@ -327,7 +327,8 @@ def test_a_request_is_queued_whole_or_refused_whole() -> None:
     last = driver.submit([prompt], max_tokens=3)
     assert driver.accepted == {fits, last}
     assert list(driver.rejected) == [refused]
-    assert "queue is full" in driver.rejected[refused]
+    assert driver.rejected[refused].reason is RefusalReason.QUEUE_FULL
+    assert "queue is full" in driver.rejected[refused].message
     settle(driver)
     driver.submit([prompt, prompt], max_tokens=3)
     settle(driver)

@@ -13,7 +13,9 @@ from server.engine.state_pool import SlotAllocator
 from server.types import FinishReason, SamplingParams
 
 
-def make_sequence(prompt_length: int, max_tokens: int | None = 8, request_id: int = 0, priority: int = 0) -> Sequence:
+def make_sequence(
+    prompt_length: int, max_tokens: int | None = 8, request_id: int = 0, *, priority: int = 0, tenant: str = ""
+) -> Sequence:
     return Sequence(
         client=b"c",
         request_id=request_id,
@@ -26,12 +28,15 @@ def make_sequence(prompt_length: int, max_tokens: int | None = 8, request_id: in
         matcher=None,
         arrived=0.0,
         priority=priority,
+        tenant=tenant,
     )
 
 
-def make_group(size: int, prompt_length: int, max_tokens: int, priority: int = 0) -> list[Sequence]:
+def make_group(size: int, prompt_length: int, max_tokens: int, priority: int = 0, tenant: str = "") -> list[Sequence]:
     """Choices of one prompt, the leader first."""
-    leader, *followers = (make_sequence(prompt_length, max_tokens, priority=priority) for _ in range(size))
+    leader, *followers = (
+        make_sequence(prompt_length, max_tokens, priority=priority, tenant=tenant) for _ in range(size)
+    )
     leader.followers = followers
     for seq in followers:
         seq.leader = leader
@@ -95,8 +100,10 @@ def test_random_traces_keep_integrity(seed: int, overlap: bool) -> None:
     for step in range(120):
         if step < 80 and rng.random() < 0.5:
             length, max_tokens = rng.choice([1, 5, 63, 64, 65, 200, 700]), rng.choice([1, 2, 5, 20])
-            group = make_group(rng.randint(1, 4), length, max_tokens, priority=rng.randint(-1, 1))
-            if scheduler.has_room(len(group)):
+            group = make_group(
+                rng.randint(1, 4), length, max_tokens, priority=rng.randint(-1, 1), tenant=rng.choice("ab")
+            )
+            if scheduler.refusal("", len(group)) is None:
                 scheduler.add(group)
                 everyone += group
                 groups.append(group)
@@ -254,15 +261,15 @@ def test_a_slot_in_flight_is_not_released() -> None:
 
 def test_room_counts_free_slots_and_queue_places() -> None:
     scheduler = make_scheduler(slots=2, queued=3)
-    assert scheduler.has_room(5)
-    assert not scheduler.has_room(6)
+    assert scheduler.refusal("", 5) is None
+    assert scheduler.refusal("", 6) is not None
     scheduler.add([make_sequence(3) for _ in range(4)])
-    assert scheduler.has_room(1)
-    assert not scheduler.has_room(2)
+    assert scheduler.refusal("", 1) is None
+    assert scheduler.refusal("", 2) is not None
     assert scheduler.schedule(0.0) is not None
     # Two run now, two wait: one place is left.
-    assert scheduler.has_room(1)
-    assert not scheduler.has_room(2)
+    assert scheduler.refusal("", 1) is None
+    assert scheduler.refusal("", 2) is not None
 
 
 def test_slots_are_leased_lowest_first_and_not_twice() -> None:

@@ -13,6 +13,8 @@ from server.types import (
     FinishReason,
     GenerateRequest,
     HistogramSnapshot,
+    Refusal,
+    RefusalReason,
     StepOutput,
     TokenLogprobs,
 )
@@ -23,6 +25,7 @@ INFO = EngineInfo(
     max_model_len=None,
     max_num_seqs=4,
     max_num_queued_reqs=8,
+    max_request_choices=12,
     max_logprobs=5,
     default_sampling={},
     state_bytes=1024,
@@ -56,7 +59,7 @@ class ScriptedEngine:
     def submit(self, client: bytes, request: GenerateRequest) -> None:
         output = self._outputs.setdefault(client, StepOutput())
         if len(self.running) + request.num_choices > self.max_choices:
-            output.rejected[request.request_id] = "the queue is full"
+            output.rejected[request.request_id] = Refusal(RefusalReason.QUEUE_FULL, "the queue is full")
             return
         output.accepted.append(request.request_id)
         self.requests[client, request.request_id] = request

@@ -59,7 +59,7 @@ def test_every_choice_gets_its_tokens_and_one_end(tmp_path: Path, new_loop: Loop
     async def main(address: str) -> None:
         async with connected(address) as client:
             assert client.info == INFO
-            mailbox = await client.submit(prompts=[[1, 2], [3]], n=2, params=tokens(7, logprobs=1))
+            mailbox = await client.submit(prompts=[[1, 2], [3]], n=2, tenant="", params=tokens(7, logprobs=1))
             assert mailbox.num_choices == 4
             events = await collect(mailbox)
         assert sorted(events) == [0, 1, 2, 3]
@@ -79,7 +79,7 @@ def test_many_requests_at_once(tmp_path: Path, new_loop: LoopFactory) -> None:
     """Sends and arrivals interleave, so a swallowed wake-up of the socket would hang this test."""
 
     async def one(client: EngineClient, index: int) -> None:
-        events = await collect(await client.submit(prompts=[[1]], n=1, params=tokens(1 + index % 50)))
+        events = await collect(await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(1 + index % 50)))
         assert sum(len(event.token_ids) for event in events[0]) == 1 + index % 50
 
     async def main(address: str) -> None:
@@ -94,7 +94,10 @@ def test_many_requests_at_once(tmp_path: Path, new_loop: LoopFactory) -> None:
 
 def test_slow_reader_gets_joined_events(tmp_path: Path) -> None:
     async def main(address: str) -> None:
-        async with connected(address) as client, await client.submit(prompts=[[1]], n=1, params=tokens(100)) as mailbox:
+        async with (
+            connected(address) as client,
+            await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(100)) as mailbox,
+        ):
             await eventually(lambda: client._mailboxes == {})
             batches = [batch async for batch in mailbox]
         assert [event.token_ids for batch in batches for event in batch] == [list(range(1, 101))]
@@ -109,7 +112,7 @@ def test_reader_that_never_reads_loses_its_request(tmp_path: Path, monkeypatch: 
 
     async def main(address: str) -> None:
         async with connected(address) as client:
-            mailbox = await client.submit(prompts=[[1]], n=1, params=tokens(1_000_000))
+            mailbox = await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(1_000_000))
             await eventually(lambda: engine.finished["cancelled"] == 1)
             assert not engine.running
             assert len((await anext(mailbox))[0].token_ids) > 50
@@ -125,7 +128,7 @@ def test_closing_cancels_and_ends_the_iteration(tmp_path: Path) -> None:
 
     async def main(address: str) -> None:
         async with connected(address) as client:
-            mailbox = await client.submit(prompts=[[1]], n=3, params=tokens(1_000_000))
+            mailbox = await client.submit(prompts=[[1]], n=3, tenant="", params=tokens(1_000_000))
             await anext(mailbox)
             mailbox.close()
             mailbox.close()
@@ -143,7 +146,7 @@ def test_cancelled_submit_cancels_at_the_engine(tmp_path: Path) -> None:
 
     async def main(address: str) -> None:
         async with connected(address) as client:
-            task = asyncio.create_task(client.submit(prompts=[[1]], n=1, params=tokens(1_000_000)))
+            task = asyncio.create_task(client.submit(prompts=[[1]], n=1, tenant="", params=tokens(1_000_000)))
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -157,10 +160,10 @@ def test_cancelled_submit_cancels_at_the_engine(tmp_path: Path) -> None:
 def test_full_queue_refuses_the_whole_request(tmp_path: Path) -> None:
     async def main(address: str) -> None:
         async with connected(address) as client:
-            held = await client.submit(prompts=[[1]], n=3, params=tokens(1_000_000))
+            held = await client.submit(prompts=[[1]], n=3, tenant="", params=tokens(1_000_000))
             with pytest.raises(QueueFullError):
-                await client.submit(prompts=[[1]], n=2, params=tokens(1))
-            assert len(await collect(await client.submit(prompts=[[1]], n=1, params=tokens(1)))) == 1
+                await client.submit(prompts=[[1]], n=2, tenant="", params=tokens(1))
+            assert len(await collect(await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(1)))) == 1
             held.close()
 
     with serving(ScriptedEngine(max_choices=4), tmp_path) as address:
@@ -170,7 +173,7 @@ def test_full_queue_refuses_the_whole_request(tmp_path: Path) -> None:
 def test_error_comes_after_what_was_generated(tmp_path: Path) -> None:
     async def main(address: str) -> None:
         async with connected(address) as client:
-            mailbox = await client.submit(prompts=[[FAILING_TOKEN]], n=1, params=tokens(5))
+            mailbox = await client.submit(prompts=[[FAILING_TOKEN]], n=1, tenant="", params=tokens(5))
             await eventually(lambda: client._mailboxes == {})
             assert [event.token_ids for event in await anext(mailbox)] == [[1]]
             with pytest.raises(InternalError, match="not a number"):
@@ -186,7 +189,7 @@ def test_engine_death_ends_open_requests_and_refuses_new_ones(tmp_path: Path) ->
 
     async def main(address: str) -> None:
         async with connected(address) as client:
-            mailbox = await client.submit(prompts=[[1]], n=2, params=tokens(5))
+            mailbox = await client.submit(prompts=[[1]], n=2, tenant="", params=tokens(5))
             reader = asyncio.create_task(collect(mailbox))
             await asyncio.sleep(0.01)
             client.engine_died()
@@ -194,7 +197,7 @@ def test_engine_death_ends_open_requests_and_refuses_new_ones(tmp_path: Path) ->
                 await reader
             assert client.status is EngineStatus.DEAD
             with pytest.raises(EngineUnavailableError):
-                await client.submit(prompts=[[1]], n=1, params=tokens(5))
+                await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(5))
 
     with serving(engine, tmp_path) as address:
         run(main(address))
@@ -206,10 +209,10 @@ def test_drain_lets_open_requests_finish_and_refuses_new_ones(tmp_path: Path) ->
     async def main(address: str) -> None:
         async with connected(address) as client:
             engine.hold.set()
-            mailbox = await client.submit(prompts=[[1]], n=1, params=tokens(5))
+            mailbox = await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(5))
             client.drain()
             with pytest.raises(EngineUnavailableError, match="shutting down"):
-                await client.submit(prompts=[[1]], n=1, params=tokens(5))
+                await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(5))
             engine.hold.clear()
             assert (await collect(mailbox))[0][-1].finish_reason is FinishReason.LENGTH
 
@@ -222,11 +225,11 @@ def test_requests_before_the_engine_is_up_are_refused(tmp_path: Path) -> None:
         client = EngineClient(f"ipc://{tmp_path}/engine")
         await client.start()
         with pytest.raises(EngineUnavailableError, match="loading"):
-            await client.submit(prompts=[[1]], n=1, params=tokens(5))
+            await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(5))
         with serving(ScriptedEngine(), tmp_path):
             await client.wait_ready()
             assert client.status is EngineStatus.READY
-            assert await collect(await client.submit(prompts=[[1]], n=1, params=tokens(5)))
+            assert await collect(await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(5)))
         await client.close()
 
     run(main())

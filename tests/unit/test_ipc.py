@@ -121,13 +121,13 @@ def test_reset_fails_the_clients_requests(tmp_path: Path) -> None:
         client = EngineClient(address)
         await client.start()
         await client.wait_ready()
-        mailbox = await client.submit(prompts=[[1]], n=1, params=SamplingParams(max_tokens=10_000_000))
+        mailbox = await client.submit(prompts=[[1]], n=1, params=SamplingParams(max_tokens=10_000_000), tenant="")
         while len(engine.running):  # The event loop must not run: it would read.
             time.sleep(0.01)
         with pytest.raises(EngineUnavailableError, match="dropped"):
             async for _ in mailbox:
                 pass
-        again = await client.submit(prompts=[[1]], n=1, params=SamplingParams(max_tokens=3))
+        again = await client.submit(prompts=[[1]], n=1, params=SamplingParams(max_tokens=3), tenant="")
         assert [event.token_ids[-1] async for batch in again for event in batch][-1] == 3
         await client.close()
 

@@ -75,3 +75,29 @@ def test_unfinished_head_after_a_request_is_cut_off(client: socket.socket) -> No
     assert answers(client, 1).endswith(b"0")
     client.sendall(GET)
     assert client.recv(65536) == b""
+
+
+CHUNKED = GET.replace(b"GET", b"POST") + b"transfer-encoding: chunked\r\n\r\n"
+
+
+def test_head_in_one_piece_is_as_long_as_one_in_many(client: socket.socket) -> None:
+    client.sendall(GET + b"x-padding: " + b"p" * (MAX_HEAD_BYTES - 100) + b"\r\n\r\n")
+    assert answers(client, 1).endswith(b"0")
+    client.sendall(GET + b"x-padding: " + b"p" * MAX_HEAD_BYTES + b"\r\n\r\n")
+    assert client.recv(65536).startswith(b"HTTP/1.1 431 ")
+    assert client.recv(65536) == b""
+
+
+def test_a_body_in_the_smallest_of_chunks(client: socket.socket) -> None:
+    client.sendall(CHUNKED + b"1;some=extension\r\nx\r\n" * 50_000 + b"0\r\nx-trailer: y\r\n\r\n")
+    assert answers(client, 1).endswith(b"50000")
+    client.sendall(GET + b"\r\n")
+    assert answers(client, 1).endswith(b"0")
+
+
+@pytest.mark.parametrize("endless", [b"x-padding: y\r\n", b"y" * 16], ids=["fields", "one field"])
+def test_endless_trailers_are_cut_off(client: socket.socket, endless: bytes) -> None:
+    client.sendall(CHUNKED + b"1\r\nx\r\n0\r\nx-trailer: ")
+    with pytest.raises(ConnectionError):
+        for _ in range(1000):
+            client.sendall(endless * 4096)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from server.errors import SettingsError
-from server.settings import ApiSettings, EngineConfig, Settings, hash_key
+from server.keys import ApiKey, hash_key
+from server.settings import ApiSettings, EngineConfig, Settings
 
 # One value per flag, each different from its default, and where it must arrive.
 GIVEN = {
@@ -20,6 +21,9 @@ GIVEN = {
     "host": "0.0.0.0",
     "port": 1234,
     "api_key": ("secret",),
+    "api_key_file": Path(__file__).parent / "keys.txt",
+    "protect_all_routes": True,
+    "allowed_origins": ("https://a.example", "http://localhost:3000"),
     "max_logprobs": 3,
     "max_body_bytes": 1000,
     "api_server_count": 4,
@@ -31,6 +35,7 @@ GIVEN = {
     "max_model_len": 5000,
     "gpu_memory_utilization": 0.5,
     "max_num_queued_reqs": 6,
+    "max_concurrent_seqs_per_key": 5,
     "seed": 99,
     "shutdown_timeout": 3.5,
     "log_level": "error",
@@ -47,6 +52,7 @@ def test_engine_gets_its_part() -> None:
     assert dataclasses.asdict(config) == {
         "model_folder": Path("model"),
         "tokenizer_folder": Path("tokenizer"),
+        "several_keys": True,
         **{name: GIVEN[name] for name in GIVEN if name in {field.name for field in dataclasses.fields(EngineConfig)}},
     }
 
@@ -55,7 +61,9 @@ def test_api_gets_its_part() -> None:
     api = Settings.from_flags(GIVEN).api_settings(Path("model"), None)
     assert api == ApiSettings(
         served_model_names=("first", "second"),
-        api_keys=(hash_key("secret"),),
+        api_keys=(ApiKey("key-1", hash_key("secret")), ApiKey("alice", hash_key("second"))),
+        protect_all_routes=True,
+        allowed_origins=("https://a.example", "http://localhost:3000"),
         tokenizer_folder=None,
         max_model_len=5000,
         max_body_bytes=1000,
@@ -75,7 +83,8 @@ def test_key_stands_nowhere_in_clear_text() -> None:
     settings = Settings.from_flags({"api_key": ["topsecret"]})
     api = settings.api_settings(Path("model"), None)
     assert "topsecret" not in repr(settings) + str(settings) + repr(api) + settings.model_dump_json()
-    assert api.api_keys == ("53336a676c64c1396553b2b7c92f38126768827c93b64d9142069c10eda7a721",)
+    digest = "53336a676c64c1396553b2b7c92f38126768827c93b64d9142069c10eda7a721"
+    assert api.api_keys == (ApiKey("key-1", digest),)
 
 
 def test_names_of_the_model(tmp_path: Path) -> None:
@@ -104,6 +113,13 @@ def test_names_of_the_model(tmp_path: Path) -> None:
         ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization"),
         ({"gpu_memory_utilization": "nan"}, "--gpu-memory-utilization"),
         ({"max_num_queued_reqs": -1}, "--max-num-queued-reqs"),
+        ({"api_key": ["k"], "max_concurrent_seqs_per_key": 0}, "--max-concurrent-seqs-per-key"),
+        ({"max_concurrent_seqs_per_key": 3}, "--max-concurrent-seqs-per-key needs --api-key"),
+        ({"protect_all_routes": True}, "--protect-all-routes needs --api-key"),
+        ({"allowed_origins": ["https://a.example/"]}, "--allowed-origins"),
+        ({"allowed_origins": ["a.example"]}, "--allowed-origins"),
+        ({"allowed_origins": ["https://*.example/x"]}, "--allowed-origins"),
+        ({"allowed_origins": [""]}, "--allowed-origins"),
         ({"max_logprobs": -1}, "--max-logprobs"),
         ({"max_num_seqs": 200, "max_num_batched_tokens": 263}, "--max-num-batched-tokens must be at least"),
         ({"max_body_bytes": 0}, "--max-body-bytes"),

@@ -59,7 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How one request samples. Validated by the API process; the engine trusts it."""
 
     max_tokens: int | None = None
-    """Most tokens to generate; None: until a stop or the model length limit."""
+    """Most tokens to generate; None: until a stop or the model length limit. 0: only the prompt is absorbed."""
     min_tokens: int = 0
     """Stop tokens are not sampled, and stop strings not looked at, before this many tokens."""
     temperature: float = 1.0
@@ -79,6 +79,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     """Number of most likely alternatives to report per token; 0 reports the sampled token only."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, from the second on."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -125,6 +127,22 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     sampled: float
     top_ids: list[int]
     top: list[float]
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural log, of the unmodified logits) of a prompt's tokens, in the order of the prompt.
+
+    Packed, since there may be many: N tokens, K alternatives to each.
+    """
+
+    logprobs: bytes
+    """N float32."""
+    ranks: bytes
+    """N int32: how many tokens are at least as likely, itself included."""
+    top_ids: bytes
+    """N x K int32, the most likely tokens at each position, in order."""
+    top: bytes
+    """N x K float32."""
 
 
 class HistogramSnapshot(msgspec.Struct, frozen=True, array_like=True):
@@ -194,6 +212,12 @@ class StepOutput(msgspec.Struct, kw_only=True, tag=True):
     finish_reasons: list[int] = []
     logprobs: dict[int, TokenLogprobs] = {}
     """By row, for choices that asked."""
+    prompt_logprobs: list[tuple[int, int, PromptLogprobs]] = []
+    """Request id, the first choice of a prompt, and what is known of the prompt's next tokens. The last of them come no
+    later than the first row of any choice of this prompt."""
+    cached_tokens: dict[int, int] = {}
+    """By row, of a choice's first row: tokens of the prompt that had been absorbed for an earlier request; 0 if not
+    given. Counted once per prompt, not per answer to it."""
     stop_reasons: dict[int, int | str] = {}
     """By row: the stop token id or stop string that ended the choice. Not set for end-of-sequence."""
     accepted: list[int] = []

@@ -22,7 +22,15 @@ from server.engine.state_pool import SlotAllocator
 from server.engine.stats import Figures
 from server.settings import EngineConfig
 from server.tokenizer import load_tokenizer
-from server.types import EngineInfo, EngineStats, FinishReason, GenerateRequest, StepOutput, unpack_tokens
+from server.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    PromptLogprobs,
+    StepOutput,
+    unpack_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -194,13 +202,35 @@ class Engine:
     def _retire(self, step: PendingStep) -> None:
         tokens = step.fetch()
         now = time.monotonic()
+        for span, logprobs in step.fetch_prompt_logprobs():
+            self._report_prompt(span.seq, logprobs)
         for row, (span, token) in enumerate(zip(step.rows, tokens, strict=True)):
             seq = span.seq
             # A sequence that ended meanwhile was still part of the step launched ahead.
             if seq.finish_reason is FinishReason.RUNNING:
                 self._advance(seq, token, step, row, now)
-        self._figures.prompt_tokens += sum(span.length for span in step.batch.prefills)
+        for span in step.batch.prefills + step.batch.replays:
+            self._figures.prompt_tokens += span.length
+            if span.seq.max_tokens == 0 and span.start + span.length == len(span.seq.prompt):
+                # Only the prompt was to be absorbed.
+                self._end_group(span.seq, FinishReason.LENGTH)
         self.scheduler.retire(step.batch)
+
+    def _report_prompt(self, seq: Sequence, logprobs: PromptLogprobs | None) -> None:
+        if seq.finished:
+            return
+        if logprobs is None:
+            error = "the prompt has no log-probabilities: the model's logits are not finite"
+            self._end_group(seq, FinishReason.ERROR, error=error)
+        else:
+            self._outbox.prompt_logprobs(seq, logprobs)
+
+    def _end_group(self, leader: Sequence, reason: FinishReason, *, error: str | None = None) -> None:
+        """End a sequence without a token, and those that wait for the end of its prompt."""
+        for seq in (leader, *leader.followers):
+            if not seq.finished:
+                self._finish(seq, reason)
+                self._outbox.end(seq, error=error)
 
     def _advance(self, seq: Sequence, token: int, step: PendingStep, row: int, now: float) -> None:
         """Append a sampled token to its sequence and decide whether the sequence ends with it."""

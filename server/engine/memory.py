@@ -23,6 +23,7 @@ from server.engine.graphs import MAX_ROWS, DecodeGraphs
 from server.engine.model import GLAModel
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
+from server.engine.scoring import SCORED_ROWS, score_rows
 from server.engine.state_pool import NULL_SLOT, StateTensors, allocate_states, state_bytes
 from server.errors import CheckpointError, SettingsError
 from server.kernels import STATE_DTYPES, RingRows
@@ -236,6 +237,9 @@ def _run_worst_case(
         plan = SamplePlan(0, 0, len(step_rows), True, True, True, config.max_logprobs)
         sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
         sampler.sample(logits, torch.ones_like(step_rows), torch.zeros_like(step_rows), plan)
+    x_TD = torch.zeros((num_tokens, model.config.hidden_size), dtype=model.dtype, device=device)
+    scored = torch.arange(num_tokens, device=device)[:SCORED_ROWS]
+    score_rows(model, x_TD, scored, torch.zeros_like(scored), config.max_logprobs)
 
 
 @torch.inference_mode()

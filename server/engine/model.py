@@ -70,7 +70,6 @@ class GLAModel:
             for projection in (layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj):
                 projection.pack()
 
-    @torch.inference_mode()
     def forward(self, inputs: ModelInputs, state: StateTensors, *, out_RV: Tensor | None = None) -> Tensor:
         """Absorb a step's tokens into the states, and return logits of the wanted rows.
 
@@ -82,6 +81,11 @@ class GLAModel:
         Returns:
             The logits.
         """
+        return self.logits(self.absorb(inputs, state), inputs.output_rows_R, out_RV=out_RV)
+
+    @torch.inference_mode()
+    def absorb(self, inputs: ModelInputs, state: StateTensors) -> Tensor:
+        """The first part of :meth:`forward`: the hidden states of all rows, [T, hidden_size]."""
         conv_index = None
         if self.config.use_short_conv:
             conv_index = ConvIndex.build(
@@ -96,9 +100,13 @@ class GLAModel:
         conv_states = [None] * len(self.layers) if state.conv_LSWD is None else state.conv_LSWD.unbind()
         for layer, layer_state, conv_SWD in zip(self.layers, state.layers, conv_states, strict=True):
             layer.forward(x_TD, inputs, layer_state, conv_SWD, conv_index)
+        return x_TD
+
+    @torch.inference_mode()
+    def logits(self, x_TD: Tensor, rows_R: Tensor, *, out_RV: Tensor | None = None) -> Tensor:
+        """The second part of :meth:`forward`: logits of some rows of the hidden states, float32 [R, vocab_size]."""
         # A single row needs no selection, and is spared the launch.
-        wanted = inputs.output_rows_R
-        x_RD = x_TD if x_TD.shape[0] == wanted.shape[0] == 1 else x_TD.index_select(0, wanted)
+        x_RD = x_TD if x_TD.shape[0] == rows_R.shape[0] == 1 else x_TD.index_select(0, rows_R)
         if out_RV is None:
             out_RV = x_RD.new_empty((x_RD.shape[0], self.config.vocab_size), dtype=torch.float32)
         return norm_linear(x_RD, self.norm, self.lm_head.matrix, eps=self.config.norm_eps, out_TN=out_RV)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from server.engine.sequence import Sequence
-from server.types import Refusal, StepOutput, TokenLogprobs
+from server.types import PromptLogprobs, Refusal, StepOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -51,6 +51,10 @@ class Outbox:
         """The request was refused as a whole."""
         self._of(client).rest.rejected[request_id] = refusal
 
+    def prompt_logprobs(self, seq: Sequence, logprobs: PromptLogprobs) -> None:
+        """Of the next tokens of the prompt that a sequence absorbs."""
+        self._of(seq.client).rest.prompt_logprobs.append((seq.request_id, seq.choice, logprobs))
+
     def token(
         self,
         seq: Sequence,
@@ -65,6 +69,8 @@ class Outbox:
         rows = collected.rows
         if logprobs is not None:
             collected.rest.logprobs[len(rows)] = logprobs
+        if seq.cached_tokens and len(seq.outputs) == 1:
+            collected.rest.cached_tokens[len(rows)] = seq.cached_tokens
         if stop_reason is not None:
             collected.rest.stop_reasons[len(rows)] = stop_reason
         rows.append((seq.request_id, seq.choice, token_id, text, seq.finish_reason))
@@ -72,6 +78,8 @@ class Outbox:
     def end(self, seq: Sequence, text: bytes = b"", *, error: str | None = None) -> None:
         """The terminal event of a sequence that ended without a token."""
         collected = self._of(seq.client)
+        if seq.cached_tokens and not seq.outputs:
+            collected.rest.cached_tokens[len(collected.rows)] = seq.cached_tokens
         if error is not None:
             collected.rest.errors[len(collected.rows)] = error
         collected.rows.append((seq.request_id, seq.choice, -1, text, seq.finish_reason))

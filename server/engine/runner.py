@@ -23,11 +23,12 @@ from server.engine.sampler import (
     is_greedy,
     redirect_done,
 )
+from server.engine.scoring import ScorePlan, Scores, pack_scores, plan_scores, score_rows
 from server.engine.sequence import Sequence
 from server.engine.snapshot import Snapshot, fork_slot, restore_snapshot, take_snapshot
 from server.engine.state_pool import StateTensors
 from server.kernels import RingRows
-from server.types import TokenLogprobs
+from server.types import PromptLogprobs, TokenLogprobs
 
 
 class PendingStep:
@@ -38,15 +39,26 @@ class PendingStep:
         rows: the spans that sample, in the order of the results.
     """
 
-    __slots__ = ("_event", "_sampled", "batch", "rows")
+    __slots__ = ("_event", "_sampled", "_scored", "batch", "rows")
 
-    def __init__(self, batch: Batch, rows: list[Span], sampled: Sampled | None, *, on_cuda: bool) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        rows: list[Span],
+        sampled: Sampled | None,
+        scored: tuple[ScorePlan, Scores] | None = None,
+        *,
+        on_cuda: bool,
+    ) -> None:
         self.batch = batch
         self.rows = rows
         self._event: torch.cuda.Event | None = None
         self._sampled = sampled
+        self._scored = scored
         if not on_cuda:
             return
+        if scored is not None:
+            self._scored = scored[0], Scores(*map(_to_pinned, scored[1].columns))
         if sampled is not None:
             self._sampled = Sampled(
                 _to_pinned(sampled.tokens_R),
@@ -77,6 +89,10 @@ class PendingStep:
             top_ids = self._sampled.top_ids_RK[row, :wanted].tolist()
             top = self._sampled.top_logprobs_RK[row, :wanted].tolist()
         return TokenLogprobs(float(self._sampled.logprobs_R[row]), top_ids, top)
+
+    def fetch_prompt_logprobs(self) -> list[tuple[Span, PromptLogprobs | None]]:
+        """Of the prefills whose sequences want them, after :meth:`fetch`; None where the logits are no numbers."""
+        return [] if self._scored is None else pack_scores(*self._scored)
 
 
 def _to_pinned(column: Tensor) -> Tensor:
@@ -167,35 +183,37 @@ class Runner:
             slots = [span.slot for span in batch.decodes]
             pending, folding = self._advance_rings(batch, every_token=graphs.folds_every_token(len(slots)))
             positions = [span.position for span in rows]
-            sampled: Sampled | None = graphs.launch(slots, span_of_row, positions, plan, pending, folding)
-        else:
-            sampled = self._launch_kernels(batch, rows, span_of_row, plan)
-        return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
+            sampled = graphs.launch(slots, span_of_row, positions, plan, pending, folding)
+            return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
+        return self._launch_kernels(batch, rows, span_of_row, plan)
 
-    def _launch_kernels(
-        self, batch: Batch, rows: list[Span], span_of_row: list[int], plan: SamplePlan
-    ) -> Sampled | None:
-        """Run a batch of any kind; None if nobody samples."""
+    def _launch_kernels(self, batch: Batch, rows: list[Span], span_of_row: list[int], plan: SamplePlan) -> PendingStep:
+        """Start a batch of any kind, kernel by kernel."""
         replayed = self._restore(batch)
         # Rows that decode beside prompts are seldom many, and the prompts take the time: their rings are used always.
         pending, folding = self._advance_rings(batch, every_token=False)
         logits = _LogitRows.of(batch, span_of_row)
         columns = self._upload(batch, rows, span_of_row, logits.spans, pending, folding)
         slots_N = redirect_done(columns.slots, self._sampler.done_S)
-        logits_UV = self._run_model(batch, columns, slots_N)
-        self._fork(batch, logits_UV, logits.spans)
-        if not rows:
-            return None
-        if logits.of_row is not None:
-            logits_UV = torch.cat((logits_UV, *replayed)).index_select(0, self._to_device(logits.of_row))
-        return self._sampler.sample(logits_UV, slots_N[columns.sample_spans], columns.positions, plan)
+        x_TD = self._absorb(batch, columns, slots_N)
+        scored = self._score(batch, x_TD)
+        sampled = None
+        if rows:
+            logits_UV = self._model.logits(x_TD, columns.output_rows)
+            self._fork(batch, logits_UV, logits.spans)
+            if logits.of_row is not None:
+                logits_UV = torch.cat((logits_UV, *replayed)).index_select(
+                    0, self._to_device(torch.tensor(logits.of_row))
+                )
+            sampled = self._sampler.sample(logits_UV, slots_N[columns.sample_spans], columns.positions, plan)
+        return PendingStep(batch, rows, sampled, scored, on_cuda=self._device.type == "cuda")
 
-    def _run_model(self, batch: Batch, columns: _Columns, slots_N: Tensor) -> Tensor:
-        """Absorb the batch's tokens; the logits of the columns' output rows."""
+    def _absorb(self, batch: Batch, columns: _Columns, slots_N: Tensor) -> Tensor:
+        """Absorb the batch's tokens; the hidden states of all rows."""
         num_decodes = len(batch.decodes)
         num_spans = num_decodes + len(batch.prefills)
         if not num_spans:
-            return torch.empty((0, self._sampler.vocab_size), device=self._device)
+            return self._model.embeddings[:0]
         token_ids_T = columns.token_ids
         if num_decodes:
             token_ids_T = torch.cat((self._sampler.last_token_S[slots_N[:num_decodes]], token_ids_T))
@@ -209,7 +227,16 @@ class Runner:
             output_rows_R=columns.output_rows,
             ring_rows=RingRows(columns.pending, columns.folding) if self._states.ring_size else None,
         )
-        return self._model.forward(inputs, self._states)
+        return self._model.absorb(inputs, self._states)
+
+    def _score(self, batch: Batch, x_TD: Tensor) -> tuple[ScorePlan, Scores] | None:
+        """The log-probabilities of the batch's prompt tokens, as far as somebody wants them."""
+        plan = plan_scores(batch)
+        if plan is None:
+            return None
+        upload = self._to_device(torch.frombuffer(plan.rows + plan.targets, dtype=torch.int32))
+        rows_N, targets_N = upload.long().chunk(2)
+        return plan, score_rows(self._model, x_TD, rows_N, targets_N, plan.num_top)
 
     def _restore(self, batch: Batch) -> list[Tensor]:
         """Write the snapshots of newly leased sequences to their slots; the logits [1, V] of the replays, in order."""
@@ -253,9 +280,8 @@ class Runner:
             for seq in fork.waiting:
                 seq.snapshot = snapshot
 
-    def _to_device(self, values: list[int]) -> Tensor:
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        return host.to(self._device, non_blocking=True)
+    def _to_device(self, host: Tensor) -> Tensor:
+        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
 
     def _advance_rings(self, batch: Batch, *, every_token: bool) -> tuple[list[int], list[int]]:
         """Tokens in the ring of every decode, and the decodes that fold theirs; notes what the states then hold.

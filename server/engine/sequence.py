@@ -54,6 +54,8 @@ class Sequence:
     in_flight: int = 0
     """Launched steps not yet retired that refer to this sequence's slot."""
     outputs: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    """Tokens of the prompt that had been absorbed for an earlier request."""
     finish_reason: FinishReason = FinishReason.RUNNING
     admitted: float = 0.0
     first_token: float = 0.0

@@ -2,6 +2,7 @@
 
 import random
 import time
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import torch
 
 from server.engine.engine import Engine
 from server.settings import EngineConfig
-from server.types import FinishReason, GenerateRequest, Refusal, SamplingParams, TokenLogprobs, pack_tokens
+from server.types import (
+    FinishReason,
+    GenerateRequest,
+    PromptLogprobs,
+    Refusal,
+    SamplingParams,
+    TokenLogprobs,
+    pack_tokens,
+)
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CLASSICS = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
@@ -51,12 +60,29 @@ class Answer:
     error: str | None = None
 
 
+@dataclass
+class PromptScores:
+    """What became known of a prompt's tokens from the second on."""
+
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    top_ids: list[int] = field(default_factory=list)
+    top: list[float] = field(default_factory=list)
+
+    def add(self, piece: PromptLogprobs) -> None:
+        self.logprobs += array("f", piece.logprobs)
+        self.ranks += array("i", piece.ranks)
+        self.top_ids += array("i", piece.top_ids)
+        self.top += array("f", piece.top)
+
+
 class Driver:
     """One API process's view of an engine, without the process."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.answers: dict[tuple[int, int], Answer] = {}
+        self.prompts: dict[tuple[int, int], PromptScores] = {}
         self.accepted: set[int] = set()
         self.rejected: dict[int, Refusal] = {}
         self._next_id = 0
@@ -99,6 +125,8 @@ class Driver:
             assert client == CLIENT
             self.accepted.update(message.accepted)
             self.rejected.update(message.rejected)
+            for request_id, choice, piece in message.prompt_logprobs:
+                self.prompts.setdefault((request_id, choice), PromptScores()).add(piece)
             columns = (message.request_ids, message.choices, message.token_ids, message.texts, message.finish_reasons)
             for row, (request_id, choice, token_id, text, reason) in enumerate(zip(*columns, strict=True)):
                 assert request_id in self.accepted, "an event for a request that was never accepted"

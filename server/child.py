@@ -52,7 +52,22 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class EngineDied:
-    """Launcher to API process: end open streams with an error, answer 503, then exit."""
+    """Launcher to API process: end open streams with an error and answer 503.
+
+    Attributes:
+        deaths: of engines since the server's start.
+        final: no other engine will follow: exit after a moment.
+    """
+
+    deaths: int
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStarting:
+    """Launcher to API process: another engine is loading the model; connect to it."""
+
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +75,12 @@ class Stop:
     """Launcher to engine process: the API processes are gone, exit."""
 
 
+Heartbeat: TypeAlias = ctypes.c_double
+"""In memory that the launcher and the engine share: when the engine began the turn of its loop that it is in, by
+``time.monotonic``; 0 while it waits for work."""
+
 ToLauncher: TypeAlias = Ready | Failed
-ToApi: TypeAlias = Drain | EngineDied
+ToApi: TypeAlias = Drain | EngineDied | EngineStarting
 ToEngine: TypeAlias = Stop
 
 

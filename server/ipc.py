@@ -191,12 +191,16 @@ class ClientChannel:
                 self._loop.call_soon(self._read)
         return True
 
-    def close(self) -> None:
-        """Stop delivering and release the socket; messages not yet sent get a moment to leave."""
+    def close(self, *, linger: int = 100) -> None:
+        """Stop delivering and release the socket.
+
+        Args:
+            linger: milliseconds that messages not yet sent may take to leave.
+        """
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
             self._loop = None
-        self._socket.close(linger=100)
+        self._socket.close(linger=linger)
         self._context.term()
 
     def _readable(self) -> bool:

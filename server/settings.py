@@ -100,6 +100,21 @@ class ApiSettings:
     created: int
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessSettings:
+    """How the launcher treats its children.
+
+    Attributes:
+        shutdown_timeout: seconds that running requests may take to finish when the server stops.
+        max_restarts: deaths in a row after which a child is not started again.
+        watchdog_timeout: seconds that one step of the engine may take; 0: any time.
+    """
+
+    shutdown_timeout: float
+    max_restarts: int
+    watchdog_timeout: float
+
+
 def _flag(
     group: str, description: str, *, env: str | None = None, metavar: str | None = None, several: bool = False
 ) -> Any:
@@ -236,6 +251,23 @@ class Settings(BaseModel):
             metavar="SECONDS",
         ),
     ] = 25.0
+    max_restarts: Annotated[
+        int,
+        Field(ge=0),
+        _flag(
+            _PROCESS,
+            "How often in a row a process that died is started again before the server gives up; 0: never.",
+        ),
+    ] = 5
+    watchdog_timeout: Annotated[
+        float,
+        Field(ge=0, le=86_400),
+        _flag(
+            _PROCESS,
+            "Seconds that one step of the engine may take before it counts as hung and is killed; 0: any time.",
+            metavar="SECONDS",
+        ),
+    ] = 300.0
     log_level: Annotated[LogLevel, _flag(_PROCESS, "Least severe messages to log.")] = "info"
     log_format: Annotated[LogFormat, _flag(_PROCESS, "Log lines as text or as JSON objects, on stderr.")] = "text"
 
@@ -325,6 +357,14 @@ class Settings(BaseModel):
             generation_config=self.generation_config,
             load_format=self.load_format,
             seed=self.seed,
+        )
+
+    def process_settings(self) -> ProcessSettings:
+        """The launcher's part."""
+        return ProcessSettings(
+            shutdown_timeout=self.shutdown_timeout,
+            max_restarts=self.max_restarts,
+            watchdog_timeout=self.watchdog_timeout,
         )
 
     def api_settings(self, model_folder: Path, tokenizer_folder: Path | None) -> ApiSettings:

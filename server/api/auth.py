@@ -10,7 +10,7 @@ from server.api.errors import ErrorAnswer
 from server.errors import AuthenticationError
 from server.keys import ApiKey
 
-PUBLIC_PATHS: Final = frozenset({"/health", "/version", "/metrics"})
+PUBLIC_PATHS: Final = frozenset({"/health", "/health/live", "/health/ready", "/version", "/metrics"})
 """Open unless all routes are protected. Everything else wants a key, unknown paths included: nothing is open by
 oversight."""
 

@@ -227,12 +227,14 @@ class EngineClient:
         info: what the engine said of itself; None until it is ready.
         stats: the newest snapshot of the engine's figures.
         status: whether requests can be submitted.
+        engine_deaths: of engines since the server's start.
     """
 
     def __init__(self, address: str) -> None:
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
         self.status = EngineStatus.STARTING
+        self.engine_deaths = 0
         self._channel = ClientChannel(address, self._receive)
         self._mailboxes: dict[int, Mailbox] = {}
         self._ids = itertools.count(1)
@@ -306,11 +308,30 @@ class EngineClient:
             mailbox._fail(error)
             self._forget(request_id, unfinished=True)
 
-    def engine_died(self) -> None:
-        """End every open request, refuse new ones."""
-        self.status = EngineStatus.DEAD
+    def engine_died(self, deaths: int) -> None:
+        """End every open request, refuse new ones.
+
+        Args:
+            deaths: of engines since the server's start, this one included.
+        """
+        self.engine_deaths = deaths
+        if self.status is not EngineStatus.DRAINING:
+            self.status = EngineStatus.DEAD
         self.fail_all(EngineUnavailableError("the engine died while it worked on this request"))
         self._cancels.clear()
+
+    def reconnect(self, address: str) -> None:
+        """Turn to another engine, after :meth:`engine_died`; it answers when it is ready.
+
+        Args:
+            address: ``ipc://`` path that it binds, now or later.
+        """
+        self._channel.close(linger=0)
+        self._channel = ClientChannel(address, self._receive)
+        if self.status is EngineStatus.DEAD:
+            self.status = EngineStatus.STARTING
+        self._channel.start(asyncio.get_running_loop())
+        self._channel.send(Hello())
 
     def _require_ready(self) -> None:
         if self.status is EngineStatus.READY:
@@ -319,7 +340,7 @@ class EngineClient:
             {
                 EngineStatus.STARTING: "the engine is still loading the model",
                 EngineStatus.DRAINING: "the server is shutting down",
-                EngineStatus.DEAD: "the engine is dead",
+                EngineStatus.DEAD: "the engine died and is not yet back",
             }[self.status]
         )
 

@@ -7,8 +7,8 @@ from starlette.responses import Response
 
 from server import __version__
 from server.api.client import EngineClient, EngineStatus
-from server.api.routing import ready_info
-from server.api.schemas.server import ErrorResponse, Health, Version
+from server.api.routing import errors, ready_info
+from server.api.schemas.server import Health, Version
 from server.metrics import EngineCollector
 
 
@@ -21,12 +21,23 @@ def operations_router(client: EngineClient) -> APIRouter:
     @router.get(
         "/health",
         summary="Whether requests are served",
-        responses={503: {"model": ErrorResponse, "description": "The engine is starting, draining or dead."}},
+        responses=errors(503),
     )
     async def health() -> Health:
         """200 while the engine takes requests, else 503."""
         ready_info(client)
         return Health(status="ready")
+
+    @router.get("/health/ready", summary="Whether requests are served", responses=errors(503))
+    async def ready() -> Health:
+        """The same as `/health`, under the name that probes of orchestrators look for."""
+        ready_info(client)
+        return Health(status="ready")
+
+    @router.get("/health/live", summary="Whether this process answers")
+    async def live() -> Health:
+        """Always 200, also while the engine loads, is being replaced or drains: `status` says which."""
+        return Health(status=client.status.value)
 
     @router.get("/version", summary="The server's version")
     async def version() -> Version:

@@ -10,7 +10,7 @@ import uvicorn
 from server.api.app import create_app
 from server.api.client import EngineClient
 from server.api.protocol import HttpProtocol
-from server.child import ChildContext, Drain, EngineDied, Ready, keep_loaded
+from server.child import ChildContext, Drain, EngineDied, EngineStarting, Ready, keep_loaded
 from server.errors import EngineUnavailableError
 from server.listeners import BACKLOG
 from server.settings import ApiSettings
@@ -40,15 +40,22 @@ class ApiProcess:
         context: this child's name and pipe.
         settings: for the application.
         shutdown_timeout: most seconds that a drain may take.
+        engine_deaths: before this process was started.
         listeners: bound sockets.
     """
 
     def __init__(
-        self, context: ChildContext, settings: ApiSettings, shutdown_timeout: float, listeners: list[socket.socket]
+        self,
+        context: ChildContext,
+        settings: ApiSettings,
+        shutdown_timeout: float,
+        engine_deaths: int,
+        listeners: list[socket.socket],
     ) -> None:
         self._context = context
         self._listeners = listeners
         self._client = EngineClient(context.address)
+        self._client.engine_deaths = engine_deaths
         folder = settings.tokenizer_folder
         tokenizer = load_tokenizer(folder) if folder is not None else None
         self._server = _Server(
@@ -97,8 +104,11 @@ class ApiProcess:
             message = Drain(0)  # The launcher is gone.
             asyncio.get_running_loop().remove_reader(self._context.control.fileno())
         if isinstance(message, EngineDied):
-            self._client.engine_died()
-            self._end(self._after_death())
+            self._client.engine_died(message.deaths)
+            if message.final:
+                self._end(self._after_death())
+        elif isinstance(message, EngineStarting):
+            self._client.reconnect(message.address)
         elif isinstance(message, Drain):
             self._client.drain()
             self._end(self._drain(message.timeout))
@@ -129,10 +139,16 @@ class ApiProcess:
             connection.transport.abort()
 
 
-def main(context: ChildContext, settings: ApiSettings, shutdown_timeout: float, listeners: list[socket.socket]) -> None:
+def main(
+    context: ChildContext,
+    settings: ApiSettings,
+    shutdown_timeout: float,
+    engine_deaths: int,
+    listeners: list[socket.socket],
+) -> None:
     """Serve until the launcher says otherwise or is gone; the arguments are those of :class:`ApiProcess`.
 
     Raises:
         GaleError: the tokenizer cannot be loaded.
     """
-    ApiProcess(context, settings, shutdown_timeout, listeners).run()
+    ApiProcess(context, settings, shutdown_timeout, engine_deaths, listeners).run()

@@ -4,7 +4,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from server.child import ChildContext, Ready, keep_loaded
+from server.child import ChildContext, Heartbeat, Ready, keep_loaded
 from server.ipc import EngineChannel
 from server.settings import EngineConfig
 from server.types import (
@@ -28,13 +28,15 @@ class EngineLoop:
     Args:
         engine: ready to serve.
         channel: bound; API processes may have written to it already.
+        heartbeat: where to note when a turn begins, and that it waits for work.
     """
 
-    def __init__(self, engine: "Engine", channel: EngineChannel) -> None:
+    def __init__(self, engine: "Engine", channel: EngineChannel, heartbeat: Heartbeat) -> None:
         self._engine = engine
         self._channel = channel
         self._stats_due = time.monotonic()
         self._was_busy = False
+        self._heartbeat = heartbeat
 
     def turn(self, timeout: float | None = None) -> set[int]:
         """Read everything that has arrived, step once if there is work, send everything that came out.
@@ -45,7 +47,12 @@ class EngineLoop:
         Returns:
             Those of the channel's watched file descriptors that are readable.
         """
-        watched = self._channel.wait(0 if self._engine.has_work() else timeout)
+        if self._engine.has_work():
+            watched = self._channel.wait(0)
+        else:
+            self._heartbeat.value = 0.0
+            watched = self._channel.wait(timeout)
+        self._heartbeat.value = time.monotonic()
         for client, message in self._channel.receive():
             self._handle(client, message)
         if self._engine.has_work():
@@ -90,7 +97,7 @@ class EngineLoop:
             self._engine.forget_client(client)
 
 
-def main(context: ChildContext, config: EngineConfig) -> None:
+def main(context: ChildContext, config: EngineConfig, heartbeat: Heartbeat) -> None:
     """Load the model, then serve until the launcher says stop or is gone.
 
     Raises:
@@ -104,13 +111,13 @@ def main(context: ChildContext, config: EngineConfig) -> None:
 
     engine = Engine(config)
     keep_loaded()
-    serve(context, engine, channel)
+    serve(context, engine, channel, heartbeat)
 
 
-def serve(context: ChildContext, engine: "Engine", channel: EngineChannel) -> None:
+def serve(context: ChildContext, engine: "Engine", channel: EngineChannel, heartbeat: Heartbeat) -> None:
     """Serve with an engine that is ready until the launcher says stop or is gone."""
     channel.watch(context.control.fileno())
-    loop = EngineLoop(engine, channel)
+    loop = EngineLoop(engine, channel, heartbeat)
     context.tell(Ready(engine.info))
     # Whatever can be read from the launcher, end-of-file or Stop, means the same.
     while not loop.turn():

@@ -41,7 +41,8 @@ def test_engine_that_takes_no_requests(status: EngineStatus) -> None:
     with serve() as server:
         assert server.http.get("/health").json() == {"status": "ready"}
         server.client.status = status
-        for response in (server.complete(), server.complete(stream=True), server.http.get("/health")):
+        assert server.http.get("/health/live").json() == {"status": status.value}
+        for response in (server.complete(), server.complete(stream=True), server.http.get("/health/ready")):
             assert response.status_code == 503
             assert response.json()["error"]["code"] == "engine_unavailable"
             assert int(response.headers["retry-after"]) > 0
@@ -75,7 +76,7 @@ def test_stream_of_a_dying_engine_ends_with_an_error_and_done() -> None:
         body = {"prompt": "a", "stream": True, "stream_options": {"include_usage": True}}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200
-            server.call(server.client.engine_died)
+            server.call(lambda: server.client.engine_died(1))
             events = response.read().decode().split("\n\n")
         assert events[-2:] == ["data: [DONE]", ""]
         error = json.loads(events[-3].removeprefix("data: "))["error"]

@@ -38,7 +38,7 @@ def test_every_v1_route_wants_a_key(header: str | None) -> None:
             error = response.json()["error"]
             assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
             assert response.headers["www-authenticate"] == "Bearer"
-        for path in ("/health", "/version", "/metrics"):
+        for path in ("/health", "/health/live", "/health/ready", "/version", "/metrics"):
             assert server.http.get(path).status_code == 200
         assert server.http.get("/openapi.json").status_code == 401
         assert server.engine.requests == []
@@ -160,6 +160,8 @@ def test_openapi_document_is_whole(server: Server) -> None:
         "/tokenize",
         "/detokenize",
         "/health",
+        "/health/live",
+        "/health/ready",
         "/version",
         "/metrics",
     }

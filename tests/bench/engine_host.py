@@ -23,6 +23,7 @@ import msgspec
 import torch
 import zmq
 
+from server.child import Heartbeat
 from server.engine import engine as engine_module
 from server.engine.batch import Batch
 from server.engine.engine import Engine
@@ -115,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         address = f"ipc://{folder}/engine"
         channel = EngineChannel(address)
-        loop = EngineLoop(engine, channel)
+        loop = EngineLoop(engine, channel, Heartbeat())
         with readers(address, args.batch, args.apis):
             while len(engine.scheduler.running) < args.batch:
                 loop.turn(timeout=0.1)

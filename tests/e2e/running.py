@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +112,25 @@ class RunningServer:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        found = re.search(rf"^{name} (\S+)$", httpx.get(f"{self.base_url}/metrics").text, re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
     def complete(self, max_tokens: int, **fields: Any) -> dict[str, Any]:
         """The answer of a greedy completion that runs to ``max_tokens``."""
         answer = httpx.post(f"{self.base_url}/v1/completions", json=_body(max_tokens, **fields), timeout=60)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = READY_SECONDS) -> None:
+    """Return once the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
 
 
 class Stream:

@@ -1,5 +1,6 @@
 """The life of a server: start, signals, the death of its parts, and nothing left behind."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.running import RunningServer, Stream, run_to_end
+from tests.e2e.running import RunningServer, Stream, run_to_end, wait_until
 
 MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 ENDLESS = 1_000_000
@@ -61,13 +62,13 @@ def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - started < 3
 
 
-def test_engine_death(tmp_path: Path) -> None:
+def test_engine_death_and_the_next_engine(tmp_path: Path) -> None:
     with (
-        RunningServer(tmp_path) as server,
+        RunningServer(tmp_path, "--api-server-count", "2") as server,
         Stream(server.base_url, ENDLESS) as stream,
         httpx.Client(base_url=server.base_url) as client,
     ):
-        assert client.get("/health").status_code == 200
+        before = server.complete(8)["choices"][0]["text"]
         next(stream)
         server.child("gale-engine").kill()
         events = list(stream)
@@ -78,8 +79,41 @@ def test_engine_death(tmp_path: Path) -> None:
         assert int(refused.headers["retry-after"]) > 0
         assert refused.json()["error"]["code"] == "engine_unavailable"
         assert client.get("/health").status_code == 503
+        server.wait_for_log("the engine process was killed by SIGKILL; starting it again")
+        server.wait_for_log("the engine process serves again")
+        wait_until(lambda: client.get("/health").status_code == 200)
+        for _ in range(6):  # by either API process
+            assert server.complete(8)["choices"][0]["text"] == before
+        server.signal(signal.SIGTERM)
+        assert server.wait_end() == 0
+
+
+def test_an_engine_that_keeps_dying_ends_the_server(tmp_path: Path) -> None:
+    with RunningServer(tmp_path, "--max-restarts", "1") as server:
+        server.child("gale-engine").kill()
+        server.wait_for_log("the engine process serves again")
+        with Stream(server.base_url, ENDLESS) as stream:
+            next(stream)
+            server.find_children()
+            server.child("gale-engine").kill()
+            events = list(stream)
+            assert events[-1]["error"]["type"] == "service_unavailable"
+            assert stream.done
         assert server.wait_end() == 1
         assert server.log.splitlines()[-1] == "gale serve: error: the engine process was killed by SIGKILL"
+
+
+def test_an_engine_that_hangs_is_replaced(tmp_path: Path) -> None:
+    with RunningServer(tmp_path, "--watchdog-timeout", "3") as server:
+        with Stream(server.base_url, ENDLESS) as stream:
+            next(stream)
+            engine = server.child("gale-engine")
+            engine.suspend()
+            events = list(stream)
+            assert events[-1]["error"]["type"] == "service_unavailable"
+        server.wait_for_log("the engine process hung: one step took more than 3 s; starting it again")
+        server.wait_for_log("the engine process serves again")
+        assert server.complete(8)["usage"]["completion_tokens"] == 8
 
 
 def test_several_api_processes_and_the_death_of_one(tmp_path: Path) -> None:
@@ -92,9 +126,29 @@ def test_several_api_processes_and_the_death_of_one(tmp_path: Path) -> None:
         code, stderr = run_to_end("--port", port, "--api-server-count", "2")
         assert (code, len(stderr.splitlines())) == (1, 1)
         assert f"port {port}: the port is in use" in stderr
-        server.child("gale-api-1").kill()
-        assert server.wait_end() == 1
-        assert server.log.splitlines()[-1] == "gale serve: error: the api-1 process was killed by SIGKILL"
+        # Streams of both; those of the process that dies end with it, the others go on.
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(Stream(server.base_url, ENDLESS)) for _ in range(12)]
+            for stream in streams:
+                next(stream)
+            server.child("gale-api-1").kill()
+            broken = 0
+            for stream in streams:
+                try:
+                    for _ in range(400):  # more than had arrived before
+                        next(stream)
+                except (httpx.TransportError, StopIteration):
+                    broken += 1
+            assert 0 < broken < len(streams)
+            # The engine has noticed that nobody reads any more.
+            wait_until(lambda: server.metric("gale_requests_running") == len(streams) - broken)
+        server.wait_for_log("the api-1 process was killed by SIGKILL; starting it again")
+        server.wait_for_log("the api-1 process serves again")
+        wait_until(lambda: server.metric("gale_requests_running") == 0)
+        for _ in range(6):
+            assert server.complete(8)["usage"]["completion_tokens"] == 8
+        server.signal(signal.SIGTERM)
+        assert server.wait_end() == 0
 
 
 def test_children_die_with_the_launcher(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from server.child import Heartbeat
 from server.engine.process import EngineLoop
 from server.ipc import EngineChannel
 from server.types import (
@@ -140,7 +141,7 @@ def serving(engine: ScriptedEngine, folder: Path, *, outbox: int = 4096) -> Iter
 
     def run() -> None:
         channel = EngineChannel(address, outbox=outbox)
-        loop = EngineLoop(engine, channel)
+        loop = EngineLoop(engine, channel, Heartbeat())
         while not stop.is_set():
             loop.turn(timeout=0.01)
         channel.close()

@@ -8,8 +8,8 @@ import pytest
 import server.launch
 from server import __version__, cli
 from server.errors import CheckpointError, SettingsError
-from server.launch import ChildError
 from server.settings import Settings
+from server.supervision import ChildError
 from tests.unit.test_settings import GIVEN
 
 

@@ -192,7 +192,7 @@ def test_engine_death_ends_open_requests_and_refuses_new_ones(tmp_path: Path) ->
             mailbox = await client.submit(prompts=[[1]], n=2, tenant="", params=tokens(5))
             reader = asyncio.create_task(collect(mailbox))
             await asyncio.sleep(0.01)
-            client.engine_died()
+            client.engine_died(1)
             with pytest.raises(EngineUnavailableError, match="died"):
                 await reader
             assert client.status is EngineStatus.DEAD

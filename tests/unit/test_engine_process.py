@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.child import ChildContext, Ready, Stop
+from server.child import ChildContext, Heartbeat, Ready, Stop
 from server.engine.process import EngineLoop, serve
 from server.ipc import EngineChannel
 from server.logs import LogSettings
@@ -23,7 +23,7 @@ class World:
     def __init__(self, address: str) -> None:
         self.engine = ScriptedEngine()
         self.channel = EngineChannel(address)
-        self.loop = EngineLoop(self.engine, self.channel)
+        self.loop = EngineLoop(self.engine, self.channel, Heartbeat())
         self.a, self.b = Reader(address), Reader(address)
         for reader in (self.a, self.b):
             reader.channel.send(Hello())
@@ -108,7 +108,7 @@ def test_serving_ends(tmp_path: Path, orderly: bool) -> None:
     context = ChildContext("engine", 0, "", theirs, LogSettings("info", "text"))
     engine = ScriptedEngine()
     channel = EngineChannel(f"ipc://{tmp_path}/engine")
-    thread = threading.Thread(target=serve, args=(context, engine, channel))
+    thread = threading.Thread(target=serve, args=(context, engine, channel, Heartbeat()))
     thread.start()
     assert ours.poll(10)
     assert ours.recv() == Ready(INFO)

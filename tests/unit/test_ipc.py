@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from server.api.client import EngineClient
+from server.child import Heartbeat
 from server.engine.process import EngineLoop
 from server.errors import EngineUnavailableError
 from server.ipc import ClientChannel, EngineChannel
@@ -75,7 +76,7 @@ def turn_until(loop: EngineLoop, condition: Callable[[], object], *, seconds: fl
 def test_stalled_reader_loses_only_its_own_requests(tmp_path: Path, closing: Closing) -> None:
     address = f"ipc://{tmp_path}/engine"
     engine, channel = ScriptedEngine(), closing(EngineChannel(address, outbox=64))
-    loop = EngineLoop(engine, channel)
+    loop = EngineLoop(engine, channel, Heartbeat())
     stalled, lively = closing(Reader(address)), closing(Reader(address))
     stalled.channel.send(request(7, 100_000, n=64))
     turn_until(loop, lambda: len(engine.running) == 64)
@@ -138,7 +139,7 @@ def test_reset_fails_the_clients_requests(tmp_path: Path) -> None:
 def test_vanished_client_is_forgotten(tmp_path: Path, closing: Closing) -> None:
     address = f"ipc://{tmp_path}/engine"
     engine, channel = ScriptedEngine(), closing(EngineChannel(address))
-    loop = EngineLoop(engine, channel)
+    loop = EngineLoop(engine, channel, Heartbeat())
     gone, new = Reader(address), closing(Reader(address))
     gone.channel.send(request(1, 1_000_000))
     turn_until(loop, lambda: engine.running)
@@ -154,7 +155,7 @@ def test_vanished_client_is_forgotten(tmp_path: Path, closing: Closing) -> None:
 def test_malformed_message_is_dropped(tmp_path: Path, closing: Closing, caplog: pytest.LogCaptureFixture) -> None:
     address = f"ipc://{tmp_path}/engine"
     engine, channel = ScriptedEngine(), closing(EngineChannel(address))
-    loop = EngineLoop(engine, channel)
+    loop = EngineLoop(engine, channel, Heartbeat())
     reader = closing(Reader(address))
     reader.channel._socket.send(b"\xc1 no msgpack")
     reader.channel._socket.send(b"\x80")

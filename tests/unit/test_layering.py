@@ -39,11 +39,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.engine.config",
         "server.hub",
         "server.listeners",
+        "server.supervision",
+    ),
+    "server.supervision": (
+        *BASE,
+        "server.child",
+        "server.listeners",
         # Inside the functions that run in the child processes.
         "server.api.process",
         "server.engine.process",
     ),
-    "server.cli": (*BASE, "server.launch", "clients.bench"),
+    "server.cli": (*BASE, "server.launch", "server.supervision", "clients.bench"),
     "server.__main__": ("server.cli",),
     # Over HTTP they talk to any server, so they know nothing of this one.
     "clients": ("clients",),

@@ -7,7 +7,7 @@ import pytest
 
 from server.errors import SettingsError
 from server.keys import ApiKey, hash_key
-from server.settings import ApiSettings, EngineConfig, Settings
+from server.settings import ApiSettings, EngineConfig, ProcessSettings, Settings
 
 # One value per flag, each different from its default, and where it must arrive.
 GIVEN = {
@@ -38,6 +38,8 @@ GIVEN = {
     "max_concurrent_seqs_per_key": 5,
     "seed": 99,
     "shutdown_timeout": 3.5,
+    "max_restarts": 2,
+    "watchdog_timeout": 7.5,
     "log_level": "error",
     "log_format": "json",
 }
@@ -69,6 +71,10 @@ def test_api_gets_its_part() -> None:
         max_body_bytes=1000,
         created=api.created,
     )
+
+
+def test_the_launcher_gets_its_part() -> None:
+    assert Settings.from_flags(GIVEN).process_settings() == ProcessSettings(3.5, 2, 7.5)
 
 
 def test_defaults() -> None:

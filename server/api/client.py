@@ -61,6 +61,7 @@ class ChoiceEvent(msgspec.Struct, frozen=True, kw_only=True):
         logprobs: one per token id if the request asked for them, else empty.
         finish_reason: RUNNING, or why the choice ended: no event of this choice follows.
         stop_reason: the stop string or stop token id that ended the choice.
+        cached_tokens: tokens of the prompt that had been absorbed for an earlier request; in one event per prompt.
     """
 
     choice: int
@@ -69,12 +70,13 @@ class ChoiceEvent(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[TokenLogprobs]
     finish_reason: FinishReason
     stop_reason: int | str | None
+    cached_tokens: int = 0
 
 
 class _Pending:
     """What arrived for one choice since the mailbox was last read."""
 
-    __slots__ = ("finish_reason", "logprobs", "stop_reason", "texts", "token_ids")
+    __slots__ = ("cached_tokens", "finish_reason", "logprobs", "stop_reason", "texts", "token_ids")
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -82,6 +84,7 @@ class _Pending:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason = FinishReason.RUNNING
         self.stop_reason: int | str | None = None
+        self.cached_tokens = 0
 
     def event(self, choice: int) -> ChoiceEvent:
         return ChoiceEvent(
@@ -91,6 +94,7 @@ class _Pending:
             logprobs=self.logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            cached_tokens=self.cached_tokens,
         )
 
 
@@ -199,6 +203,8 @@ class Mailbox:
             pending.logprobs.append(message.logprobs[row])
         if row in message.stop_reasons:
             pending.stop_reason = message.stop_reasons[row]
+        if row in message.cached_tokens:
+            pending.cached_tokens = message.cached_tokens[row]
 
     def _fail(self, error: ApiError) -> None:
         """End the iteration with this error, after what has arrived so far."""
@@ -259,7 +265,9 @@ class EngineClient:
         """Return once the engine can serve."""
         await self._ready.wait()
 
-    async def submit(self, *, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, tenant: str) -> Mailbox:
+    async def submit(
+        self, *, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, tenant: str, priority: int = 0
+    ) -> Mailbox:
         """Hand a request to the engine and wait until it is queued there.
 
         A caller that is cancelled while it waits cancels the request at the engine.
@@ -268,6 +276,7 @@ class EngineClient:
             prompts: token ids, at least one prompt and one id in each; validated by the caller.
             n: answers to each prompt.
             tenant: whose request it is; see :func:`server.api.auth.tenant_of`.
+            priority: lower values are served first.
 
         Raises:
             RateLimitError: the tenant has as many choices waiting and running as it may.
@@ -281,6 +290,7 @@ class EngineClient:
             n=n,
             params=params,
             arrived=time.monotonic(),
+            priority=priority,
             tenant=tenant,
         )
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()

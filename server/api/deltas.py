@@ -53,6 +53,7 @@ class Delta:
         logprobs: their JSON, if the request asked for it.
         finish_reason: ``stop`` or ``length`` if the choice has ended.
         stop_reason: the stop string or token id that ended it.
+        cached_tokens: tokens of its prompt that need not be absorbed again.
     """
 
     choice: int
@@ -61,6 +62,7 @@ class Delta:
     logprobs: dict[str, Any] | None
     finish_reason: str | None
     stop_reason: int | str | None
+    cached_tokens: int
 
 
 def finite(logprob: float) -> float:
@@ -142,6 +144,7 @@ class ChoiceReader:
             None if self._logprobs is None else self._logprobs.write(event.token_ids, event.logprobs),
             reason,
             event.stop_reason,
+            event.cached_tokens,
         )
 
 
@@ -155,26 +158,30 @@ def join_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
         logprobs=[entry for event in events for entry in event.logprobs],
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
+        cached_tokens=sum(event.cached_tokens for event in events),
     )
 
 
 class UsageCounter:
     """Token counts of one request."""
 
-    __slots__ = ("_completion", "_prompt")
+    __slots__ = ("_cached", "_completion", "_prompt")
 
     def __init__(self, job: GenerationJob) -> None:
         self._prompt = sum(map(len, job.prompts))
         self._completion = 0
+        self._cached = 0
 
     def add(self, delta: Delta) -> None:
-        """Count newly generated tokens."""
+        """Count newly generated tokens, and what was found of the prompt."""
         self._completion += len(delta.token_ids)
+        self._cached += delta.cached_tokens
 
-    def json(self) -> dict[str, int]:
+    def json(self) -> dict[str, Any]:
         """OpenAI's usage object. A prompt counts once, however many answers it gets."""
         return {
             "prompt_tokens": self._prompt,
             "completion_tokens": self._completion,
             "total_tokens": self._prompt + self._completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
         }

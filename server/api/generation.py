@@ -53,7 +53,10 @@ class GenerationAnswer(Response):
     async def _answer(self, send: Send, tenant: str) -> None:
         job = self._job
         # No header is sent before the engine has accepted: a full queue is a proper 503.
-        async with await self._client.submit(prompts=job.prompts, n=job.n, params=job.params, tenant=tenant) as mailbox:
+        mailbox = await self._client.submit(
+            prompts=job.prompts, n=job.n, params=job.params, priority=job.priority, tenant=tenant
+        )
+        async with mailbox:
             await (self._stream(mailbox, send) if job.stream else self._respond(mailbox, send))
 
     async def _respond(self, mailbox: Mailbox, send: Send) -> None:

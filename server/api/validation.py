@@ -35,6 +35,7 @@ class GenerationJob:
         prompts: token ids; at least one each.
         echoed: the text that each choice of a prompt begins with; empty strings without ``echo``.
         n: choices per prompt.
+        priority: lower values are served first.
         params: how all choices sample.
         stream: whether to answer with server-sent events.
         include_usage: whether the stream ends with the token counts.
@@ -46,6 +47,7 @@ class GenerationJob:
     prompts: list[list[int]]
     echoed: list[str]
     n: int
+    priority: int
     params: SamplingParams
     stream: bool
     include_usage: bool
@@ -90,6 +92,7 @@ class RequestValidator(ABC):
             prompts=prompts,
             echoed=echoed,
             n=request.n or 1,
+            priority=request.priority or 0,
             params=params,
             stream=bool(request.stream),
             include_usage=request.stream_options is not None and bool(request.stream_options.include_usage),

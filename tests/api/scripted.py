@@ -126,6 +126,8 @@ class ScriptedEngine:
     """A choice ends with an error after so many tokens."""
     max_per_tenant: int | None = None
     """Choices that one tenant may have running."""
+    cached_tokens: int = 0
+    """What it says of every prompt."""
     stop_after: int | None = None
     """A choice comes to its end of sequence after so many tokens."""
 
@@ -215,6 +217,8 @@ class ScriptedEngine:
         if self.fail_after == running.sent:
             reason = FinishReason.ERROR
             output.errors[row] = "the scripted engine failed"
+        if self.cached_tokens and running.sent == 1 and key[1] % running.request.n == 0:
+            output.cached_tokens[row] = self.cached_tokens
         if params.logprobs is not None:
             # ALIAS first, then the sampled token, then a byte that is no text of its own.
             top = [(ALIAS, -0.5), (token, -1.0), (0xE2, float("-inf")), (65, -20.0), (66, -21.0)][: params.logprobs]

@@ -65,7 +65,12 @@ def test_whole_answer(server: Server) -> None:
             "stop_reason": None,
         }
     ]
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 20, "total_tokens": 24}
+    assert body["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 20,
+        "total_tokens": 24,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_sixteen_tokens_by_default(server: Server) -> None:
@@ -92,6 +97,7 @@ def test_every_form_of_prompt(server: Server, prompt: Any, lengths: list[int]) -
         "prompt_tokens": sum(lengths),
         "completion_tokens": 32 * len(lengths),
         "total_tokens": sum(lengths) + 32 * len(lengths),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     chunks, _ = stream(server, prompt=prompt, n=2)
     assert [choice["text"] for _, choice in sorted(gather(chunks).items())] == expected
@@ -123,6 +129,22 @@ def test_stream_adds_up_to_the_whole_answer(server: Server) -> None:
             if fields["return_token_ids"]:
                 assert piece["token_ids"] == choice["token_ids"]
                 assert piece["prompt_token_ids"] == choice["prompt_token_ids"]
+
+
+def test_usage_says_what_was_cached_of_each_prompt() -> None:
+    """Once per prompt, whatever n is, whole and streamed."""
+    with serve(ScriptedEngine(cached_tokens=2)) as server:
+        fields: dict[str, Any] = {"prompt": ["abc", "de"], "n": 3, "max_tokens": 4}
+        usage = server.complete(**fields).json()["usage"]
+        assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (7, {"cached_tokens": 4})
+        chunks, _ = stream(server, stream_options={"include_usage": True}, **fields)
+        assert chunks[-1]["usage"] == usage
+
+
+def test_priority_reaches_the_engine(server: Server) -> None:
+    for given, expected in ((None, 0), (0, 0), (-7, -7), (2**40, 2**40)):
+        server.complete(priority=given)
+        assert server.engine.requests[-1].priority == expected
 
 
 def test_no_empty_choices_unless_usage_was_asked_for(server: Server) -> None:

@@ -53,6 +53,7 @@ plausible: dict[str, st.SearchStrategy[Any]] = {
     "stream": st.booleans(),
     "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans() | st.none()}),
     "echo": st.booleans(),
+    "priority": st.integers(-3, 3),
     "return_token_ids": st.booleans(),
 }
 bodies = st.one_of(
@@ -125,6 +126,7 @@ def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int]
         prompts=[[1]],
         echoed=[echoed],
         n=choices,
+        priority=0,
         params=SamplingParams(),
         stream=True,
         include_usage=True,

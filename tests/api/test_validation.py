@@ -125,6 +125,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_beam_search": True}, "use_beam_search"),
     ({"use_beam_search": 0}, "use_beam_search"),
     ({"length_penalty": True}, "length_penalty"),
+    ({"priority": 1.0}, "priority"),
+    ({"priority": True}, "priority"),
+    ({"priority": 2**63}, "priority"),
     ({"prompt_logprobs": 0}, "prompt_logprobs"),
     ({"allowed_token_ids": []}, "allowed_token_ids"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -155,6 +158,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"presence_penalty": -2, "frequency_penalty": 2.0, "repetition_penalty": 1.3},
     {"logit_bias": {}},
     {"logit_bias": {"0": 100, "299": -100.0}},
+    {"priority": -(2**63)},
     {"seed": -(2**63)},
     {"seed": 2**63 - 1},
     {"stop": []},
@@ -175,6 +179,7 @@ EVERY_FIELD = [
     *("model", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos"),
     *("logprobs", "n", "best_of", "stream", "stream_options", "echo", "return_token_ids", "suffix", "user"),
+    "priority",
     *("guided_json", "structured_outputs", "prompt_logprobs", "truncate_prompt_tokens", "request_id", "cache_salt"),
 ]
 

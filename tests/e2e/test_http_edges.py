@@ -84,7 +84,12 @@ def test_prompt_over_the_model_limit(http: httpx.Client) -> None:
     # The last token that fits ends the choice.
     body = complete(http, [5] * (LIMIT - 8), max_tokens=100, ignore_eos=True).json()
     assert body["choices"][0]["finish_reason"] == "length"
-    assert body["usage"] == {"prompt_tokens": LIMIT - 8, "completion_tokens": 8, "total_tokens": LIMIT}
+    assert body["usage"] == {
+        "prompt_tokens": LIMIT - 8,
+        "completion_tokens": 8,
+        "total_tokens": LIMIT,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_more_choices_than_ever_fit(http: httpx.Client) -> None:

@@ -108,6 +108,14 @@ class GenerationFields(Body):
         None, description="Add `prompt_token_ids` and `token_ids` to the answer. Default false."
     )
 
+    priority: int | None = Field(
+        None,
+        ge=INT64_MIN,
+        le=INT64_MAX,
+        description="Requests of lower values get free slots, and have their prompts read, before those of higher ones "
+        "that wait. What runs already goes on. Default 0.",
+    )
+
     user: Ignored = None
     metadata: Ignored = None
     safety_identifier: Ignored = None
@@ -128,7 +136,6 @@ class GenerationFields(Body):
     kv_transfer_params: Annotated[object, Unsupported()] = None
     length_penalty: Annotated[object, Unsupported(1.0)] = None
     logits_processors: Annotated[object, Unsupported([])] = None
-    priority: Annotated[object, Unsupported(0)] = None
     prompt_logprobs: Annotated[object, Unsupported()] = None
     request_id: Annotated[object, Unsupported()] = None
     response_format: Annotated[object, Unsupported({"type": "text"})] = None
@@ -142,9 +149,16 @@ class GenerationFields(Body):
     use_beam_search: Annotated[object, Unsupported(False)] = None
 
 
+class PromptTokensDetails(BaseModel):
+    """Where the prompts' tokens came from."""
+
+    cached_tokens: int = Field(description="Prompt tokens that had been read for an earlier request.")
+
+
 class Usage(BaseModel):
     """Token counts of the whole request."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(description="Tokens of all prompts; each counts once, however many choices it has.")
+    completion_tokens: int = Field(description="Tokens generated for all choices, candidates of `best_of` included.")
+    total_tokens: int = Field(description="Both.")
+    prompt_tokens_details: PromptTokensDetails | None = Field(None, description="More about the prompts' tokens.")

@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from server.tokenizer_config import AddedToken, TokenizerConfig
 
 _SPACE = "\u2581"  # SentencePiece's visible space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_ANCHOR = "\n"
+"""A text to stand before another; few tokenizers join it with what follows."""
 
 
 class Tokenizer(ABC):
@@ -36,6 +39,7 @@ class Tokenizer(ABC):
     def __init__(
         self,
         token_bytes: list[bytes],
+        unwritten: Mapping[int, bytes],
         *,
         bos_token_id: int | None,
         eos_token_id: int | None,
@@ -43,6 +47,7 @@ class Tokenizer(ABC):
         dummy_space: bool,
     ) -> None:
         self.vocab_size = len(token_bytes)
+        self._unwritten = unwritten
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.special_tokens = special_tokens
@@ -70,9 +75,53 @@ class Tokenizer(ABC):
         text = b"".join(known).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._dummy_space else text
 
-    def token_bytes(self) -> list[bytes]:
-        """The bytes each id adds to running text, by id; nothing for special tokens and unused ids."""
-        return list(self._token_bytes)
+    def token_bytes(self, *, special: bool = False) -> list[bytes]:
+        """The bytes each id adds to running text, by id; nothing for special tokens and unused ids.
+
+        Args:
+            special: whether special tokens are written, too, such as ``</s>``.
+        """
+        table = list(self._token_bytes)
+        if special:
+            for token, data in self._unwritten.items():
+                table[token] = data
+        return table
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids whose bytes are exactly the text's, as it would be tokenized behind other text.
+
+        No special token is among them, and no space that the tokenizer puts before a text. Where the tokenizer itself
+        would change the text, the longest tokens that fit are taken; characters that no token has are left out.
+        """
+        wanted = text.encode("utf-8", errors="replace")
+        behind = len(self._anchor)
+        ids = self.encode(_ANCHOR + text, add_special_tokens=False)
+        if ids[:behind] == self._anchor and b"".join(self._token_bytes[token] for token in ids[behind:]) == wanted:
+            return ids[behind:]
+        return self._longest_tokens(wanted)
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return self.encode(_ANCHOR, add_special_tokens=False)
+
+    @cached_property
+    def _ids_by_bytes(self) -> dict[bytes, int]:
+        return {data: token for token, data in reversed(list(enumerate(self._token_bytes))) if data}
+
+    def _longest_tokens(self, text: bytes) -> list[int]:
+        ids: list[int] = []
+        longest = max(map(len, self._ids_by_bytes), default=0)
+        position = 0
+        while position < len(text):
+            for length in range(longest, 0, -1):
+                token = self._ids_by_bytes.get(text[position : position + length])
+                if token is not None:
+                    ids.append(token)
+                    position += len(self._token_bytes[token])
+                    break
+            else:
+                position += 1
+        return ids
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -109,8 +158,12 @@ class SentencePieceTokenizer(Tokenizer):
         ids = {token.content: token.token_id for token in added}
         bos = _named_piece(processor, config, "bos_token", processor.bos_id(), ids)
         eos = _named_piece(processor, config, "eos_token", processor.eos_id(), ids)
+        table = _sentencepiece_bytes(processor, added, path)
+        unwritten = {token.token_id: token.content.encode() for token in added if token.special}
+        unwritten |= {token: processor.id_to_piece(token).encode() for token in range(size) if not table[token]}
         super().__init__(
-            _sentencepiece_bytes(processor, added, path),
+            table,
+            unwritten,
             bos_token_id=bos,
             eos_token_id=eos,
             special_tokens=_piece_texts(processor, bos_token=bos, eos_token=eos) | config.special_tokens(),
@@ -242,8 +295,11 @@ class JsonTokenizer(Tokenizer):
         backend.no_padding()
         decoder = _TokenDecoder.parse(json.loads(source).get("decoder"), path)
         _complete_added_tokens(backend, config)
+        table = _json_bytes(backend, decoder, config, path)
+        texts = {token: backend.id_to_token(token) for token, data in enumerate(table) if not data}
         super().__init__(
-            _json_bytes(backend, decoder, config, path),
+            table,
+            {token: text.encode() for token, text in texts.items() if text is not None},
             bos_token_id=_named_token(backend, config, "bos_token"),
             eos_token_id=_named_token(backend, config, "eos_token"),
             special_tokens=config.special_tokens(),

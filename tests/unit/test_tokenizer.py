@@ -111,6 +111,45 @@ def test_sentencepiece_decodes_any_ids(ids: list[int]) -> None:
         assert decoded.removeprefix(" ") == sentencepiece_itself().decode(ids).removeprefix(" ")
 
 
+@settings(max_examples=200, deadline=None)
+@given(TEXTS)
+def test_a_continuation_has_exactly_the_bytes_of_its_text(text: str) -> None:
+    """Also where the tokenizer itself would put a space before it, or take one sign for another."""
+    assert joined(classics(), classics().encode_continuation(text)) == text.encode()
+
+
+def test_a_continuation_is_tokenized_as_behind_other_text() -> None:
+    tokenizer = classics()
+    assert tokenizer.encode_continuation(" The old man") == [366, 712, 435]
+    assert tokenizer.encode_continuation("</s>") == tokenizer.encode("x</s>", add_special_tokens=False)[1:]
+    assert tokenizer.encode_continuation("") == []
+
+
+def test_a_json_continuation_has_exactly_the_bytes_of_its_text(json_folder: Path) -> None:
+    tokenizer = load_tokenizer(json_folder)
+    unigram = "unigram" in json_folder.name  # without byte pieces it has no tokens for some of it
+    for text in CORPUS[:1] if unigram else TORTURE:
+        assert joined(tokenizer, tokenizer.encode_continuation(text)) == text.encode()
+
+
+def test_special_tokens_are_written_where_asked_for(json_folder: Path) -> None:
+    tokenizer = load_tokenizer(json_folder)
+    hidden, shown = tokenizer.token_bytes(), tokenizer.token_bytes(special=True)
+    changed = {token: shown[token] for token in range(tokenizer.vocab_size) if shown[token] != hidden[token]}
+    assert changed.items() >= {1: b"<s>", 2: b"</s>"}.items()
+    assert all(hidden[token] == b"" for token in changed)
+
+
+def test_sentencepiece_special_tokens_are_written_where_asked_for(tmp_path: Path) -> None:
+    folder = sentencepiece_folder(
+        tmp_path, {"added_tokens_decoder": {"8192": {"content": "<|x|>", "special": True}, "8193": {"content": "<|y|>"}}}
+    )
+    tokenizer = load_tokenizer(folder)
+    table = tokenizer.token_bytes(special=True)
+    assert (table[1], table[2], table[8192], table[8193]) == (b"<s>", b"</s>", b"<|x|>", b"<|y|>")
+    assert tokenizer.token_bytes()[8192:] == [b"", b"<|y|>"]
+
+
 def test_ids_beyond_the_vocabulary_are_no_text() -> None:
     assert classics().decode([366, 99999, -1, 712]) == "The old"
 

@@ -6,10 +6,10 @@ passes here can be followed there. Torch-free.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llguidance import LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLTokenizer, grammar_from, regex_to_lark
 
 from server.tokenizer import Tokenizer
 
@@ -45,19 +45,12 @@ class GrammarVocabulary:
     Args:
         tokenizer: whose bytes the tokens stand for.
         vocab_size: of the model.
-        eos_token_ids: of the model; a grammar decides when one may be sampled.
-
-    Attributes:
-        mask_words: 32-bit words in a mask, one bit per token, the first token in the lowest bit; there may be more bits
-            than tokens.
-        eos_token_ids: those a complete text allows; never empty: without one, an id beyond the vocabulary.
+        eos_token_id: which a grammar allows where its text is complete; None: it allows the id ``vocab_size`` there,
+            which no token has.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        eos = eos_token_ids[0] if eos_token_ids else None
-        self._tokenizer = LLTokenizer(_Vocabulary(tokenizer, vocab_size, eos))  # type: ignore[arg-type]
-        self.mask_words = (self._tokenizer.vocab_size + 31) // 32
-        self.eos_token_ids = tuple(eos_token_ids) or (self._tokenizer.eos_token,)
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int | None) -> None:
+        self._tokenizer = LLTokenizer(_Vocabulary(tokenizer, vocab_size, eos_token_id))  # type: ignore[arg-type]
 
     def check(self, grammar: str) -> None:
         """Raise GrammarError unless the grammar can be followed.
@@ -97,8 +90,12 @@ def from_json_schema(
 
 
 def from_regex(pattern: str) -> str:
-    """The grammar of texts that match, from beginning to end, a regular expression in the syntax of Rust's regex crate."""
-    return LLMatcher.grammar_from_regex(pattern)
+    r"""The grammar of texts that match a regular expression from beginning to end.
+
+    The syntax is that of Rust's regex crate, without look-around and back-references; \d and \w are ASCII, as in
+    JavaScript and JSON Schema.
+    """
+    return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(pattern, 'dw')}/")
 
 
 def from_choices(choices: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ gale_slots_used                      gauge     state slots in use
 gale_slots_capacity                  gauge     state slots there are
 gale_prompt_tokens_total             counter   prompt tokens absorbed
 gale_generated_tokens_total          counter   tokens generated
-gale_requests_finished_total         counter   choices ended, by ``reason``: stop, length, cancelled, error
+gale_requests_finished_total         counter   choices ended, by ``reason``: stop, length, cancelled, error, abort
 gale_time_to_first_token_seconds     histogram from a request's arrival to a choice's first token
 gale_time_per_output_token_seconds   histogram a choice's mean time between tokens after its first
 gale_request_duration_seconds        histogram from a request's arrival to the end of a choice

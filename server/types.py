@@ -25,6 +25,8 @@ class FinishReason(enum.IntEnum):
     """The API process asked for it (client gone, shutdown)."""
     ERROR = 4
     """The engine could not finish the request; ``StepOutput.errors`` says why."""
+    ABORT = 5
+    """A dead end: the request's own constraints leave no token, or its grammar cannot be followed any further."""
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
@@ -72,10 +74,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] | None = None
+    """No other token is sampled, end-of-sequence included; None: all are allowed."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token ids of phrases: where all but the last are the newest tokens generated, the last one is not sampled."""
+    grammar: str | None = None
+    """What the generated text must follow, as :mod:`server.grammar` writes it; it decides where the text may end."""
     seed: int | None = None
     """None: drawn by the engine. The j-th answer to each prompt uses a stream derived from (seed, j)."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    """Whether the text ends with the stop string, or the stop token's text, that ended it; else before it."""
+    skip_special_tokens: bool = True
+    """Whether special tokens add nothing to the text; else they are written, such as ``</s>``."""
     ignore_eos: bool = False
     logprobs: int | None = None
     """Number of most likely alternatives to report per token; 0 reports the sampled token only."""

@@ -9,7 +9,13 @@ from server.api.client import ChoiceEvent
 from server.api.validation import GenerationJob
 from server.types import FinishReason, TokenLogprobs
 
-_FINISH_REASONS: Final = {FinishReason.RUNNING: None, FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+_FINISH_REASONS: Final = {
+    FinishReason.RUNNING: None,
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    # None of OpenAI's values would be true of a text that its own constraints cut off; this is vLLM's and SGLang's.
+    FinishReason.ABORT: "abort",
+}
 _LOWEST_LOGPROB: Final = -9999.0
 
 _new_decoder = codecs.getincrementaldecoder("utf-8")
@@ -51,7 +57,7 @@ class Delta:
         text: complete characters only.
         token_ids: what was sampled.
         logprobs: their JSON, if the request asked for it.
-        finish_reason: ``stop`` or ``length`` if the choice has ended.
+        finish_reason: ``stop``, ``length`` or ``abort`` if the choice has ended.
         stop_reason: the stop string or token id that ended it.
         cached_tokens: tokens of its prompt that need not be absorbed again.
     """

@@ -52,6 +52,8 @@ class Batch:
     replays: tuple[Span, ...] = ()
     """Spans of no tokens, whose whole prompt is in their snapshot: they sample from its logits."""
     forks: tuple[Fork, ...] = ()
+    resumed: tuple[Span, ...] = ()
+    """Spans of no tokens, whose logits an earlier step has held: they sample from these."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,8 +62,8 @@ class Batch:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All spans: decodes, prefills, replays, branches."""
-        spans = self.decodes + self.prefills
+        """All spans: decodes, prefills, resumed ones, replays, branches."""
+        spans = self.decodes + self.prefills + self.resumed
         if self.replays or self.forks:
             spans += self.replays + tuple(branch for fork in self.forks for branch in fork.branches)
         return spans

@@ -6,12 +6,17 @@ class StopMatcher:
 
     Text that might still turn out to be the beginning of a stop string is held back. Matching bytes
     is exact for UTF-8: a stop string cannot match from the middle of a character.
+
+    Args:
+        stops: what to look for.
+        include: whether the text ends with the stop string found; else before it.
     """
 
-    __slots__ = ("_pending", "_stops")
+    __slots__ = ("_include", "_pending", "_stops")
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
         self._stops = [(stop.encode(), stop) for stop in stops]
+        self._include = include
         self._pending = b""
 
     def feed(self, piece: bytes) -> tuple[bytes, str | None]:
@@ -19,7 +24,7 @@ class StopMatcher:
 
         Returns:
             The bytes that are now certain to be output, and the stop string found, if one was. After
-            a match the text from the stop string on is dropped.
+            a match the text from the stop string on, or behind it, is dropped.
         """
         text = self._pending + piece
         first, found = len(text), None
@@ -29,7 +34,7 @@ class StopMatcher:
                 first, found = position, stop
         if found is not None:
             self._pending = b""
-            return text[:first], found
+            return text[: first + len(found.encode())] if self._include else text[:first], found
         held = max(_longest_overlap(text, encoded) for encoded, _ in self._stops)
         certain = len(text) - held
         self._pending = text[certain:]

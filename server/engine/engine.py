@@ -10,12 +10,15 @@ import random
 import time
 from array import array
 from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from server.engine.config import GenerationConfig, GLAConfig
+from server.engine.constraints import Constraint, Constraints, Verdict
 from server.engine.detokenizer import StopMatcher
 from server.engine.memory import build_runner
 from server.engine.outputs import Outbox
 from server.engine.runner import PendingStep
+from server.engine.sampler import DEAD_END
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
@@ -35,6 +38,10 @@ from server.types import (
 logger = logging.getLogger(__name__)
 
 _SEED_BITS = 63
+_BUSY_WAIT_SECONDS = 0.0005
+"""How often to see whether the device is still busy."""
+_IDLE_WAIT_SECONDS = 0.05
+"""How often to see whether somebody wants something."""
 
 
 class Engine:
@@ -55,13 +62,16 @@ class Engine:
     def __init__(self, config: EngineConfig, *, overlap: bool | None = None) -> None:
         model_config = GLAConfig.from_folder(config.model_folder)
         generation = GenerationConfig.from_folder(config.model_folder)
+        tokenizer = None
         self._token_bytes: list[bytes] | None = None
+        self._token_bytes_with_special: list[bytes] | None = None
         eos = set(generation.eos_token_ids) | set(model_config.eos_token_ids)
         if config.tokenizer_folder is not None:
             tokenizer = load_tokenizer(config.tokenizer_folder)
             # A model's vocabulary may be padded beyond the tokenizer's: such a token has no text.
             missing = model_config.vocab_size - tokenizer.vocab_size
             self._token_bytes = tokenizer.token_bytes() + [b""] * missing
+            self._token_bytes_with_special = tokenizer.token_bytes(special=True) + [b""] * missing
             if tokenizer.eos_token_id is not None:
                 eos.add(tokenizer.eos_token_id)
         built = build_runner(config, model_config)
@@ -90,6 +100,7 @@ class Engine:
             device=built.device_name,
         )
         self._eos = frozenset(self.info.eos_token_ids)
+        self._constraints = Constraints(tokenizer, model_config.vocab_size, self.info.eos_token_ids)
         self._seeds = random.Random(config.seed)
         self._requests: dict[tuple[bytes, int], list[Sequence]] = {}
         self._outbox = Outbox()
@@ -118,6 +129,8 @@ class Engine:
             leader.followers = followers
             for seq in followers:
                 seq.leader = leader
+        if constraints := [seq.constraint for seq in sequences if seq.constraint is not None]:
+            self._constraints.follow([(constraint, None) for constraint in constraints])
         self._requests[client, request.request_id] = sequences
         self.scheduler.add(sequences)
         self._outbox.accept(client, request.request_id)
@@ -132,6 +145,7 @@ class Engine:
             seed = self._seeds.getrandbits(_SEED_BITS)
         else:
             seed = random.Random(f"{params.seed}/{choice % request.n}").getrandbits(_SEED_BITS)
+        phrases = [phrase for phrase in params.bad_words if len(phrase) > 1]
         return Sequence(
             client=client,
             request_id=request.request_id,
@@ -141,7 +155,8 @@ class Engine:
             seed=seed,
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
             max_tokens=max_tokens,
-            matcher=StopMatcher(params.stop) if params.stop else None,
+            matcher=StopMatcher(params.stop, include=params.include_stop_str_in_output) if params.stop else None,
+            constraint=Constraint(params.grammar, phrases) if params.grammar is not None or phrases else None,
             arrived=request.arrived,
             priority=request.priority,
             tenant=request.tenant,
@@ -165,6 +180,9 @@ class Engine:
 
     def step(self) -> None:
         """Launch the next batch and retire a completed one."""
+        resumed = self._resume()
+        if resumed is not None and not self._overlap:
+            self._retire(resumed)
         batch = self.scheduler.schedule(time.monotonic())
         launched = None
         if batch is not None:
@@ -172,10 +190,36 @@ class Engine:
             self._figures.tokens_per_step.observe(batch.num_tokens)
             for seq in batch.leased:
                 self._figures.queue_time.observe(seq.admitted - seq.arrived)
+        idle = resumed is None and batch is None and self._pending is None
         if self._overlap:
             launched, self._pending = self._pending, launched
         if launched is not None:
             self._retire(launched)
+        if resumed is not None and self._overlap:
+            self._retire(resumed)
+        if idle:
+            wait(self._missing_masks(), timeout=_IDLE_WAIT_SECONDS, return_when=FIRST_COMPLETED)
+
+    def _resume(self) -> PendingStep | None:
+        """Sample the held rows whose masks are known, or will be before the device has nothing to do."""
+        while self._pending is not None and not self._pending.done and (missing := self._missing_masks()):
+            wait(missing, timeout=_BUSY_WAIT_SECONDS)
+        ready = []
+        for seq in list(self.scheduler.held):
+            assert seq.constraint is not None
+            if not seq.constraint.ready:
+                continue
+            if seq.constraint.verdict is Verdict.OPEN:
+                ready.append(seq)
+            else:
+                complete = seq.constraint.verdict is Verdict.COMPLETE
+                self._end(seq, FinishReason.STOP if complete else FinishReason.ABORT)
+        return self._runner.resume(self.scheduler.resume(ready)) if ready else None
+
+    def _missing_masks(self) -> "set[Future[None]]":
+        """What the held rows wait for."""
+        constraints = [seq.constraint for seq in self.scheduler.held]
+        return {one.job.future for one in constraints if one is not None and one.job is not None and not one.ready}
 
     def take_outputs(self) -> dict[bytes, StepOutput]:
         """Everything to be sent, by API process."""
@@ -204,17 +248,22 @@ class Engine:
         now = time.monotonic()
         for span, logprobs in step.fetch_prompt_logprobs():
             self._report_prompt(span.seq, logprobs)
+        followed: list[tuple[Constraint, int | None]] = []
         for row, (span, token) in enumerate(zip(step.rows, tokens, strict=True)):
             seq = span.seq
             # A sequence that ended meanwhile was still part of the step launched ahead.
             if seq.finish_reason is FinishReason.RUNNING:
                 self._advance(seq, token, step, row, now)
+                if seq.constraint is not None and not seq.finished:
+                    followed.append((seq.constraint, token))
         for span in step.batch.prefills + step.batch.replays:
             self._figures.prompt_tokens += span.length
             if span.seq.max_tokens == 0 and span.start + span.length == len(span.seq.prompt):
                 # Only the prompt was to be absorbed.
                 self._end_group(span.seq, FinishReason.LENGTH)
         self.scheduler.retire(step.batch)
+        if followed:
+            self._constraints.follow(followed)
 
     def _report_prompt(self, seq: Sequence, logprobs: PromptLogprobs | None) -> None:
         if seq.finished:
@@ -235,10 +284,11 @@ class Engine:
     def _advance(self, seq: Sequence, token: int, step: PendingStep, row: int, now: float) -> None:
         """Append a sampled token to its sequence and decide whether the sequence ends with it."""
         if token < 0:
-            self._finish(seq, FinishReason.ERROR)
-            self._outbox.end(
-                seq, error="no token can be chosen here: the model's logits are not finite, or every token is banned"
-            )
+            if token == DEAD_END:
+                self._end(seq, FinishReason.ABORT)
+            else:
+                self._finish(seq, FinishReason.ERROR)
+                self._outbox.end(seq, error="no token can be chosen here: the model's logits are not finite")
             return
         seq.outputs.append(token)
         self._figures.generated_tokens += 1
@@ -253,18 +303,27 @@ class Engine:
 
     def _judge(self, seq: Sequence, token: int) -> tuple[bytes, FinishReason, int | str | None]:
         """The new token's text, whether it ends the sequence, and which stop string or id did."""
-        matcher = seq.matcher
+        matcher, params = seq.matcher, seq.params
+        table = self._token_bytes if params.skip_special_tokens else self._token_bytes_with_special
+        text = b"" if table is None else table[token]
         if token in seq.stop_ids:
-            text = b"" if matcher is None else matcher.flush()
-            return text, FinishReason.STOP, None if token in self._eos and not seq.params.ignore_eos else token
-        text = b"" if self._token_bytes is None else self._token_bytes[token]
+            held = b"" if matcher is None else matcher.flush()
+            text = held + text if params.include_stop_str_in_output else held
+            return text, FinishReason.STOP, None if token in self._eos and not params.ignore_eos else token
         if matcher is not None and len(seq.outputs) > seq.params.min_tokens:
             text, found = matcher.feed(text)
             if found is not None:
                 return text, FinishReason.STOP, found
         if len(seq.outputs) == seq.max_tokens:
-            return text if matcher is None else text + matcher.flush(), FinishReason.LENGTH, None
+            complete = seq.constraint is not None and seq.constraint.ends_with(token)
+            reason = FinishReason.STOP if complete else FinishReason.LENGTH
+            return text if matcher is None else text + matcher.flush(), reason, None
         return text, FinishReason.RUNNING, None
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a sequence without another token."""
+        self._finish(seq, reason)
+        self._outbox.end(seq, b"" if seq.matcher is None else seq.matcher.flush())
 
     def _finish(self, seq: Sequence, reason: FinishReason, now: float | None = None) -> None:
         now = time.monotonic() if now is None else now

@@ -18,6 +18,7 @@ from server.engine.sampler import (
     Sampled,
     SamplePlan,
     Sampler,
+    has_bias,
     has_penalties,
     is_filtered,
     is_greedy,
@@ -70,8 +71,13 @@ class PendingStep:
         self._event = torch.cuda.Event()
         self._event.record()
 
+    @property
+    def done(self) -> bool:
+        """Whether the device has completed it."""
+        return self._event is None or self._event.query()
+
     def fetch(self) -> list[int]:
-        """Wait for the device; the sampled token of each row, -1 where none could be chosen."""
+        """Wait for the device; the sampled token of each row, BROKEN or DEAD_END where none could be chosen."""
         if self._event is not None:
             self._event.synchronize()
         return [] if self._sampled is None else self._sampled.tokens_R.tolist()
@@ -177,14 +183,14 @@ class Runner:
         """Start a batch. Steps complete in the order of their launches."""
         if batch.leased:
             self._sampler.lease(batch.leased)
-        rows, span_of_row, plan = _plan(batch)
+        rows, span_of_row, plan = _plan(batch.spans)
         graphs = self._graphs
         if graphs is not None and not batch.prefills and not batch.replays and len(rows) <= graphs.max_rows:
             slots = [span.slot for span in batch.decodes]
             pending, folding = self._advance_rings(batch, every_token=graphs.folds_every_token(len(slots)))
             positions = [span.position for span in rows]
             sampled = graphs.launch(slots, span_of_row, positions, plan, pending, folding)
-            return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
+            return PendingStep(batch, rows[: plan.num_sampled], sampled, on_cuda=self._device.type == "cuda")
         return self._launch_kernels(batch, rows, span_of_row, plan)
 
     def _launch_kernels(self, batch: Batch, rows: list[Span], span_of_row: list[int], plan: SamplePlan) -> PendingStep:
@@ -206,7 +212,7 @@ class Runner:
                     0, self._to_device(torch.tensor(logits.of_row))
                 )
             sampled = self._sampler.sample(logits_UV, slots_N[columns.sample_spans], columns.positions, plan)
-        return PendingStep(batch, rows, sampled, scored, on_cuda=self._device.type == "cuda")
+        return PendingStep(batch, rows[: plan.num_sampled], sampled, scored, on_cuda=self._device.type == "cuda")
 
     def _absorb(self, batch: Batch, columns: _Columns, slots_N: Tensor) -> Tensor:
         """Absorb the batch's tokens; the hidden states of all rows."""
@@ -237,6 +243,14 @@ class Runner:
         upload = self._to_device(torch.frombuffer(plan.rows + plan.targets, dtype=torch.int32))
         rows_N, targets_N = upload.long().chunk(2)
         return plan, score_rows(self._model, x_TD, rows_N, targets_N, plan.num_top)
+
+    @torch.inference_mode()
+    def resume(self, batch: Batch) -> PendingStep:
+        """Sample rows that earlier steps have held; their masks must be known."""
+        rows, _, plan = _plan(batch.resumed, masked=True)
+        slots = [span.slot for span in rows]
+        sampled = self._sampler.resume(slots, [span.position for span in rows], plan, _masks(rows))
+        return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
 
     def _restore(self, batch: Batch) -> list[Tensor]:
         """Write the snapshots of newly leased sequences to their slots; the logits [1, V] of the replays, in order."""
@@ -342,25 +356,44 @@ class Runner:
         return _Columns(*host.to(self._device, non_blocking=True).split(sizes))
 
 
-def _plan(batch: Batch) -> tuple[list[Span], list[int], SamplePlan]:
-    """Sampling rows in the order greedy, plain, filtered; each row's span; what the rows need."""
+def _plan(spans: tuple[Span, ...], *, masked: bool = False) -> tuple[list[Span], list[int], SamplePlan]:
+    """The rows whose logits are wanted, in the plan's order; each row's span; what the rows need.
+
+    Args:
+        masked: whether the masks of constraints are known; else the constrained rows are held.
+    """
     greedy: list[int] = []
     plain: list[int] = []
     filtered: list[int] = []
+    held: list[int] = []
     penalties = bias = min_tokens = False
     num_logprobs: int | None = None
-    spans = batch.spans
     for index, span in enumerate(spans):
         if not span.samples:
             continue
         seq = span.seq
+        if seq.constraint is not None and not masked:
+            held.append(index)
+            continue
         params = seq.params
         (greedy if is_greedy(seq) else filtered if is_filtered(seq) else plain).append(index)
         penalties |= has_penalties(seq)
-        bias |= bool(params.logit_bias)
+        bias |= has_bias(seq)
         min_tokens |= span.position < params.min_tokens
         if params.logprobs is not None:
             num_logprobs = max(num_logprobs or 0, params.logprobs)
-    order = greedy + plain + filtered
-    plan = SamplePlan(len(greedy), len(plain), len(filtered), penalties, bias, min_tokens, num_logprobs)
+    order = greedy + plain + filtered + held
+    plan = SamplePlan(
+        len(greedy), len(plain), len(filtered), penalties, bias, min_tokens, num_logprobs, num_held=len(held)
+    )
     return [spans[index] for index in order], order, plan
+
+
+def _masks(rows: list[Span]) -> Tensor:
+    """The rows' masks, int32 [R, W]."""
+    constraints = [span.seq.constraint for span in rows]
+    jobs = {id(one.job): one.job for one in constraints if one is not None and one.job is not None}
+    if len(jobs) == 1:
+        (job,) = jobs.values()
+        return job.masks_RW[[one.row for one in constraints if one is not None]]
+    return torch.stack([one.job.masks_RW[one.row] for one in constraints if one is not None and one.job is not None])

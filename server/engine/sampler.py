@@ -10,9 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.engine.constraints import allowed_RV
 from server.engine.sequence import Sequence
 from server.engine.state_pool import NULL_SLOT
 from server.kernels import pick_greedy
+
+BROKEN = -1
+"""In place of a token: the logits are not finite."""
+DEAD_END = -2
+"""In place of a token: what the request allows leaves none."""
 
 _IN_PROMPT = 1
 _IS_STOP = 2
@@ -25,7 +31,7 @@ _ATTEMPT_SHIFT = 40
 class SamplePlan:
     """What a step's sampling has to do, known on the host, so that nothing unneeded is launched.
 
-    Rows come in the order greedy, plain (temperature only), filtered (top_k, top_p or min_p).
+    Rows come in the order greedy, plain (temperature only), filtered (top_k, top_p or min_p), held.
     """
 
     num_greedy: int
@@ -36,6 +42,13 @@ class SamplePlan:
     min_tokens: bool
     num_logprobs: int | None
     """Alternatives to report, the most any row wants; None: no row wants log-probabilities."""
+    num_held: int = 0
+    """Rows not to sample yet: their logits are kept until the masks of their constraints are known."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows to sample."""
+        return self.num_greedy + self.num_plain + self.num_filtered
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +56,7 @@ class Sampled:
     """A step's samples, on the device.
 
     Attributes:
-        tokens_R: int64 [R]; -1 where nothing can be chosen: logits that are not finite, or every token banned.
+        tokens_R: int64 [R], of the rows that are not held; BROKEN or DEAD_END where nothing can be chosen.
         logprobs_R: float32 [R] or None, of the sampled tokens.
         top_ids_RK, top_logprobs_RK: int64 and float32 [R, K] or None.
     """
@@ -63,6 +76,12 @@ def is_filtered(seq: Sequence) -> bool:
     """Whether the sequence's sampling leaves tokens out, so that it needs them in order."""
     params = seq.params
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def has_bias(seq: Sequence) -> bool:
+    """Whether something is added to the sequence's logits, or taken out of them, at every position alike."""
+    params = seq.params
+    return bool(params.logit_bias or params.bad_words) or params.allowed_token_ids is not None
 
 
 def has_penalties(seq: Sequence) -> bool:
@@ -96,11 +115,12 @@ class Sampler:
         self._flags_SV = torch.zeros((num_slots, vocab_size), dtype=torch.uint8, device=device)
         self._counts_SV = torch.zeros((num_slots, vocab_size), dtype=torch.int32, device=device)
         self._bias_SV = torch.zeros((num_slots, vocab_size), dtype=torch.float32, device=device)
+        self._held_SV = torch.zeros((num_slots, vocab_size), dtype=torch.float32, device=device)
 
     @staticmethod
     def bytes_per_slot(vocab_size: int) -> int:
         """Memory of one slot's rows in all tables."""
-        return vocab_size * (1 + 4 + 4) + 8 + 1 + 6 * 4 + 3 * 8
+        return vocab_size * (1 + 4 + 4 + 4) + 8 + 1 + 6 * 4 + 3 * 8
 
     def lease(self, sequences: SequenceOf[Sequence]) -> None:
         """Write the tables' rows of newly leased sequences; what the last tenant left is overwritten."""
@@ -131,11 +151,19 @@ class Sampler:
                 self._counts_SV[seq.slot] = 0
                 if seq.params.repetition_penalty != 1.0:
                     self._mark_prompt(seq)
-            if seq.params.logit_bias:
-                row = self._bias_SV[seq.slot]
-                row[self._upload(list(seq.params.logit_bias))] = self._upload(
-                    list(seq.params.logit_bias.values()), torch.float32
-                )
+            if has_bias(seq):
+                self._write_bias(seq)
+
+    def _write_bias(self, seq: Sequence) -> None:
+        row, params = self._bias_SV[seq.slot], seq.params
+        if params.allowed_token_ids is not None:
+            row.fill_(-torch.inf)
+            row.index_fill_(0, self._upload(list(params.allowed_token_ids)), 0.0)
+        if params.logit_bias:
+            tokens = self._upload(list(params.logit_bias))
+            row[tokens] += self._upload(list(params.logit_bias.values()), torch.float32)
+        if banned := [phrase[0] for phrase in params.bad_words if len(phrase) == 1]:
+            row.index_fill_(0, self._upload(banned), -torch.inf)
 
     def _mark_prompt(self, seq: Sequence) -> None:
         prompt = self._to_device(torch.frombuffer(seq.prompt, dtype=torch.int32)).long()
@@ -150,22 +178,49 @@ class Sampler:
             return host.pin_memory().to(self._device, non_blocking=True)
         return host
 
-    def sample(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, plan: SamplePlan) -> Sampled:
-        """Sample one token per row and note it by slot.
+    def resume(self, slots: SequenceOf[int], positions: SequenceOf[int], plan: SamplePlan, masks_RW: Tensor) -> Sampled:
+        """Sample rows that an earlier call has held, as :meth:`sample` does.
+
+        Args:
+            masks_RW: int32 [R, W], on the host: one bit per token, set where the token is allowed.
+        """
+        slots_R = self._upload(slots)
+        masks_RW = self._to_device(masks_RW)
+        return self.sample(self._held_SV[slots_R], slots_R, self._upload(positions), plan, masks_RW)
+
+    def sample(
+        self,
+        logits_RV: Tensor,
+        slots_R: Tensor,
+        positions_R: Tensor,
+        plan: SamplePlan,
+        masks_RW: Tensor | None = None,
+    ) -> Sampled:
+        """Sample one token per row that is not held, and note it by slot; note the logits of the others.
 
         Args:
             logits_RV: float32 [R, V]; overwritten.
             slots_R: int64 [R]; the null slot for rows that must not count.
             positions_R: int64 [R], how many tokens the sequence sampled before.
             plan: the rows' order and needs.
+            masks_RW: int32 [R, W], one bit per token, set where it is allowed; None: all are.
         """
-        if plan == SamplePlan(len(slots_R), 0, 0, False, False, False, None):
+        if plan.num_held:
+            sampled = plan.num_sampled
+            self._held_SV[slots_R[sampled:]] = logits_RV[sampled:]
+            logits_RV, slots_R, positions_R = logits_RV[:sampled], slots_R[:sampled], positions_R[:sampled]
+            if sampled == 0:
+                return Sampled(slots_R, None, None, None)
+        simple = not (plan.penalties or plan.bias or plan.min_tokens) and plan.num_logprobs is None
+        if plan.num_greedy == len(slots_R) and simple and masks_RW is None:
             tokens_R = pick_greedy(
                 logits_RV, slots_R, self._flags_SV, self.last_token_S, self.done_S, stop_flag=_IS_STOP
             )
             return Sampled(tokens_R, None, None, None)
         reference_RV = torch.log_softmax(logits_RV, -1) if plan.num_logprobs is not None else None
         logits_RV = self._adjust(logits_RV, slots_R, positions_R, plan)
+        if masks_RW is not None:
+            logits_RV = logits_RV.masked_fill(~allowed_RV(masks_RW, self.vocab_size), -torch.inf)
         largest_R1 = logits_RV.amax(-1, keepdim=True)
         tokens_R = self._choose(logits_RV, largest_R1, slots_R, positions_R, plan)
         if plan.penalties:
@@ -173,13 +228,17 @@ class Sampler:
                 0, slots_R * self.vocab_size + tokens_R, torch.ones_like(tokens_R, dtype=torch.int32)
             )
         self.last_token_S[slots_R] = tokens_R
-        self.done_S[slots_R] = (self._flags_SV[slots_R, tokens_R] & _IS_STOP) != 0
+        finite_R = largest_R1[:, 0].isfinite()
+        self.done_S[slots_R] = ((self._flags_SV[slots_R, tokens_R] & _IS_STOP) != 0) | ~finite_R
         chosen = top_ids = top = None
         if reference_RV is not None and plan.num_logprobs is not None:
             chosen = reference_RV.gather(1, tokens_R[:, None])[:, 0]
             if plan.num_logprobs:
                 top, top_ids = reference_RV.topk(plan.num_logprobs, -1)
-        return Sampled(torch.where(largest_R1[:, 0].isfinite(), tokens_R, -1), chosen, top_ids, top)
+        tokens_R = torch.where(finite_R, tokens_R, BROKEN)
+        if plan.bias or plan.min_tokens or masks_RW is not None:
+            tokens_R = torch.where(largest_R1[:, 0] == -torch.inf, DEAD_END, tokens_R)
+        return Sampled(tokens_R, chosen, top_ids, top)
 
     def _adjust(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, plan: SamplePlan) -> Tensor:
         """Apply bias, penalties and the minimum length, in this order."""

@@ -59,6 +59,8 @@ class Scheduler:
         self._several_tenants = several_tenants
         self.waiting = WaitingQueue()
         self.running: dict[Sequence, None] = {}
+        self.held: dict[Sequence, None] = {}
+        """Running sequences whose next token is yet to be sampled, when the mask of their constraint is known."""
 
     @property
     def has_work(self) -> bool:
@@ -113,7 +115,7 @@ class Scheduler:
         for seq in self.running:
             if seq.num_launched < len(seq.prompt):
                 prompts.append(seq)
-            elif seq.max_tokens is None or seq.num_sampled < seq.max_tokens:
+            elif self._may_decode(seq):
                 decodes.append(self._launch(seq, 1))
         # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing.
         decodes.sort(key=_slot)
@@ -168,6 +170,20 @@ class Scheduler:
         leader.followers = []
         return Fork(source, tuple(branches), tuple(waiting))
 
+    def _may_decode(self, seq: Sequence) -> bool:
+        """Whether a sequence without prompt tokens left has, or will have on the device, another token to absorb."""
+        return (seq.max_tokens is None or seq.num_sampled < seq.max_tokens) and seq not in self.held
+
+    def resume(self, sequences: Iterable[Sequence]) -> Batch:
+        """Sample held sequences: a batch that absorbs nothing."""
+        spans = []
+        for seq in sequences:
+            del self.held[seq]
+            assert seq.slot is not None
+            seq.in_flight += 1
+            spans.append(Span(seq, seq.slot, seq.num_launched, 0, True, seq.num_sampled - 1))
+        return Batch((), (), (), resumed=tuple(spans))
+
     def _prompt_budget(self, num_decodes: int) -> int:
         """Most prompt tokens beside so many decodes."""
         budget = self._token_budget - num_decodes
@@ -176,8 +192,7 @@ class Scheduler:
             budget = min(budget, self._prompt_limits[min(index, len(self._prompt_limits) - 1)][1])
         return budget
 
-    @staticmethod
-    def _launch(seq: Sequence, length: int) -> Span:
+    def _launch(self, seq: Sequence, length: int) -> Span:
         slot = seq.slot
         assert slot is not None
         start = seq.num_launched
@@ -186,6 +201,8 @@ class Scheduler:
         seq.num_launched = start + length
         seq.num_sampled += samples
         seq.in_flight += 1
+        if samples and seq.constraint is not None:
+            self.held[seq] = None
         return span
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
@@ -197,6 +214,7 @@ class Scheduler:
             return
         del self.running[seq]
         self.waiting.end(seq)
+        self.held.pop(seq, None)
         self._release_if_idle(seq)
 
     def retire(self, batch: Batch) -> None:

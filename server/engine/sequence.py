@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from server.engine.constraints import Constraint
 from server.engine.detokenizer import StopMatcher
 from server.types import FinishReason, SamplingParams
 
@@ -39,6 +40,8 @@ class Sequence:
     priority: int = 0
     """Lower values are served first."""
 
+    constraint: Constraint | None = None
+    """What has to be known of the tokens so far before the next one can be sampled; None: nothing."""
     leader: "Sequence | None" = None
     """Who absorbs the prompt for this sequence, until it has done so."""
     followers: list["Sequence"] = field(default_factory=list)
@@ -50,7 +53,7 @@ class Sequence:
     num_folded: int = 0
     """Of these, the tokens that the state itself has absorbed; the others wait in its ring."""
     num_sampled: int = 0
-    """Samplings launched."""
+    """Samplings launched, or held until the constraint's mask is known."""
     in_flight: int = 0
     """Launched steps not yet retired that refer to this sequence's slot."""
     outputs: list[int] = field(default_factory=list)

@@ -393,7 +393,7 @@ def test_figures_add_up() -> None:
     stats = driver.engine.stats()
     assert stats.prompt_tokens == sum(lengths)
     assert stats.generated_tokens == 16
-    assert stats.finished == {"stop": 0, "length": 4, "cancelled": 0, "error": 0}
+    assert stats.finished == {"stop": 0, "length": 4, "cancelled": 0, "error": 0, "abort": 0}
     for histogram in (stats.time_to_first_token, stats.time_per_output_token, stats.end_to_end, stats.queue_time):
         assert sum(histogram.counts) == 4
         assert histogram.sum >= 0

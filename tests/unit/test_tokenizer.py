@@ -142,7 +142,8 @@ def test_special_tokens_are_written_where_asked_for(json_folder: Path) -> None:
 
 def test_sentencepiece_special_tokens_are_written_where_asked_for(tmp_path: Path) -> None:
     folder = sentencepiece_folder(
-        tmp_path, {"added_tokens_decoder": {"8192": {"content": "<|x|>", "special": True}, "8193": {"content": "<|y|>"}}}
+        tmp_path,
+        {"added_tokens_decoder": {"8192": {"content": "<|x|>", "special": True}, "8193": {"content": "<|y|>"}}},
     )
     tokenizer = load_tokenizer(folder)
     table = tokenizer.token_bytes(special=True)

@@ -59,7 +59,8 @@ class Choice(BaseModel):
     logprobs: Logprobs | None = Field(description="If asked for.")
     finish_reason: str | None = Field(
         description="`stop`: end of sequence, stop string or stop token. `length`: max_tokens or the model's limit. "
-        "null: a piece of a stream with more to come.",
+        "`abort`: the request's own constraints left no token to go on with. null: a piece of a stream with "
+        "more to come.",
         examples=["stop", "length"],
     )
     stop_reason: int | str | None = Field(None, description="The stop string or stop token id that ended the choice.")

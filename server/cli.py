@@ -6,12 +6,14 @@ import os
 import sys
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from clients.bench.flags import add_arguments as add_bench_arguments
+from clients.terminal.flags import add_arguments as add_terminal_arguments
 from server import __version__
 from server.errors import GaleError, SettingsError
 from server.settings import Settings
@@ -57,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     _add_serve(commands)
     _add_bench(commands)
+    _add_terminal(commands)
     return parser
 
 
@@ -115,6 +118,30 @@ def _bench(parsed: dict[str, Any]) -> int:
     from clients.bench.cli import run  # here, since its libraries take a while to load
 
     return run(argparse.Namespace(**parsed))
+
+
+def _add_terminal(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    for name, what, usage in (
+        ("complete", "continue texts", "gale complete [PROMPT ...] [--flag value ...]"),
+        ("chat", "chat", "gale chat [--flag value ...]"),
+    ):
+        parser = commands.add_parser(
+            name,
+            help=f"{what} in the terminal, with an OpenAI-style server",
+            description=f"{what.capitalize()} in the terminal, with an OpenAI-style server. A key is taken from the "
+            "environment variable OPENAI_API_KEY.",
+            usage=usage,
+            allow_abbrev=False,
+            formatter_class=_Help,
+        )
+        parser.set_defaults(command=partial(_terminal, chat=name == "chat"))
+        add_terminal_arguments(parser, chat=name == "chat")
+
+
+def _terminal(parsed: dict[str, Any], *, chat: bool) -> int:
+    from clients.terminal.cli import run
+
+    return run(argparse.Namespace(**parsed), chat=chat)
 
 
 def _complain(error: GaleError, exit_code: int, settings: Settings | None = None) -> int:

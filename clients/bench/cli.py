@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from clients.bench.load import Load, send
 from clients.bench.metrics import figures
-from clients.bench.protocol import Answer, Server, ServerError
+from clients.bench.protocol import Answer, Target
 from clients.bench.report import print_results, write_report
 from clients.bench.workload import (
     Conversation,
@@ -27,6 +26,7 @@ from clients.bench.workload import (
     random_conversations,
     shared_prefixes,
 )
+from clients.server import Server, ServerError, open_session
 
 
 class UsageError(Exception):
@@ -88,43 +88,33 @@ async def _measure(arguments: argparse.Namespace, console: Console) -> list[dict
     headers = dict(header.split("=", 1) for header in arguments.header)
     if key := os.environ.get("OPENAI_API_KEY"):
         headers = {"Authorization": f"Bearer {key}"} | headers
-    # No limit of the session's own: a limit is --max-concurrency. No timeout either: a slow answer is a figure.
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
-        servers = [
-            Server(
-                session,
-                url,
-                backend=arguments.backend,
-                model=arguments.model,
-                extra_body=arguments.extra_body,
-                ignore_eos=not arguments.no_ignore_eos,
-            )
-            for url in arguments.compare or [arguments.base_url]
-        ]
+    async with open_session(headers) as session:
         conversations = _conversations(arguments)
-        for server in servers:
-            await server.prepare()
-            await _warm_up(server, arguments, conversations[0])
+        targets = []
+        for url in arguments.compare or [arguments.base_url]:
+            server = Server(session, url)
+            model = arguments.model or await server.first_model()
+            extra = ({} if arguments.no_ignore_eos else {"ignore_eos": True}) | arguments.extra_body
+            targets.append(Target(server, model, arguments.backend, extra))
+            await _warm_up(targets[-1], arguments, conversations[0])
         results = []
         loads = [_load(arguments, conversations, rate, most) for rate, most in _settings(arguments)]
-        requests = sum(len(conversation.turns) for conversation in conversations) * len(servers) * len(loads)
+        requests = sum(len(conversation.turns) for conversation in conversations) * len(targets) * len(loads)
         with _progress(console, requests, hidden=arguments.disable_tqdm) as noticed:
             for load in loads:
-                runs = await send(load, servers, noticed)
+                runs = await send(load, targets, noticed)
                 limits = dict(arguments.goodput)
                 results += [figures(run, limits=limits, percentiles=arguments.metric_percentiles) for run in runs]
     return results
 
 
-async def _warm_up(server: Server, arguments: argparse.Namespace, conversation: Conversation) -> None:
+async def _warm_up(target: Target, arguments: argparse.Namespace, conversation: Conversation) -> None:
     turn = conversation.turns[0]
     prompt = [{"role": "user", "content": str(turn.prompt)}] if arguments.backend == "openai-chat" else turn.prompt
     for _ in range(arguments.num_warmups):
-        answer = await server.ask(prompt, turn.max_tokens)
+        answer = await target.ask(prompt, turn.max_tokens)
         if not answer.ok:
-            raise ServerError(f"{server.name} fails a first request: {answer.error}")
+            raise ServerError(f"{target.server.name} fails a first request: {answer.error}")
 
 
 def _settings(arguments: argparse.Namespace) -> Iterator[tuple[float | Ramp, int | None]]:

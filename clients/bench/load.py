@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from clients.bench.metrics import Run
-from clients.bench.protocol import Answer, Server
+from clients.bench.protocol import Answer, Target
 from clients.bench.workload import Conversation, Prompt
 
 
@@ -30,7 +30,7 @@ class Load:
     chat: bool
 
 
-async def send(load: Load, servers: Sequence[Server], noticed: Callable[[Answer], None]) -> list[Run]:
+async def send(load: Load, targets: Sequence[Target], noticed: Callable[[Answer], None]) -> list[Run]:
     """Send everything to every server; with several, they take turns conversation by conversation.
 
     So two servers are compared under the same load at the same time: each gets every conversation, and the order in
@@ -38,35 +38,35 @@ async def send(load: Load, servers: Sequence[Server], noticed: Callable[[Answer]
 
     Args:
         load: what, and when. With several servers a conversation's moments are each server's own.
-        servers: at least one.
+        targets: at least one.
         noticed: called with each answer as it ends.
     """
     places = asyncio.Semaphore(load.concurrency) if load.concurrency else contextlib.nullcontext()
     start = time.perf_counter()
 
-    async def talk(server: Server, conversation: Conversation) -> list[Answer]:
+    async def talk(target: Target, conversation: Conversation) -> list[Answer]:
         asked = time.perf_counter()
         async with places:
-            answers = await _converse(server, conversation, noticed, chat=load.chat)
+            answers = await _converse(target, conversation, noticed, chat=load.chat)
         answers[0].waited = answers[0].sent - asked
         return answers
 
-    tasks: list[list[asyncio.Task[list[Answer]]]] = [[] for _ in servers]
+    tasks: list[list[asyncio.Task[list[Answer]]]] = [[] for _ in targets]
     for number, (conversation, moment) in enumerate(zip(load.conversations, load.moments, strict=True)):
         await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
-        order = [(number + offset) % len(servers) for offset in range(len(servers))]
+        order = [(number + offset) % len(targets) for offset in range(len(targets))]
         for index in order:
-            tasks[index].append(asyncio.create_task(talk(servers[index], conversation)))
+            tasks[index].append(asyncio.create_task(talk(targets[index], conversation)))
     runs = []
-    for server, own in zip(servers, tasks, strict=True):
+    for target, own in zip(targets, tasks, strict=True):
         answers = [answer for answers in await asyncio.gather(*own) for answer in answers]
         seconds = max((answer.ended for answer in answers), default=start) - start
-        runs.append(Run(server.name, server.model, load.rate, load.concurrency, answers, seconds))
+        runs.append(Run(target.server.name, target.model, load.rate, load.concurrency, answers, seconds))
     return runs
 
 
 async def _converse(
-    server: Server, conversation: Conversation, noticed: Callable[[Answer], None], *, chat: bool
+    target: Target, conversation: Conversation, noticed: Callable[[Answer], None], *, chat: bool
 ) -> list[Answer]:
     """All turns, each with the whole history before it; a turn that fails ends the conversation."""
     answers: list[Answer] = []
@@ -75,11 +75,11 @@ async def _converse(
     for number, turn in enumerate(conversation.turns):
         if chat:
             messages.append({"role": "user", "content": str(turn.prompt)})
-            answer = await server.ask(messages, turn.max_tokens)
+            answer = await target.ask(messages, turn.max_tokens)
             messages.append({"role": "assistant", "content": answer.text})
         else:
             text = f"{text} {turn.prompt}" if number else turn.prompt
-            answer = await server.ask(text, turn.max_tokens)
+            answer = await target.ask(text, turn.max_tokens)
             text = f"{text}{answer.text}"
         answers.append(answer)
         noticed(answer)

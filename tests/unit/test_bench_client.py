@@ -4,10 +4,8 @@ import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from clients.bench.workload import (
     shared_prefixes,
 )
 from server import cli
+from tests.unit.scripted_http import ScriptedServer, scripted_server
 
 INFINITY = float("inf")
 
@@ -115,72 +114,10 @@ def test_goodput_wants_every_limit_met() -> None:
 # Against a server that plays a script.
 
 
-class Scripted(BaseHTTPRequestHandler):
-    """Answers every completion with three chunks of a token each, or as its server's ``script`` says."""
-
-    protocol_version = "HTTP/1.1"
-    server: "ScriptedServer"
-
-    def do_GET(self) -> None:
-        self._json(200, {"data": [{"id": "scripted"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.bodies.append(body)
-        self.server.keys.append(self.headers.get("authorization"))
-        script = self.server.script
-        if script == "refuse":
-            self._json(400, {"error": {"message": "'max_tokens' is too large"}})
-            return
-        chat = self.path == "/v1/chat/completions"
-        chunks: list[Any] = [{"choices": [{"delta": {"role": "assistant"}}]}] if chat else []
-        chunks += [{"choices": [{"delta": {"content": t}} if chat else {"text": t}]} for t in ("a", "b", "c")]
-        if script == "fail":
-            chunks[-1] = {"error": {"message": "the engine died"}}
-        else:
-            chunks.append({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3}})
-        data = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
-        data += b"" if script == "cut" else b"data: [DONE]\n\n"
-        self.send_response(200)
-        self.send_header("content-type", "text/event-stream")
-        self.send_header("connection", "close")
-        self.end_headers()
-        self.wfile.write(data)
-        self.close_connection = True
-
-    def _json(self, status: int, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-class ScriptedServer(ThreadingHTTPServer):
-    """Remembers what it was sent."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Scripted)
-        self.script = ""
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
 @pytest.fixture
 def scripted() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as running:
-        thread = Thread(target=running.serve_forever)
-        thread.start()
+    with scripted_server() as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def bench(server: ScriptedServer, *flags: str) -> int:
@@ -257,14 +194,10 @@ def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_setting_is_a_run_and_servers_take_turns(scripted: ScriptedServer, tmp_path: Path) -> None:
-    with ScriptedServer() as other:
-        thread = Thread(target=other.serve_forever)
-        thread.start()
+    with scripted_server() as other:
         out = tmp_path / "run.json"
         flags = ("--max-concurrency", "1,2", "--request-rate", "100,200", "--output", str(out))
         assert bench(scripted, "--compare", scripted.url, other.url, *flags) == 0
-        other.shutdown()
-        thread.join()
     assert [(r["request_rate"], r["max_concurrency"], r["completed"]) for r in results(out)] == [
         (rate, most, 4) for rate in (100.0, 200.0) for most in (1, 2) for _ in range(2)
     ]

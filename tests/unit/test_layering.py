@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.api.process",
         "server.engine.process",
     ),
-    "server.cli": (*BASE, "server.launch", "server.supervision", "clients.bench"),
+    "server.cli": (*BASE, "server.launch", "server.supervision", "clients.bench", "clients.terminal"),
     "server.__main__": ("server.cli",),
     # Over HTTP they talk to any server, so they know nothing of this one.
     "clients": ("clients",),

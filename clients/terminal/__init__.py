@@ -1,0 +1,1 @@
+"""``gale chat`` and ``gale complete``: terminal clients for any OpenAI-style server."""

@@ -1,0 +1,86 @@
+"""An OpenAI-style server that plays a script, for the clients' tests."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
+from typing import Any
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Answers every completion with three chunks of a token each, or as its server's ``script`` says."""
+
+    protocol_version = "HTTP/1.1"
+    server: "ScriptedServer"
+
+    def do_GET(self) -> None:
+        self._json(200, {"data": [{"id": "scripted"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.bodies.append(body)
+        self.server.keys.append(self.headers.get("authorization"))
+        script = self.server.script
+        if script == "refuse":
+            self._json(400, {"error": {"message": "'max_tokens' is too large"}})
+            return
+        chat = self.path == "/v1/chat/completions"
+        chunks: list[Any] = [{"choices": [{"delta": {"role": "assistant"}}]}] if chat else []
+        chunks += [{"choices": [{"delta": {"content": t}} if chat else {"text": t}]} for t in ("a", "b", "c")]
+        if script == "fail":
+            chunks[-1] = {"error": {"message": "the engine died"}}
+        else:
+            chunks.append({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3}})
+        lines = [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks]
+        if script != "cut":
+            lines.append(b"data: [DONE]\n\n")
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+        for number, line in enumerate(lines):
+            if script == "stall" and number == 2:
+                self.server.released.wait(60)
+            self.wfile.write(line)
+        self.close_connection = True
+
+    def _json(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class ScriptedServer(ThreadingHTTPServer):
+    """Remembers what it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Scripted)
+        self.script = ""
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.released = Event()
+        """Set to let the script "stall" go on after two tokens."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@contextmanager
+def scripted_server() -> Iterator[ScriptedServer]:
+    """One that runs meanwhile."""
+    with ScriptedServer() as running:
+        thread = Thread(target=running.serve_forever)
+        thread.start()
+        try:
+            yield running
+        finally:
+            running.released.set()
+            running.shutdown()
+            thread.join()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from server.errors import CheckpointError
 
-_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+_FILES = ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"]
 """What is downloaded. Never ``*.bin``: pickled weights are not loaded."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 

@@ -85,6 +85,7 @@ class ApiSettings:
         protect_all_routes: whether health, version and metrics want a key too.
         allowed_origins: web pages of these origins may use the API; ``*``: of all.
         tokenizer_folder: where the tokenizer lies; None: prompts and answers are token ids.
+        chat_template: as given by ``--chat-template``; None: the checkpoint's own.
         max_model_len: most tokens of prompt and answer together; None: unlimited.
         max_body_bytes: larger request bodies are refused.
         created: Unix time of the server's start, shown by ``/v1/models``.
@@ -95,6 +96,7 @@ class ApiSettings:
     protect_all_routes: bool
     allowed_origins: tuple[str, ...]
     tokenizer_folder: Path | None
+    chat_template: str | None
     max_model_len: int | None
     max_body_bytes: int
     created: int
@@ -162,6 +164,14 @@ class Settings(BaseModel):
     skip_tokenizer_init: Annotated[
         bool, _flag(_MODEL, "Serve without a tokenizer: prompts and answers are token ids.")
     ] = False
+    chat_template: Annotated[
+        str | None,
+        _flag(
+            _MODEL,
+            "Jinja template that makes a prompt of chat messages: a file, the name of one of the checkpoint's, or the "
+            "text itself. Default: the checkpoint's own, if it has one.",
+        ),
+    ] = None
 
     host: Annotated[str, Field(min_length=1), _flag(_HTTP, "Address or host name to listen on.", env="GALE_HOST")] = (
         "127.0.0.1"
@@ -275,6 +285,8 @@ class Settings(BaseModel):
     def _combinations(self) -> "Settings":
         if self.skip_tokenizer_init and self.tokenizer is not None:
             raise ValueError("--skip-tokenizer-init and --tokenizer exclude each other")
+        if self.skip_tokenizer_init and self.chat_template is not None:
+            raise ValueError("--skip-tokenizer-init and --chat-template exclude each other")
         if not all(key.get_secret_value() for key in self.api_key):
             raise ValueError("--api-key: a key must not be empty")
         if not self.keys:
@@ -375,6 +387,7 @@ class Settings(BaseModel):
             protect_all_routes=self.protect_all_routes,
             allowed_origins=self.allowed_origins,
             tokenizer_folder=tokenizer_folder,
+            chat_template=self.chat_template,
             max_model_len=self.max_model_len,
             max_body_bytes=self.max_body_bytes,
             created=int(time.time()),

@@ -206,6 +206,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dtype: str
     state_dtype: str
     device: str
+    fingerprint: str
+    """Names the checkpoint, the version and the types: what OpenAI calls ``system_fingerprint``."""
 
 
 class StepOutput(msgspec.Struct, kw_only=True, tag=True):

@@ -10,19 +10,34 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api.auth import PUBLIC_PATHS, AuthMiddleware
+from server.api.chat import chat_router
+from server.api.chat_template import ChatTemplate
 from server.api.client import EngineClient
 from server.api.completions import completions_router
+from server.api.conversation import Conversations
 from server.api.errors import ErrorMiddleware, answer_api_error, answer_http_error
 from server.api.models import models_router
 from server.api.operations import operations_router
+from server.api.request_id import RequestIdMiddleware
 from server.api.routing import ERRORS
+from server.api.schemas.chat import ChatCompletionChunk, ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
 from server.api.schemas.server import ErrorResponse
-from server.api.schemas.tokenization import DetokenizeRequest, TokenizeRequest
+from server.api.schemas.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from server.api.tokenization import tokenization_router
 from server.errors import ApiError
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
+
+_UNBOUND = (
+    CompletionRequest,
+    ChatCompletionRequest,
+    ChatCompletionChunk,
+    TokenizeRequest,
+    TokenizeChatRequest,
+    DetokenizeRequest,
+)
+"""Models that the framework does not see: bodies are read by the routes themselves, chunks are written by hand."""
 
 _DESCRIPTION = "An OpenAI-style API for Gated Linear Attention models."
 _CORS_METHODS = ("GET", "POST", "DELETE")
@@ -33,13 +48,19 @@ _UNAUTHORIZED = {
 }
 
 
-def create_app(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer | None) -> FastAPI:
+def create_app(
+    settings: ApiSettings,
+    client: EngineClient,
+    tokenizer: Tokenizer | None,
+    chat_template: ChatTemplate | None = None,
+) -> FastAPI:
     """Build the application.
 
     Args:
         settings: names, keys and limits.
         client: the way to the engine; the caller starts and closes it.
         tokenizer: None: prompts and answers are token ids.
+        chat_template: None: the model has none.
     """
     app = FastAPI(
         title="Gale",
@@ -50,8 +71,10 @@ def create_app(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer
         docs_url=None,
         redoc_url=None,
     )
+    conversations = Conversations(tokenizer, chat_template)
     app.include_router(completions_router(settings, client, tokenizer))
-    app.include_router(tokenization_router(settings, client, tokenizer))
+    app.include_router(chat_router(settings, client, tokenizer, conversations))
+    app.include_router(tokenization_router(settings, client, tokenizer, conversations))
     app.include_router(models_router(settings))
     app.include_router(operations_router(client))
     app.add_exception_handler(ApiError, answer_api_error)
@@ -61,7 +84,7 @@ def create_app(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer
         app.add_middleware(AuthMiddleware, keys=settings.api_keys, public_paths=public_paths)
     app.add_middleware(ErrorMiddleware)
     if settings.allowed_origins:
-        # The last one added is the outermost: pages may read errors too, and browsers ask without a key.
+        # Added after the checks of keys, so around them: pages may read errors too, and browsers ask without a key.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
@@ -69,6 +92,7 @@ def create_app(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer
             allow_headers=("*",),
             expose_headers=_CORS_HEADERS,
         )
+    app.add_middleware(RequestIdMiddleware)  # the last one added is the outermost
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -87,11 +111,17 @@ def _document(app: FastAPI, public_paths: frozenset[str] | None) -> dict[str, An
     """
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _, definitions = models_json_schema(
-        [(schema, "validation") for schema in (CompletionRequest, TokenizeRequest, DetokenizeRequest)],
+        [(schema, "validation") for schema in _UNBOUND],
         ref_template="#/components/schemas/{model}",
     )
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(definitions["$defs"])
+    # The framework supposes that it checks parameters; there are none that could be wrong.
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
     if public_paths is not None:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():

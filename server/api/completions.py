@@ -23,7 +23,7 @@ def completions_router(settings: ApiSettings, client: EngineClient, tokenizer: T
         client: the way to the engine.
         tokenizer: None: only token ids are served.
     """
-    form = CompletionForm(TokenNames(None if tokenizer is None else tokenizer.token_bytes()))
+    names = TokenNames(None if tokenizer is None else tokenizer.token_bytes())
     router = APIRouter()
 
     @router.post(
@@ -45,6 +45,6 @@ def completions_router(settings: ApiSettings, client: EngineClient, tokenizer: T
         check_content_type(request)
         validator = CompletionValidator(settings.served_model_names, ready_info(client), tokenizer)
         job = await read_json(request, settings.max_body_bytes, validator.job)
-        return GenerationAnswer(job, form, client)
+        return GenerationAnswer(job, CompletionForm(names.written_for(job)), client)
 
     return router

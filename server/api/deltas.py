@@ -26,10 +26,16 @@ class TokenNames:
 
     Args:
         token_bytes: what each token adds to a text; None: the server has no tokenizer.
+        as_ids: write ``token_id:7`` for every token.
     """
 
-    def __init__(self, token_bytes: list[bytes] | None) -> None:
+    def __init__(self, token_bytes: list[bytes] | None, *, as_ids: bool = False) -> None:
         self._token_bytes = token_bytes
+        self._as_ids = as_ids or token_bytes is None
+
+    def written_for(self, job: GenerationJob) -> "TokenNames":
+        """These names, or ids where the request asks for ids."""
+        return TokenNames(self._token_bytes, as_ids=True) if job.tokens_as_ids else self
 
     def bytes(self, token_id: int) -> bytes:
         """The token's part of the text."""
@@ -38,8 +44,8 @@ class TokenNames:
         return table[token_id] if table is not None and token_id < len(table) else b""
 
     def text(self, token_id: int) -> str:
-        """The token as text; ``bytes:\\xe2\\x80`` if it is none of its own, its id if there is no tokenizer."""
-        if self._token_bytes is None:
+        """The token as text; ``bytes:\\xe2\\x80`` if it is none of its own; its id if ids are to be written."""
+        if self._as_ids:
             return f"token_id:{token_id}"
         data = self.bytes(token_id)
         try:
@@ -125,6 +131,31 @@ class ListedLogprobs:
         return offset
 
 
+class NestedLogprobs:
+    """Log-probabilities as chat completions have them: one object per token.
+
+    Args:
+        names: how to write tokens.
+    """
+
+    __slots__ = ("_names",)
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+
+    def write(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+        """See :class:`LogprobsWriter`."""
+        entries: list[dict[str, Any]] = []
+        for token, logprob in zip(token_ids, logprobs, strict=True):
+            top = [self._entry(*other) for other in zip(logprob.top_ids, logprob.top, strict=True)]
+            entries.append(self._entry(token, logprob.sampled) | {"top_logprobs": top})
+        return {"content": entries}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self._names.bytes(token_id)
+        return {"token": self._names.text(token_id), "logprob": finite(logprob), "bytes": list(data) or None}
+
+
 class ChoiceReader:
     """Puts one choice's events together: characters from bytes, log-probabilities.
 
@@ -171,23 +202,32 @@ def join_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
 class UsageCounter:
     """Token counts of one request."""
 
-    __slots__ = ("_cached", "_completion", "_prompt")
+    __slots__ = ("_cached", "_completions", "_n", "_prompts")
 
     def __init__(self, job: GenerationJob) -> None:
-        self._prompt = sum(map(len, job.prompts))
-        self._completion = 0
-        self._cached = 0
+        self._prompts = [len(prompt) for prompt in job.prompts]
+        self._completions = [0] * job.num_choices
+        self._cached = [0] * job.num_choices
+        self._n = job.n
 
     def add(self, delta: Delta) -> None:
         """Count newly generated tokens, and what was found of the prompt."""
-        self._completion += len(delta.token_ids)
-        self._cached += delta.cached_tokens
+        self._completions[delta.choice] += len(delta.token_ids)
+        self._cached[delta.choice] += delta.cached_tokens
 
     def json(self) -> dict[str, Any]:
         """OpenAI's usage object. A prompt counts once, however many answers it gets."""
-        return {
-            "prompt_tokens": self._prompt,
-            "completion_tokens": self._completion,
-            "total_tokens": self._prompt + self._completion,
-            "prompt_tokens_details": {"cached_tokens": self._cached},
-        }
+        return _usage(sum(self._prompts), sum(self._completions), sum(self._cached))
+
+    def json_of(self, choice: int) -> dict[str, Any]:
+        """The usage of one choice and its prompt alone."""
+        return _usage(self._prompts[choice // self._n], self._completions[choice], self._cached[choice])
+
+
+def _usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

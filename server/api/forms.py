@@ -1,8 +1,8 @@
-"""The forms of answers: what a completion looks like."""
+"""The forms of answers: what a completion looks like, and what a chat completion."""
 
 from typing import Any
 
-from server.api.deltas import ListedLogprobs, LogprobsWriter, TokenNames
+from server.api.deltas import ListedLogprobs, LogprobsWriter, NestedLogprobs, TokenNames
 from server.api.rendering import AnswerForm, to_json
 
 
@@ -17,6 +17,8 @@ class CompletionForm(AnswerForm):
     kind = chunk_kind = "text_completion"
     text_head = b'"text":'
     text_tail = b""
+    no_text = b'"text":""'
+    prompt_in_choice = True
 
     def __init__(self, names: TokenNames) -> None:
         self._names = names
@@ -32,3 +34,36 @@ class CompletionForm(AnswerForm):
     def opening(self, text: str) -> bytes | None:
         """See :meth:`AnswerForm.opening`; a prompt that is echoed opens the stream."""
         return self.text_head + to_json(text) if text else None
+
+
+class ChatForm(AnswerForm):
+    """Answers of ``POST /v1/chat/completions``.
+
+    Args:
+        names: how to write tokens.
+        role: who speaks.
+    """
+
+    id_prefix = "chatcmpl-"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    text_head = b'"delta":{"content":'
+    text_tail = b"}"
+    no_text = b'"delta":{}'
+    prompt_in_choice = False
+
+    def __init__(self, names: TokenNames, role: str) -> None:
+        self._names = names
+        self._role = role
+
+    def logprobs(self) -> LogprobsWriter:
+        """See :meth:`AnswerForm.logprobs`."""
+        return NestedLogprobs(self._names)
+
+    def message(self, text: str) -> dict[str, Any]:
+        """See :meth:`AnswerForm.message`."""
+        return {"message": {"role": self._role, "content": text}}
+
+    def opening(self, text: str) -> bytes | None:
+        """See :meth:`AnswerForm.opening`; the role opens every choice."""
+        return b'"delta":' + to_json({"role": self._role, "content": text})

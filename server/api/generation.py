@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -14,7 +13,8 @@ from server.api.auth import tenant_of
 from server.api.body import ClientGoneError
 from server.api.client import ChoiceEvent, EngineClient, Mailbox
 from server.api.errors import error_json
-from server.api.rendering import DONE, AnswerForm, ChunkRenderer, render_answer
+from server.api.rendering import DONE, AnswerForm, ChunkRenderer, Envelope, render_answer
+from server.api.request_id import name_request
 from server.api.validation import GenerationJob
 from server.errors import ApiError, InternalError
 
@@ -43,34 +43,36 @@ class GenerationAnswer(Response):
         self._job = job
         self._form = form
         self._client = client
-        self._id = form.id_prefix + uuid.uuid4().hex
-        self._created = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; errors before the response's start are raised."""
-        await while_connected(receive, self._answer(send, tenant_of(scope)))
+        info = self._client.info
+        assert info is not None, "a job was made, so the engine is known"
+        answer_id = self._form.id_prefix + name_request(scope, self._job.request_id)
+        envelope = Envelope(answer_id, int(time.time()), info.fingerprint)
+        await while_connected(receive, self._answer(envelope, tenant_of(scope), send))
 
-    async def _answer(self, send: Send, tenant: str) -> None:
+    async def _answer(self, envelope: Envelope, tenant: str, send: Send) -> None:
         job = self._job
         # No header is sent before the engine has accepted: a full queue is a proper 503.
         mailbox = await self._client.submit(
             prompts=job.prompts, n=job.n, params=job.params, priority=job.priority, tenant=tenant
         )
         async with mailbox:
-            await (self._stream(mailbox, send) if job.stream else self._respond(mailbox, send))
+            await (self._stream if job.stream else self._respond)(mailbox, envelope, send)
 
-    async def _respond(self, mailbox: Mailbox, send: Send) -> None:
+    async def _respond(self, mailbox: Mailbox, envelope: Envelope, send: Send) -> None:
         events: list[list[ChoiceEvent]] = [[] for _ in range(self._job.num_choices)]
         async for batch in mailbox:
             for event in batch:
                 events[event.choice].append(event)
-        body = render_answer(self._job, self._form, self._id, self._created, events)
+        body = render_answer(self._job, self._form, envelope, events)
         headers = [*_JSON_HEADERS, (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _stream(self, mailbox: Mailbox, send: Send) -> None:
-        renderer = ChunkRenderer(self._job, self._form, self._id, self._created)
+    async def _stream(self, mailbox: Mailbox, envelope: Envelope, send: Send) -> None:
+        renderer = ChunkRenderer(self._job, self._form, envelope)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
             if opening := renderer.opening():

@@ -1,6 +1,8 @@
 """``GET /v1/models``: what is served here."""
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Path
 
 from server.api.routing import errors
 from server.api.schemas.server import ModelCard, ModelList
@@ -21,7 +23,9 @@ def models_router(settings: ApiSettings) -> APIRouter:
     }
     router = APIRouter()
 
-    @router.get("/v1/models", summary="List the served models", responses=errors(401))
+    @router.get(
+        "/v1/models", summary="List the served models", response_description="The names.", responses=errors(401)
+    )
     async def list_models() -> ModelList:
         """Every name under which the model is served."""
         return ModelList(data=list(cards.values()))
@@ -29,9 +33,12 @@ def models_router(settings: ApiSettings) -> APIRouter:
     @router.get(
         "/v1/models/{model:path}",
         summary="Describe a served model",
+        response_description="The model.",
         responses=errors(401, 404),
     )
-    async def retrieve_model(model: str) -> ModelCard:
+    async def retrieve_model(
+        model: Annotated[str, Path(description="One of the served names.", examples=["classics-11m"])],
+    ) -> ModelCard:
         """One served model by its name, which may contain slashes."""
         if model not in cards:
             raise NotFoundError(f"The model {model!r} does not exist.", param="model", code="model_not_found")

@@ -21,6 +21,7 @@ def operations_router(client: EngineClient) -> APIRouter:
     @router.get(
         "/health",
         summary="Whether requests are served",
+        response_description="They are.",
         responses=errors(503),
     )
     async def health() -> Health:
@@ -28,18 +29,20 @@ def operations_router(client: EngineClient) -> APIRouter:
         ready_info(client)
         return Health(status="ready")
 
-    @router.get("/health/ready", summary="Whether requests are served", responses=errors(503))
+    @router.get(
+        "/health/ready", summary="Whether requests are served", response_description="They are.", responses=errors(503)
+    )
     async def ready() -> Health:
         """The same as `/health`, under the name that probes of orchestrators look for."""
         ready_info(client)
         return Health(status="ready")
 
-    @router.get("/health/live", summary="Whether this process answers")
+    @router.get("/health/live", summary="Whether this process answers", response_description="It does.")
     async def live() -> Health:
         """Always 200, also while the engine loads, is being replaced or drains: `status` says which."""
         return Health(status=client.status.value)
 
-    @router.get("/version", summary="The server's version")
+    @router.get("/version", summary="The server's version", response_description="The version.")
     async def version() -> Version:
         """The version of Gale."""
         return Version(version=__version__)
@@ -48,6 +51,7 @@ def operations_router(client: EngineClient) -> APIRouter:
         "/metrics",
         summary="Prometheus metrics",
         response_class=Response,
+        response_description="The metrics.",
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:

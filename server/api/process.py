@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Iterator
 import uvicorn
 
 from server.api.app import create_app
+from server.api.chat_template import load_chat_template
 from server.api.client import EngineClient
 from server.api.protocol import HttpProtocol
 from server.child import ChildContext, Drain, EngineDied, EngineStarting, Ready, keep_loaded
@@ -56,11 +57,13 @@ class ApiProcess:
         self._listeners = listeners
         self._client = EngineClient(context.address)
         self._client.engine_deaths = engine_deaths
-        folder = settings.tokenizer_folder
-        tokenizer = load_tokenizer(folder) if folder is not None else None
+        tokenizer = chat_template = None
+        if (folder := settings.tokenizer_folder) is not None:
+            tokenizer = load_tokenizer(folder)
+            chat_template = load_chat_template(settings.chat_template, folder, tokenizer.special_tokens)
         self._server = _Server(
             uvicorn.Config(
-                create_app(settings, self._client, tokenizer),
+                create_app(settings, self._client, tokenizer, chat_template),
                 http=HttpProtocol,
                 ws="none",
                 log_config=None,
@@ -149,6 +152,6 @@ def main(
     """Serve until the launcher says otherwise or is gone; the arguments are those of :class:`ApiProcess`.
 
     Raises:
-        GaleError: the tokenizer cannot be loaded.
+        GaleError: the tokenizer or the chat template cannot be loaded.
     """
     ApiProcess(context, settings, shutdown_timeout, engine_deaths, listeners).run()

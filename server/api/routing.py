@@ -36,10 +36,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": ERRORS[status]} for status in statuses}
 
 
-def json_body(schema: type[BaseModel]) -> dict[str, Any]:
-    """How the OpenAPI document describes a body that the route reads by itself."""
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+def json_body(*schemas: type[BaseModel]) -> dict[str, Any]:
+    """How the OpenAPI document describes a body, of one of these forms, that the route reads by itself."""
+    references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in schemas]
+    schema: dict[str, Any] = references[0] if len(references) == 1 else {"anyOf": references}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def ready_info(client: EngineClient) -> EngineInfo:

@@ -1,4 +1,4 @@
-"""``POST /tokenize`` and ``POST /detokenize``: the server's own tokenizer, without a generation."""
+"""``POST /tokenize``, ``POST /detokenize``, ``GET /tokenizer_info``: the tokenizer, without a generation."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,26 +8,41 @@ from fastapi import APIRouter, Request
 from server.api.body import check_content_type
 from server.api.checks import check_vocabulary, parse_as, served_name
 from server.api.client import EngineClient
+from server.api.conversation import Conversations
 from server.api.deltas import TokenNames
 from server.api.routing import errors, json_body, read_json, ready_info
-from server.api.schemas.tokenization import Detokenization, DetokenizeRequest, Tokenization, TokenizeRequest
+from server.api.schemas.tokenization import (
+    AddedTokenInfo,
+    Detokenization,
+    DetokenizeRequest,
+    Tokenization,
+    TokenizeChatRequest,
+    TokenizeRequest,
+    TokenizerInfo,
+)
 from server.errors import InvalidRequestError
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
+from server.tokenizer_config import TokenizerConfig
 from server.types import EngineInfo
 
 Answer = TypeVar("Answer")
 
+_NO_TOKENIZER = InvalidRequestError("This server runs without a tokenizer.")
+
 _ERRORS = errors(400, 401, 404, 413, 415, 500, 503)
 
 
-def tokenization_router(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer | None) -> APIRouter:
+def tokenization_router(
+    settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer | None, conversations: Conversations
+) -> APIRouter:
     """The routes, bound to one tokenizer.
 
     Args:
         settings: served names, limits.
         client: knows the model's vocabulary and limits.
         tokenizer: None: both routes answer 400.
+        conversations: makes prompts of messages.
     """
     names = TokenNames(None if tokenizer is None else tokenizer.token_bytes())
     router = APIRouter()
@@ -36,13 +51,18 @@ def tokenization_router(settings: ApiSettings, client: EngineClient, tokenizer: 
         check_content_type(request)
         info = ready_info(client)
         if tokenizer is None:
-            raise InvalidRequestError("This server runs without a tokenizer.")
+            raise _NO_TOKENIZER
         return await read_json(request, settings.max_body_bytes, lambda body: work(body, info, tokenizer))
 
     def tokenize_body(body: dict[str, Any], info: EngineInfo, tokenizer: Tokenizer) -> Tokenization:
-        fields = parse_as(TokenizeRequest, body)
+        fields: TokenizeChatRequest | TokenizeRequest
+        if "messages" in body:
+            fields = parse_as(TokenizeChatRequest, body)
+            tokens = conversations.token_ids(fields, add_special_tokens=bool(fields.add_special_tokens))
+        else:
+            fields = parse_as(TokenizeRequest, body)
+            tokens = tokenizer.encode(fields.prompt, add_special_tokens=fields.add_special_tokens is not False)
         served_name(fields.model, settings.served_model_names)
-        tokens = tokenizer.encode(fields.prompt, add_special_tokens=fields.add_special_tokens is not False)
         strings = [names.text(token) for token in tokens] if fields.return_token_strs else None
         return Tokenization(count=len(tokens), max_model_len=info.max_model_len, tokens=tokens, token_strs=strings)
 
@@ -53,15 +73,20 @@ def tokenization_router(settings: ApiSettings, client: EngineClient, tokenizer: 
         return Detokenization(prompt=tokenizer.decode(fields.tokens))
 
     @router.post(
-        "/tokenize", summary="Turn a text into token ids", responses=_ERRORS, openapi_extra=json_body(TokenizeRequest)
+        "/tokenize",
+        summary="Turn a text into token ids",
+        response_description="The token ids.",
+        responses=_ERRORS,
+        openapi_extra=json_body(TokenizeRequest, TokenizeChatRequest),
     )
     async def tokenize(request: Request) -> Tokenization:
-        """The token ids that a completion would see for this prompt."""
+        """The token ids that a completion would see for this prompt, or a chat completion for these messages."""
         return await answer(request, tokenize_body)
 
     @router.post(
         "/detokenize",
         summary="Turn token ids into a text",
+        response_description="The text.",
         responses=_ERRORS,
         openapi_extra=json_body(DetokenizeRequest),
     )
@@ -69,4 +94,39 @@ def tokenization_router(settings: ApiSettings, client: EngineClient, tokenizer: 
         """The text of a whole sequence of token ids."""
         return await answer(request, detokenize_body)
 
+    @router.get(
+        "/tokenizer_info",
+        summary="Describe the tokenizer",
+        response_description="The tokenizer.",
+        responses=errors(400, 401),
+    )
+    async def tokenizer_info() -> TokenizerInfo:
+        """The tokenizer's class, its special tokens and the chat template."""
+        if tokenizer is None:
+            raise _NO_TOKENIZER
+        return _describe(tokenizer, settings, conversations)
+
     return router
+
+
+def _describe(tokenizer: Tokenizer, settings: ApiSettings, conversations: Conversations) -> TokenizerInfo:
+    folder = settings.tokenizer_folder
+    config = TokenizerConfig.from_folder(folder) if folder is not None else None
+    named = config.values.get("tokenizer_class") if config is not None else None
+    tokens = tokenizer.special_tokens
+    return TokenizerInfo(
+        tokenizer_class=named if isinstance(named, str) else type(tokenizer).__name__,
+        vocab_size=tokenizer.vocab_size,
+        max_model_len=settings.max_model_len,
+        bos_token=tokens.get("bos_token"),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token=tokens.get("eos_token"),
+        eos_token_id=tokenizer.eos_token_id,
+        unk_token=tokens.get("unk_token"),
+        pad_token=tokens.get("pad_token"),
+        added_tokens_decoder={
+            str(token.token_id): AddedTokenInfo.model_validate(token, from_attributes=True)
+            for token in (config.added_tokens if config is not None else ())
+        },
+        chat_template=conversations.source,
+    )

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from server.api.checks import check_vocabulary, invalid, parse_as, served_name
 from server.api.schemas.completion import CompletionRequest
-from server.api.schemas.generation import GenerationFields
+from server.api.schemas.generation import GenerationFields, StreamOptions
 from server.errors import InvalidRequestError
 from server.tokenizer import Tokenizer
 from server.types import EngineInfo, SamplingParams
@@ -39,8 +39,12 @@ class GenerationJob:
         params: how all choices sample.
         stream: whether to answer with server-sent events.
         include_usage: whether the stream ends with the token counts.
+        continuous_usage: whether every chunk carries its choice's token counts.
         prompt_token_ids: whether the answer carries the prompts' ids.
         token_ids: whether choices carry their own ids.
+        tokens_as_ids: whether log-probabilities name tokens by their ids.
+        request_id: what the client calls the request.
+        role: who speaks in a chat's answer.
     """
 
     model: str
@@ -51,8 +55,12 @@ class GenerationJob:
     params: SamplingParams
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     prompt_token_ids: bool
     token_ids: bool
+    tokens_as_ids: bool
+    request_id: str | None
+    role: str
 
     @property
     def num_choices(self) -> int:
@@ -84,9 +92,16 @@ class RequestValidator(ABC):
         """
 
     def _job(
-        self, request: GenerationFields, *, prompts: list[list[int]], echoed: list[str], params: SamplingParams
+        self,
+        request: GenerationFields,
+        *,
+        prompts: list[list[int]],
+        echoed: list[str],
+        params: SamplingParams,
+        role: str = "assistant",
     ) -> GenerationJob:
         """The job of a checked request; what the routes share is read from it here."""
+        options = request.stream_options or StreamOptions()
         return GenerationJob(
             model=served_name(request.model, self._names),
             prompts=prompts,
@@ -95,10 +110,14 @@ class RequestValidator(ABC):
             priority=request.priority or 0,
             params=params,
             stream=bool(request.stream),
-            include_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
+            include_usage=bool(options.include_usage),
+            continuous_usage=bool(options.continuous_usage_stats),
             prompt_token_ids=bool(request.return_token_ids),
             # Without a tokenizer the ids are the answer.
             token_ids=bool(request.return_token_ids) or self._tokenizer is None,
+            tokens_as_ids=bool(request.return_tokens_as_token_ids),
+            request_id=request.request_id,
+            role=role,
         )
 
     def _check_request(self, request: GenerationFields, param: str, num_prompts: int) -> None:
@@ -156,6 +175,15 @@ class RequestValidator(ABC):
         if number is not None and number > self._info.max_logprobs:
             raise invalid(param, f"must be at most {self._info.max_logprobs} (--max-logprobs)")
 
+    def _truncated(self, token_ids: list[int], length: int | None, answer: int) -> list[int]:
+        """The end of a prompt, as ``truncate_prompt_tokens`` asks for it; ``answer``: most tokens of the answer."""
+        if length == 0:
+            raise invalid("truncate_prompt_tokens", "must be at least 1, or -1 for as many as fit")
+        if length == -1:
+            limit = self._info.max_model_len
+            length = None if limit is None else max(limit - answer, 1)
+        return token_ids if length is None else token_ids[-length:]
+
     def _check_prompts(self, param: str, prompts: list[list[int]]) -> None:
         limit = self._info.max_model_len
         for token_ids in prompts:
@@ -180,10 +208,15 @@ class CompletionValidator(RequestValidator):
         self._check_request(request, "prompt", len(request.prompt))
         self._check_combinations(request)
         self._check_logprobs("logprobs", request.logprobs)
-        params = self._params(request, max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS, logprobs=request.logprobs)
-        prompts = self._token_ids(request.prompt)
+        max_tokens = request.max_tokens or DEFAULT_MAX_TOKENS
+        params = self._params(request, max_tokens=max_tokens, logprobs=request.logprobs)
+        items: list[str | list[int]] = [*request.prompt]
+        whole = [self._token_ids(item, request) for item in items]
+        prompts = [self._truncated(token_ids, request.truncate_prompt_tokens, max_tokens) for token_ids in whole]
         self._check_prompts("prompt", prompts)
-        echoed = self._echoed(request.prompt) if request.echo else [""] * len(prompts)
+        echoed = [""] * len(prompts)
+        if request.echo:
+            echoed = [self._shown(*each) for each in zip(items, whole, prompts, strict=True)]
         return self._job(request, prompts=prompts, echoed=echoed, params=params)
 
     def _check_combinations(self, request: CompletionRequest) -> None:
@@ -195,17 +228,14 @@ class CompletionValidator(RequestValidator):
         if self._tokenizer is None and request.echo:
             raise invalid("echo", "is not possible: this server runs without a tokenizer")
 
-    def _token_ids(self, prompt: list[str] | list[list[int]]) -> list[list[int]]:
-        token_lists: list[list[int]] = []
-        for item in prompt:
-            if isinstance(item, list):
-                token_lists.append(item)
-            elif self._tokenizer is None:
-                raise invalid("prompt", "must be token ids: this server runs without a tokenizer")
-            else:
-                token_lists.append(self._tokenizer.encode(item))
-        return token_lists
+    def _token_ids(self, item: str | list[int], request: CompletionRequest) -> list[int]:
+        if isinstance(item, list):
+            return item
+        if self._tokenizer is None:
+            raise invalid("prompt", "must be token ids: this server runs without a tokenizer")
+        return self._tokenizer.encode(item, add_special_tokens=request.add_special_tokens is not False)
 
-    def _echoed(self, prompt: list[str] | list[list[int]]) -> list[str]:
+    def _shown(self, item: str | list[int], whole: list[int], kept: list[int]) -> str:
+        """The prompt's text: as it was given, or what the ids that were kept of it mean."""
         assert self._tokenizer is not None
-        return [item if isinstance(item, str) else self._tokenizer.decode(item) for item in prompt]
+        return item if isinstance(item, str) and len(kept) == len(whole) else self._tokenizer.decode(kept)

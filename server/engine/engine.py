@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from server.engine.config import GenerationConfig, GLAConfig
 from server.engine.constraints import Constraint, Constraints, Verdict
 from server.engine.detokenizer import StopMatcher
+from server.engine.identity import system_fingerprint
 from server.engine.memory import build_runner
 from server.engine.outputs import Outbox
 from server.engine.runner import PendingStep
@@ -98,6 +99,9 @@ class Engine:
             dtype=built.dtype,
             state_dtype=config.state_dtype,
             device=built.device_name,
+            fingerprint=system_fingerprint(
+                config.model_folder, config.load_format, config.seed, built.dtype, config.state_dtype, built.device.type
+            ),
         )
         self._eos = frozenset(self.info.eos_token_ids)
         self._constraints = Constraints(tokenizer, model_config.vocab_size, self.info.eos_token_ids)

@@ -6,18 +6,20 @@ of a prompt continues ``SCRIPT`` from position ``len(prompt) + j``, one byte per
 
 import asyncio
 import itertools
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import httpx
 import uvicorn
 
 from server.api.app import create_app
+from server.api.chat_template import ChatTemplate
 from server.api.client import EngineClient
 from server.engine.detokenizer import StopMatcher
 from server.keys import ApiKey, hash_key
@@ -56,6 +58,7 @@ INFO = EngineInfo(
     dtype="float32",
     state_dtype="float32",
     device="scripted",
+    fingerprint="fp_scripted",
 )
 
 
@@ -66,8 +69,13 @@ class ByteTokenizer:
     bos_token_id: int | None = BOS
     eos_token_id: int | None = EOS
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return [BOS] * add_special_tokens + list(text.encode())
+    special_tokens: ClassVar[dict[str, str]] = {"bos_token": "<s>", "eos_token": "</s>"}
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> list[int]:
+        ids = [BOS] * add_special_tokens
+        for stretch in re.split("(</?s>)", text) if parse_special_tokens else [text]:
+            ids += {"<s>": [BOS], "</s>": [EOS]}.get(stretch, list(stretch.encode()))
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         table = self.token_bytes()
@@ -287,6 +295,12 @@ class Server:
         """POST a completion; the default engine answers 16 tokens."""
         return self.http.post("/v1/completions", json={"prompt": prompt, **fields})
 
+    def chat(self, messages: Any = "abc", **fields: Any) -> httpx.Response:
+        """POST a chat completion; a text is a single message of the user's."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.http.post("/v1/chat/completions", json={"messages": messages, **fields})
+
     def connect(self) -> socket.socket:
         """A bare connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -300,6 +314,7 @@ def api_settings(**changes: Any) -> ApiSettings:
         "protect_all_routes": False,
         "allowed_origins": (),
         "tokenizer_folder": None,
+        "chat_template": None,
         "max_model_len": 2000,
         "max_body_bytes": 100_000,
         "created": 1_700_000_000,
@@ -310,12 +325,19 @@ def api_settings(**changes: Any) -> ApiSettings:
 
 
 @contextmanager
-def serve(engine: ScriptedEngine | None = None, *, tokenizer: Any = ByteTokenizer, **changes: Any) -> Iterator[Server]:
+def serve(
+    engine: ScriptedEngine | None = None,
+    *,
+    tokenizer: Any = ByteTokenizer,
+    chat_template: str | None = None,
+    **changes: Any,
+) -> Iterator[Server]:
     """Run the application until the block ends.
 
     Args:
         engine: default: a fresh one.
         tokenizer: its class; None: serve without one.
+        chat_template: Jinja; None: the model has none.
         changes: of :func:`api_settings`.
     """
     server = Server()
@@ -338,7 +360,8 @@ def serve(engine: ScriptedEngine | None = None, *, tokenizer: Any = ByteTokenize
 
     with mock.patch("server.api.client.ClientChannel", server.engine.connect):
         server.client = EngineClient("scripted")
-    app = create_app(api_settings(**changes), server.client, tokenizer and tokenizer())
+    template = None if chat_template is None else ChatTemplate(chat_template, ByteTokenizer.special_tokens)
+    app = create_app(api_settings(**changes), server.client, tokenizer and tokenizer(), template)
     web = Web(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(main(web)), name="server")
     thread.start()

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 
 from server.api.schemas.completion import Completion
-from tests.api.scripted import ALIAS, BOS, SCRIPT, VOCAB, ScriptedEngine, Server, script_text, script_tokens, serve
+from tests.api.scripted import (
+    ALIAS,
+    BOS,
+    INFO,
+    SCRIPT,
+    VOCAB,
+    ScriptedEngine,
+    Server,
+    script_text,
+    script_tokens,
+    serve,
+)
 
 
 def stream(server: Server, **fields: Any) -> tuple[list[dict[str, Any]], str]:
@@ -53,7 +64,8 @@ def test_whole_answer(server: Server) -> None:
     assert response.headers["content-type"] == "application/json"
     body = response.json()
     Completion.model_validate(body)
-    assert list(body) == ["id", "object", "created", "model", "choices", "usage"]
+    assert list(body) == ["id", "object", "created", "model", "system_fingerprint", "choices", "usage"]
+    assert body["system_fingerprint"] == INFO.fingerprint
     assert body["id"].startswith("cmpl-")
     assert body["object"] == "text_completion"
     assert body["choices"] == [

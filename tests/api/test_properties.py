@@ -13,7 +13,7 @@ from server.api.body import parse_json
 from server.api.client import ChoiceEvent
 from server.api.deltas import TokenNames
 from server.api.forms import CompletionForm
-from server.api.rendering import ChunkRenderer, render_answer
+from server.api.rendering import ChunkRenderer, Envelope, render_answer
 from server.api.schemas.completion import CompletionRequest
 from server.api.validation import CompletionValidator, GenerationJob
 from server.errors import ApiError
@@ -130,10 +130,15 @@ def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int]
         params=SamplingParams(),
         stream=True,
         include_usage=True,
+        continuous_usage=False,
         prompt_token_ids=False,
         token_ids=False,
+        tokens_as_ids=False,
+        request_id=None,
+        role="assistant",
     )
-    renderer = ChunkRenderer(job, CompletionForm(TokenNames(None)), "id", 0)
+    form, envelope = CompletionForm(TokenNames(None)), Envelope("id", 0, "fp")
+    renderer = ChunkRenderer(job, form, envelope)
     streamed = renderer.opening()
     events: list[list[ChoiceEvent]] = [[] for _ in range(choices)]
     for number, piece in enumerate(pieces):
@@ -146,7 +151,7 @@ def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int]
         streamed += renderer.chunks([own[-1] for own in events])
     assert renderer.done
     expected = [echoed + data.decode(errors="replace")] * choices
-    whole = json.loads(render_answer(job, CompletionForm(TokenNames(None)), "id", 0, events))
+    whole = json.loads(render_answer(job, form, envelope, events))
     assert [choice["text"] for choice in whole["choices"]] == expected
     *lines, done, _ = streamed.decode().split("\n\n")
     assert done == "data: [DONE]"

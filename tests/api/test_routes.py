@@ -1,18 +1,16 @@
-"""Keys, models, operations, unknown routes, the OpenAPI document."""
+"""Keys, models, operations, unknown routes, names of requests."""
 
-import json
 import re
-from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import __version__
-from server.api.schemas.completion import CompletionRequest
 from tests.api.scripted import Server, serve
 
 ROUTES = [("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/scripted"), ("GET", "/v1/unknown")]
-ROUTES += [("POST", "/tokenize"), ("POST", "/detokenize")]
+ROUTES += [("POST", "/v1/chat/completions"), ("POST", "/tokenize"), ("POST", "/detokenize")]
+ROUTES += [("GET", "/tokenizer_info"), ("GET", "/openapi.json")]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +38,6 @@ def test_every_v1_route_wants_a_key(header: str | None) -> None:
             assert response.headers["www-authenticate"] == "Bearer"
         for path in ("/health", "/health/live", "/health/ready", "/version", "/metrics"):
             assert server.http.get(path).status_code == 200
-        assert server.http.get("/openapi.json").status_code == 401
         assert server.engine.requests == []
 
 
@@ -133,43 +130,41 @@ def test_metrics_follow_prometheus_conventions(server: Server) -> None:
             assert not family.name.endswith(("_count", "_sum", "_bucket"))
 
 
-def resolve(document: dict[str, Any], reference: str) -> dict[str, Any]:
-    node = document
-    for part in reference.removeprefix("#/").split("/"):
-        node = node[part]
-    return node
+@pytest.mark.parametrize("given", ["7f3e", "a.b_c~d:e/f+g=h@i-j", "x" * 128])
+def test_the_requests_own_name_is_kept(server: Server, given: str) -> None:
+    headers = {"X-Request-Id": given}
+    for method, path, status in (
+        ("GET", "/health", 200),
+        ("GET", "/metrics", 200),
+        ("GET", "/nowhere", 404),
+        ("PUT", "/v1/models", 405),
+        ("POST", "/v1/completions", 400),
+    ):
+        response = server.http.request(method, path, headers=headers)
+        assert (response.status_code, response.headers["x-request-id"]) == (status, given)
+    response = server.http.post("/v1/completions", json={"prompt": "a", "request_id": "other"}, headers=headers)
+    assert response.headers["x-request-id"] == given
+    assert response.json()["id"] == f"cmpl-{given}", "the header goes first"
 
 
-def test_openapi_document_is_whole(server: Server) -> None:
-    document = server.http.get("/openapi.json").json()
-    references = set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(document)))
-    assert len(references) > 5
-    for reference in references:
-        assert resolve(document, reference)
-    operation = document["paths"]["/v1/completions"]["post"]
-    request = resolve(document, operation["requestBody"]["content"]["application/json"]["schema"]["$ref"])
-    assert set(request["properties"]) == set(CompletionRequest.model_fields)
-    assert all(field.get("description") for field in request["properties"].values())
-    assert request["additionalProperties"] is False
-    assert request["required"] == ["prompt"]
-    assert set(operation["responses"]) == {"200", "400", "401", "404", "413", "415", "429", "500", "503"}
-    assert set(document["paths"]) == {
-        "/v1/completions",
-        "/v1/models",
-        "/v1/models/{model}",
-        "/tokenize",
-        "/detokenize",
-        "/health",
-        "/health/live",
-        "/health/ready",
-        "/version",
-        "/metrics",
-    }
+@pytest.mark.parametrize("given", [b"", b"a b", b"x" * 129, b'a"b', "é".encode(), b"\xff"])
+def test_other_names_are_replaced(server: Server, given: bytes) -> None:
+    headers = [server.http.get("/health", headers={b"x-request-id": given}).headers for _ in range(2)]
+    first, second = (header["x-request-id"] for header in headers)
+    assert re.fullmatch("[0-9a-f]{32}", first)
+    assert first != second
 
 
-def test_openapi_document_names_the_key() -> None:
+def test_the_body_may_name_the_request(server: Server) -> None:
+    for fields in ({}, {"stream": True}):
+        response = server.complete(request_id="my/request-1", **fields)
+        assert response.headers["x-request-id"] == "my/request-1"
+        assert '"id":"cmpl-my/request-1"' in response.text
+    response = server.complete()
+    assert response.json()["id"] == "cmpl-" + response.headers["x-request-id"]
+
+
+def test_refusals_without_a_key_are_named_too() -> None:
     with serve(keys=("k",)) as server:
-        document = server.http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()
-    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
-    assert document["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
-    assert "security" not in document["paths"]["/health"]["get"]
+        response = server.http.get("/v1/models", headers={"X-Request-Id": "7"})
+        assert (response.status_code, response.headers["x-request-id"]) == (401, "7")

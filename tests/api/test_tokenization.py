@@ -75,10 +75,14 @@ def test_without_a_tokenizer_or_a_key() -> None:
 
 def test_the_documents_schemas_are_there(server: Server) -> None:
     document = server.http.get("/openapi.json").json()
-    for path, schema in (("/tokenize", "TokenizeRequest"), ("/detokenize", "DetokenizeRequest")):
+    for path, schemas in (
+        ("/tokenize", ["TokenizeRequest", "TokenizeChatRequest"]),
+        ("/detokenize", ["DetokenizeRequest"]),
+    ):
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert body == {"$ref": f"#/components/schemas/{schema}"}
-        assert schema in document["components"]["schemas"]
+        references = [{"$ref": f"#/components/schemas/{schema}"} for schema in schemas]
+        assert body.get("anyOf", [body]) == references
+        assert set(schemas) <= document["components"]["schemas"].keys()
 
 
 def test_the_shipped_tokenizer_gives_a_completions_prompt() -> None:

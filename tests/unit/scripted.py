@@ -33,6 +33,7 @@ INFO = EngineInfo(
     dtype="float32",
     state_dtype="float32",
     device="cpu",
+    fingerprint="fp_scripted",
 )
 FAILING_TOKEN = 255
 """A prompt that begins with this token ends in an error after its first token."""

@@ -32,7 +32,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.engine": (*BASE, "server.engine", "server.grammar", "server.kernels", "server.tokenizer"),
     "server.engine.config": BASE,
     "server.engine.process": (*BASE, "server.engine", "server.child", "server.ipc"),
-    "server.api": (*BASE, "server.api", "server.grammar", "server.ipc", "server.metrics", "server.tokenizer"),
+    "server.api": (
+        *BASE,
+        "server.api",
+        "server.grammar",
+        "server.ipc",
+        "server.metrics",
+        "server.tokenizer",
+        "server.tokenizer_config",
+    ),
     "server.api.process": (*BASE, "server.api", "server.child", "server.listeners", "server.tokenizer"),
     "server.launch": (
         *BASE,

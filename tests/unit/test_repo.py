@@ -13,11 +13,14 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import server
 from server.api.schemas.base import Unsupported
+from server.api.schemas.chat import ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
+from server.api.schemas.generation import GenerationFields
 from server.metrics import EngineCollector
 from server.settings import Settings
 from server.types import EngineStats, HistogramSnapshot
@@ -39,9 +42,11 @@ def tracked_files() -> list[Path]:
 
 def section(document: str, title: str) -> str:
     """The text of a document under a heading, up to the next heading of the same or a higher level."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,2}} |\Z)", document, re.MULTILINE | re.DOTALL)
-    assert found, f"no section {title!r}"
-    return found.group(2)
+    heading = re.search(rf"^(#+) {re.escape(title)}\n", document, re.MULTILINE)
+    assert heading, f"no section {title!r}"
+    rest = document[heading.end() :]
+    following = re.search(rf"^#{{1,{len(heading.group(1))}}} ", rest, re.MULTILINE)
+    return rest[: following.start()] if following else rest
 
 
 def first_column(text: str) -> list[str]:
@@ -72,13 +77,19 @@ def test_readme_lists_every_flag() -> None:
     assert listed == rows, "the table should be:\n" + "\n".join(rows)
 
 
-def test_readme_lists_every_request_field() -> None:
-    served = [
+def served_fields(schema: type[BaseModel]) -> set[str]:
+    """The fields of a request that are not there to be refused."""
+    return {
         name
-        for name, field in CompletionRequest.model_fields.items()
+        for name, field in schema.model_fields.items()
         if not any(isinstance(mark, Unsupported) for mark in field.metadata)
-    ]
-    assert sorted(first_column(section(README, "Request fields"))) == sorted(served)
+    }
+
+
+def test_readme_lists_every_request_field() -> None:
+    assert sorted(first_column(section(README, "Request fields"))) == sorted(served_fields(CompletionRequest))
+    own = served_fields(ChatCompletionRequest) - served_fields(GenerationFields)
+    assert sorted(first_column(section(README, "Chat completions"))) == sorted(own)
 
 
 def test_readme_lists_every_metric() -> None:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from server.api.schemas.base import Unsupported
 from server.api.schemas.fields import MAX_COUNT, Prompt
-from server.api.schemas.generation import GenerationFields, Usage
+from server.api.schemas.generation import Fingerprint, FinishReason, GenerationFields, StopReason, TokenIds, Usage
 
 
 class CompletionRequest(GenerationFields):
@@ -43,8 +43,8 @@ class Logprobs(BaseModel):
     A token whose bytes are no UTF-8 text of their own is written as `bytes:\\xe2\\x80`.
     """
 
-    tokens: list[str]
-    token_logprobs: list[float]
+    tokens: list[str] = Field(description="The tokens' texts.")
+    token_logprobs: list[float] = Field(description="Their log-probabilities; -9999 stands for minus infinity.")
     top_logprobs: list[dict[str, float]] = Field(
         description="The most likely tokens at each position, and the sampled one."
     )
@@ -55,25 +55,23 @@ class Choice(BaseModel):
     """One generated text, or a piece of it in a stream."""
 
     index: int = Field(description="`prompt number * n + number of the answer to it`.")
-    text: str
+    text: str = Field(description="The generated text, with `echo` behind its prompt.", examples=[" the sea."])
     logprobs: Logprobs | None = Field(description="If asked for.")
-    finish_reason: str | None = Field(
-        description="`stop`: end of sequence, stop string or stop token. `length`: max_tokens or the model's limit. "
-        "`abort`: the request's own constraints left no token to go on with. null: a piece of a stream with "
-        "more to come.",
-        examples=["stop", "length"],
-    )
-    stop_reason: int | str | None = Field(None, description="The stop string or stop token id that ended the choice.")
-    token_ids: list[int] | None = Field(None, description="The generated token ids, if asked for.")
+    finish_reason: FinishReason
+    stop_reason: StopReason = None
+    token_ids: TokenIds = None
     prompt_token_ids: list[int] | None = Field(None, description="The prompt's token ids, if asked for.")
 
 
 class Completion(BaseModel):
     """The answer to `POST /v1/completions`, and the form of each chunk of a stream."""
 
-    id: str = Field(examples=["cmpl-5f0c6d6c0f5b4f6f8d6a3f6b1c0d9e8a"])
-    object: str = Field("text_completion", examples=["text_completion"])
+    id: str = Field(description="The answer's id.", examples=["cmpl-5f0c6d6c0f5b4f6f8d6a3f6b1c0d9e8a"])
+    object: str = Field(description="Always `text_completion`.", examples=["text_completion"])
     created: int = Field(description="Unix time in seconds.")
-    model: str
-    choices: list[Choice]
-    usage: Usage | None = None
+    model: str = Field(description="The served name that answers.", examples=["classics-11m"])
+    system_fingerprint: Fingerprint
+    choices: list[Choice] = Field(
+        description="`n` for each prompt. In a chunk one, and none in that with the final usage."
+    )
+    usage: Usage | None = Field(None, description="Token counts; in a stream only if asked for.")

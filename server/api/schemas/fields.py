@@ -1,6 +1,7 @@
 """Types of request fields that need more than a bound: one sentence says what is wrong with a value."""
 
 import math
+import re
 from typing import Annotated, Final
 
 from pydantic import PlainValidator
@@ -12,6 +13,8 @@ MAX_STOP_TOKEN_IDS: Final = 256
 MAX_COUNT: Final = 2**31 - 1
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
+"""What a client may call its request; it stands in headers, answers and logs."""
 
 
 def _is_int(value: object) -> bool:
@@ -83,6 +86,14 @@ def _logit_bias(value: object) -> dict[int, float] | None:
     return biases
 
 
+def _request_id(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not REQUEST_ID.fullmatch(value):
+        raise PydanticCustomError("request_id", "must be 1 to 128 letters, digits and characters of ._~:/+=@-")
+    return value
+
+
 Prompt = Annotated[
     list[str] | list[list[int]],
     PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
@@ -94,3 +105,4 @@ StopTokenIds = Annotated[
 LogitBias = Annotated[
     dict[int, float] | None, PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)
 ]
+RequestId = Annotated[str | None, PlainValidator(_request_id, json_schema_input_type=str | None)]

@@ -12,6 +12,7 @@ from server.api.schemas.fields import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     LogitBias,
+    RequestId,
     Stop,
     StopTokenIds,
 )
@@ -23,7 +24,9 @@ class StreamOptions(Body):
     include_usage: bool | None = Field(
         None, description="End the stream with a chunk that has empty `choices` and the `usage` of the whole request."
     )
-    continuous_usage_stats: Annotated[object, Unsupported(False)] = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="Add to every chunk the token counts of its choice so far. Default false."
+    )
     include_obfuscation: Annotated[object, Unsupported(False)] = None
 
 
@@ -107,6 +110,28 @@ class GenerationFields(Body):
     return_token_ids: bool | None = Field(
         None, description="Add `prompt_token_ids` and `token_ids` to the answer. Default false."
     )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Write tokens in log-probabilities as `token_id:7`. Default false."
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Whether the tokenizer's special tokens (such as beginning of sequence) are added to a text. "
+        "Default: true for completions; false for chats, whose template writes them.",
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None,
+        ge=-1,
+        le=MAX_COUNT,
+        description="Keep only so many tokens of the prompt's end; -1: as many as `--max-model-len` leaves beside the "
+        "answer. Default: all of them.",
+        examples=[1000],
+    )
+    request_id: RequestId = Field(
+        None,
+        description="Becomes a part of the answer's id, unless the header `X-Request-Id` says otherwise: up to 128 "
+        "letters, digits and characters of `._~:/+=@-`. Default: a random one.",
+        examples=["my-request-1"],
+    )
 
     priority: int | None = Field(
         None,
@@ -120,9 +145,11 @@ class GenerationFields(Body):
     metadata: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    service_tier: Ignored = None
     store: Ignored = None
 
-    add_special_tokens: Annotated[object, Unsupported(True)] = None
     allowed_token_ids: Annotated[object, Unsupported()] = None
     bad_words: Annotated[object, Unsupported([])] = None
     cache_salt: Annotated[object, Unsupported()] = None
@@ -137,14 +164,10 @@ class GenerationFields(Body):
     length_penalty: Annotated[object, Unsupported(1.0)] = None
     logits_processors: Annotated[object, Unsupported([])] = None
     prompt_logprobs: Annotated[object, Unsupported()] = None
-    request_id: Annotated[object, Unsupported()] = None
     response_format: Annotated[object, Unsupported({"type": "text"})] = None
-    return_tokens_as_token_ids: Annotated[object, Unsupported(False)] = None
-    service_tier: Annotated[object, Unsupported("auto", "default")] = None
     skip_special_tokens: Annotated[object, Unsupported(True)] = None
     spaces_between_special_tokens: Annotated[object, Unsupported(True)] = None
     structured_outputs: Annotated[object, Unsupported()] = None
-    truncate_prompt_tokens: Annotated[object, Unsupported()] = None
     typical_p: Annotated[object, Unsupported(1.0)] = None
     use_beam_search: Annotated[object, Unsupported(False)] = None
 
@@ -162,3 +185,26 @@ class Usage(BaseModel):
     completion_tokens: int = Field(description="Tokens generated for all choices, candidates of `best_of` included.")
     total_tokens: int = Field(description="Both.")
     prompt_tokens_details: PromptTokensDetails | None = Field(None, description="More about the prompts' tokens.")
+
+
+FinishReason = Annotated[
+    str | None,
+    Field(
+        description="`stop`: end of sequence, stop string or stop token. `length`: the most tokens asked for, or the "
+        "model's limit. `abort`: the request's own constraints left no token to go on with. null: a piece of a stream "
+        "with more to come.",
+        examples=["stop", "length"],
+    ),
+]
+StopReason = Annotated[
+    int | str | None, Field(description="The stop string or stop token id that ended the choice.", examples=["\n\n"])
+]
+TokenIds = Annotated[list[int] | None, Field(description="The generated token ids, if asked for.")]
+Fingerprint = Annotated[
+    str,
+    Field(
+        description="Names the checkpoint, the version of Gale and the data types: while it stays the same, so do the "
+        "answers to requests with a seed.",
+        examples=["fp_5f0c6d6c0f5b"],
+    ),
+]

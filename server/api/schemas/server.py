@@ -6,10 +6,10 @@ from pydantic import BaseModel, Field
 class ModelCard(BaseModel):
     """One served model name."""
 
-    id: str
-    object: str = "model"
+    id: str = Field(description="The name.", examples=["classics-11m"])
+    object: str = Field("model", description="Always `model`.")
     created: int = Field(description="Unix time at which the server started, in seconds.")
-    owned_by: str = "gale"
+    owned_by: str = Field("gale", description="Always `gale`.")
     root: str = Field(description="The first served name, whichever name was asked for.")
     max_model_len: int | None = Field(description="Most tokens of prompt and answer together; null: no limit.")
 
@@ -17,32 +17,32 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     """The answer to `GET /v1/models`."""
 
-    object: str = "list"
-    data: list[ModelCard]
+    object: str = Field("list", description="Always `list`.")
+    data: list[ModelCard] = Field(description="One entry per name.")
 
 
 class Health(BaseModel):
     """The answer to `GET /health` of a server that can generate."""
 
-    status: str = Field(examples=["ready"])
+    status: str = Field(description="Always `ready`.", examples=["ready"])
 
 
 class Version(BaseModel):
     """The answer to `GET /version`."""
 
-    version: str
+    version: str = Field(description="The version's number.", examples=["0.1.0"])
 
 
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
-    message: str
-    type: str = Field(examples=["invalid_request_error"])
+    message: str = Field(description="One sentence that names the cause.")
+    type: str = Field(description="The kind of error.", examples=["invalid_request_error"])
     param: str | None = Field(description="The request's field at fault.", examples=["max_tokens"])
-    code: str | None = Field(examples=["model_not_found"])
+    code: str | None = Field(description="The case, for programs.", examples=["model_not_found"])
 
 
 class ErrorResponse(BaseModel):
     """Every answer with a status of 400 or above."""
 
-    error: ErrorDetail
+    error: ErrorDetail = Field(description="What went wrong.")

@@ -1,0 +1,54 @@
+"""``POST /v1/chat/completions``."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.body import check_content_type
+from server.api.chat_validation import ChatValidator
+from server.api.client import EngineClient
+from server.api.conversation import Conversations
+from server.api.deltas import TokenNames
+from server.api.forms import ChatForm
+from server.api.generation import GenerationAnswer
+from server.api.routing import errors, json_body, read_json, ready_info
+from server.api.schemas.chat import ChatCompletion, ChatCompletionRequest
+from server.settings import ApiSettings
+from server.tokenizer import Tokenizer
+
+
+def chat_router(
+    settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer | None, conversations: Conversations
+) -> APIRouter:
+    """The route, bound to one engine.
+
+    Args:
+        settings: served names, limits.
+        client: the way to the engine.
+        tokenizer: None: every request is refused.
+        conversations: makes the prompts.
+    """
+    names = TokenNames(None if tokenizer is None else tokenizer.token_bytes())
+    router = APIRouter()
+
+    @router.post(
+        "/v1/chat/completions",
+        summary="Answer a conversation",
+        response_model=ChatCompletion,
+        responses={
+            200: {
+                "description": "The answer. With `stream`, server-sent events whose data are `ChatCompletionChunk`s, "
+                'ended by `data: [DONE]`; an error after the stream\'s start is one event, `data: {"error": ...}`.',
+                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            },
+            **errors(400, 401, 404, 413, 415, 429, 500, 503),
+        },
+        openapi_extra=json_body(ChatCompletionRequest),
+    )
+    async def create_chat_completion(request: Request) -> Response:
+        """Answer the last message of a conversation, or continue it, with one or several choices."""
+        check_content_type(request)
+        validator = ChatValidator(settings.served_model_names, ready_info(client), tokenizer, conversations)
+        job = await read_json(request, settings.max_body_bytes, validator.job)
+        return GenerationAnswer(job, ChatForm(names.written_for(job), job.role), client)
+
+    return router

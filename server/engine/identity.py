@@ -1,0 +1,35 @@
+"""Which model this is, as far as its answers depend on it."""
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+from server import __version__
+
+_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 4096
+
+
+def system_fingerprint(folder: Path, *facts: object) -> str:
+    """A short name for a checkpoint, this version of Gale and how it computes; the same after every restart.
+
+    Reading all weights would take as long as loading them, so of each file count its name, its size and samples from
+    all over it: versions of a model that differ in a few numbers only may share a name.
+
+    Args:
+        folder: the checkpoint.
+        facts: what else answers depend on, such as data types.
+
+    Returns:
+        ``fp_`` and 12 hexadecimal digits.
+    """
+    digest = sha256(repr((__version__, *map(str, facts))).encode())
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(max(size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return f"fp_{digest.hexdigest()[:12]}"

@@ -1,0 +1,142 @@
+"""The OpenAPI document: complete, and true."""
+
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import pytest
+from pydantic import BaseModel, TypeAdapter
+
+from server.api import schemas
+from tests.api.scripted import Server, serve
+
+GENERATES = {"200", "400", "401", "404", "413", "415", "429", "500", "503"}
+ANSWERS = GENERATES - {"429"}
+STATUSES = {
+    ("/v1/completions", "post"): GENERATES,
+    ("/v1/chat/completions", "post"): GENERATES,
+    ("/tokenize", "post"): ANSWERS,
+    ("/detokenize", "post"): ANSWERS,
+    ("/tokenizer_info", "get"): {"200", "400", "401"},
+    ("/v1/models", "get"): {"200", "401"},
+    ("/v1/models/{model}", "get"): {"200", "401", "404"},
+    ("/health", "get"): {"200", "503"},
+    ("/health/live", "get"): {"200"},
+    ("/health/ready", "get"): {"200", "503"},
+    ("/version", "get"): {"200"},
+    ("/metrics", "get"): {"200"},
+}
+MODELS = {
+    name: model
+    for info in pkgutil.iter_modules(schemas.__path__, f"{schemas.__name__}.")
+    for name, model in vars(importlib.import_module(info.name)).items()
+    if isinstance(model, type) and issubclass(model, BaseModel)
+}
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    with serve() as server:
+        return server.http.get("/openapi.json").json()
+
+
+def components(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return document["components"]["schemas"]
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield (path, method), operation
+
+
+def test_references_lead_somewhere(document: dict[str, Any]) -> None:
+    references = set(re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', json.dumps(document)))
+    assert references == components(document).keys() - {"ChatCompletionChunk"}, "nothing dangles, nothing is left over"
+    assert references <= MODELS.keys()
+
+
+def test_every_route_is_described_with_its_errors(document: dict[str, Any]) -> None:
+    assert {at: operation["responses"].keys() for at, operation in operations(document)} == STATUSES
+    for at, operation in operations(document):
+        assert operation["summary"], at
+        assert operation["description"], at
+        for status, response in operation["responses"].items():
+            assert response["description"] not in ("", "Successful Response"), (at, status)
+            assert response["content"], (at, status)
+            if int(status) >= 400:
+                schema = response["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+        for parameter in operation.get("parameters", ()):
+            assert parameter["description"], at
+        if at[1] == "post":
+            assert operation["requestBody"]["required"] is True
+
+
+def test_every_field_is_described(document: dict[str, Any]) -> None:
+    for name, schema in components(document).items():
+        assert schema["description"], name
+        for field, properties in schema["properties"].items():
+            # What is a reference and nothing else is described where it leads.
+            assert properties.get("description") or set(properties) == {"$ref"}, f"{name}.{field}"
+
+
+def test_the_document_shows_every_field_of_the_models(document: dict[str, Any]) -> None:
+    for name, schema in components(document).items():
+        assert schema["properties"].keys() == MODELS[name].model_fields.keys(), name
+        is_request = MODELS[name].model_config.get("extra") == "forbid"
+        assert schema.get("additionalProperties", True) is not is_request, name
+
+
+def test_examples_are_valid(document: dict[str, Any]) -> None:
+    count = 0
+    for name, schema in components(document).items():
+        for field, properties in schema["properties"].items():
+            info = MODELS[name].model_fields[field]
+            kind = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+            for example in properties.get("examples", ()):
+                TypeAdapter(kind).validate_python(example)
+                count += 1
+    assert count > 30
+
+
+def test_requests_made_of_examples_are_answered(document: dict[str, Any]) -> None:
+    """All required fields, and each optional one that has an example, alone."""
+    with serve(
+        served_model_names=("classics-11m",), chat_template="{{ messages[0].content }}{{ enable_thinking }}"
+    ) as server:
+        for (path, _), operation in operations(document):
+            if "requestBody" not in operation:
+                continue
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            for reference in schema.get("anyOf", [schema]):
+                answers(server, path, components(document)[reference["$ref"].rpartition("/")[2]])
+
+
+def answers(server: Server, path: str, schema: dict[str, Any]) -> None:
+    needed = {name: schema["properties"][name]["examples"][0] for name in schema["required"]}
+    if "tokens" in needed:
+        needed["tokens"] = [token % 256 for token in needed["tokens"]]  # of the shipped model's vocabulary
+    for field, properties in schema["properties"].items():
+        for example in properties.get("examples", ()):
+            body = needed | {field: example} if field not in needed else needed
+            body |= {"logprobs": True} if field == "top_logprobs" else {}
+            response = server.http.post(path, json=body)
+            assert response.status_code == 200, (path, body, response.text)
+
+
+def test_keys_are_in_the_document() -> None:
+    with serve(keys=("k",)) as server:
+        document = server.http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    secured = {at[0] for at, operation in operations(document) if operation.get("security") == [{"key": []}]}
+    assert {path for path, _ in STATUSES} - secured == {
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/version",
+        "/metrics",
+    }

@@ -265,6 +265,58 @@ def test_no_logprobs_unless_asked_for(server: Server) -> None:
     assert server.complete().json()["choices"][0]["logprobs"] is None
 
 
+def test_tokens_as_ids(server: Server) -> None:
+    start = SCRIPT.index("世".encode()) - 1
+    fields: dict[str, Any] = {"prompt": [1] * start, "max_tokens": 5, "logprobs": 2}
+    plain = server.complete(**fields).json()["choices"][0]["logprobs"]
+    (choice,) = server.complete(**fields, return_tokens_as_token_ids=True).json()["choices"]
+    logprobs = choice["logprobs"]
+    ids = script_tokens(start, 0, 5)
+    assert logprobs["tokens"] == [f"token_id:{token}" for token in ids]
+    assert [list(top) for top in logprobs["top_logprobs"]] == [[f"token_id:{ALIAS}", f"token_id:{i}"] for i in ids]
+    assert (logprobs["text_offset"], logprobs["token_logprobs"]) == (plain["text_offset"], plain["token_logprobs"])
+
+
+def test_prompts_are_truncated_from_the_left(server: Server) -> None:
+    def prompts(**fields: Any) -> list[list[int]]:
+        body = server.complete(**{"max_tokens": 1, "return_token_ids": True, **fields}).json()
+        return [choice["prompt_token_ids"] for choice in body["choices"]]
+
+    assert prompts(prompt=["abc", "d"], truncate_prompt_tokens=2) == [[*b"bc"], [BOS, *b"d"]]
+    assert prompts(prompt=[1, 2, 3], truncate_prompt_tokens=1) == [[3]]
+    assert prompts(prompt=[1, 2, 3], truncate_prompt_tokens=2**31 - 1) == [[1, 2, 3]]
+    assert prompts(prompt=[5] * 1999 + [6], truncate_prompt_tokens=-1, max_tokens=100) == [[5] * 1899 + [6]]
+    assert prompts(prompt=[5] * 5000 + [6], truncate_prompt_tokens=-1, max_tokens=9999) == [[6]]
+    body = server.complete(["xüab", "c"], echo=True, truncate_prompt_tokens=3, max_tokens=5).json()
+    assert [choice["text"] for choice in body["choices"]] == [
+        "\ufffdab" + script_text(3, 0, 5),
+        "c" + script_text(2, 0, 5),
+    ]
+    assert body["usage"]["prompt_tokens"] == 5
+
+
+def test_special_tokens_are_added_to_texts_unless_told_not_to(server: Server) -> None:
+    for flag, ids in ((True, [BOS, *b"ab"]), (None, [BOS, *b"ab"]), (False, [*b"ab"])):
+        fields = {"add_special_tokens": flag, "return_token_ids": True, "max_tokens": 1}
+        assert server.complete("ab", **fields).json()["choices"][0]["prompt_token_ids"] == ids
+        assert server.complete([7], **fields).json()["choices"][0]["prompt_token_ids"] == [7]
+
+
+def test_continuous_usage(server: Server) -> None:
+    fields: dict[str, Any] = {"prompt": ["a", "bcd"], "n": 2, "max_tokens": 6, "echo": True}
+    chunks, _ = stream(server, stream_options={"include_usage": True, "continuous_usage_stats": True}, **fields)
+    seen: dict[int, list[int]] = {}
+    for chunk in chunks[:-1]:
+        index, usage = chunk["choices"][0]["index"], chunk["usage"]
+        assert usage["prompt_tokens"] == (2, 4)[index // 2]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        seen.setdefault(index, []).append(usage["completion_tokens"])
+    assert all(counts[0] == 0 and counts == sorted(counts) and counts[-1] == 6 for counts in seen.values())
+    assert chunks[-1]["usage"] == server.complete(**fields).json()["usage"]
+    chunks, _ = stream(server, stream_options={"continuous_usage_stats": True}, **fields)
+    assert all(len(chunk["choices"]) == 1 and chunk["usage"] for chunk in chunks), "no chunk that nobody asked for"
+
+
 def test_large_prompts_take_the_same_way(server: Server) -> None:
     """Bodies beyond the size from which on they are prepared in a thread."""
     prompts = [[1] * 1900 for _ in range(8)]

@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from server.api.body import parse_json
+from server.api.chat_template import ChatTemplate
+from server.api.chat_validation import ChatValidator
 from server.api.client import ChoiceEvent
+from server.api.conversation import Conversations
 from server.api.deltas import TokenNames
 from server.api.forms import CompletionForm
 from server.api.rendering import ChunkRenderer, Envelope, render_answer
+from server.api.schemas.chat import ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
-from server.api.validation import CompletionValidator, GenerationJob
+from server.api.validation import CompletionValidator, GenerationJob, RequestValidator
 from server.errors import ApiError
 from server.types import FinishReason, SamplingParams
 from tests.api.scripted import INFO, VOCAB, ByteTokenizer, ScriptedEngine, Server, serve
-
-FIELDS = [*CompletionRequest.model_fields, "unknown"]
 
 texts = st.text(st.characters(codec=None), max_size=6)
 scalars = st.none() | st.booleans() | st.integers() | st.integers(-3, VOCAB + 3) | st.floats(width=64) | texts
@@ -38,43 +41,62 @@ prompts = (
     | st.lists(st.integers(-1, VOCAB), max_size=5)
     | st.lists(st.lists(st.integers(-1, VOCAB), max_size=3), max_size=3)
 )
+contents = texts | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": texts}), max_size=3)
+conversations = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": contents}),
+    max_size=3,
+)
 plausible: dict[str, st.SearchStrategy[Any]] = {
-    "prompt": prompts,
     "max_tokens": st.integers(0, 9),
     "min_tokens": st.integers(0, 5),
     "temperature": st.floats(-0.5, 3),
     "top_p": st.floats(0, 1),
     "top_k": st.integers(-2, VOCAB + 1),
     "n": st.integers(0, 5),
-    "logprobs": st.integers(0, 6),
+    "logprobs": st.integers(0, 6) | st.booleans(),
     "stop": texts | st.lists(texts, max_size=3),
     "stop_token_ids": st.lists(st.integers(0, VOCAB), max_size=3),
     "logit_bias": st.dictionaries(st.integers(0, VOCAB).map(str), st.floats(-101, 101), max_size=3),
     "stream": st.booleans(),
     "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans() | st.none()}),
     "echo": st.booleans(),
+    "top_logprobs": st.integers(0, 6),
+    "max_completion_tokens": st.integers(0, 9),
+    "truncate_prompt_tokens": st.integers(-2, 9),
+    "add_special_tokens": st.booleans(),
+    "add_generation_prompt": st.booleans(),
+    "continue_final_message": st.booleans(),
+    "chat_template_kwargs": st.dictionaries(st.sampled_from(["style", "other"]), scalars, max_size=1),
     "priority": st.integers(-3, 3),
     "return_token_ids": st.booleans(),
 }
-bodies = st.one_of(
-    st.fixed_dictionaries({"prompt": prompts | values}, optional={name: values for name in FIELDS if name != "prompt"}),
-    st.fixed_dictionaries(
-        {"prompt": prompts}, optional={name: plausible[name] for name in plausible if name != "prompt"}
-    ),
-    st.builds(lambda name, value: {"prompt": "a", name: value}, st.sampled_from(FIELDS) | texts, values),
-)
+
+
+def bodies_of(
+    schema: type[BaseModel], required: str, example: Any, likely: st.SearchStrategy[Any]
+) -> st.SearchStrategy[Any]:
+    """Bodies of a route: any values, plausible values, and one odd field beside a good one."""
+    fields = [*schema.model_fields, "unknown"]
+    fitting = {name: strategy for name, strategy in plausible.items() if name in fields}
+    return st.one_of(
+        st.fixed_dictionaries({required: likely | values}, optional={n: values for n in fields if n != required}),
+        st.fixed_dictionaries({required: likely}, optional=fitting),
+        st.builds(lambda name, value: {required: example, name: value}, st.sampled_from(fields) | texts, values),
+    )
+
+
+bodies = bodies_of(CompletionRequest, "prompt", "a", prompts)
+chat_bodies = bodies_of(ChatCompletionRequest, "messages", [{"role": "user", "content": "a"}], conversations)
+TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}{{ style }}"
 
 
 def encode(body: Any) -> bytes:
     return json.dumps(body).encode()
 
 
-@given(body=bodies.map(encode) | st.binary(max_size=40) | values.map(encode))
-@settings(max_examples=150, deadline=None)
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), None], ids=["text", "ids"])
-def test_every_body_is_a_job_or_a_clear_refusal(tokenizer: Any, body: bytes) -> None:
+def check_job(validator: RequestValidator, body: bytes) -> None:
     try:
-        job = CompletionValidator(("m",), INFO, tokenizer).job(parse_json(body))
+        job = validator.job(parse_json(body))
     except ApiError as error:
         assert error.status in (400, 404)
         assert error.message
@@ -91,17 +113,35 @@ def test_every_body_is_a_job_or_a_clear_refusal(tokenizer: Any, body: bytes) -> 
         "".join(params.stop).encode()
 
 
+@given(body=bodies.map(encode) | st.binary(max_size=40) | values.map(encode))
+@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), None], ids=["text", "ids"])
+def test_every_body_is_a_job_or_a_clear_refusal(tokenizer: Any, body: bytes) -> None:
+    check_job(CompletionValidator(("m",), INFO, tokenizer), body)
+
+
+@given(body=chat_bodies.map(encode) | values.map(encode))
+@settings(max_examples=150, deadline=None)
+def test_every_chat_body_is_a_job_or_a_clear_refusal(body: bytes) -> None:
+    tokenizer: Any = ByteTokenizer()
+    template = ChatTemplate(TEMPLATE, tokenizer.special_tokens)
+    check_job(ChatValidator(("m",), INFO, tokenizer, Conversations(tokenizer, template)), body)
+
+
 @pytest.fixture(scope="module")
 def quick_server() -> Iterator[Server]:
     """A server whose answers are short, whatever is asked for."""
-    with serve(ScriptedEngine(stop_after=7)) as running:
+    with serve(ScriptedEngine(stop_after=7), chat_template=TEMPLATE) as running:
         yield running
 
 
-@given(body=bodies)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_input_gives_a_5xx(quick_server: Server, body: Any) -> None:
-    response = quick_server.http.post("/v1/completions", content=encode(body))
+@given(route=st.just(("/v1/completions", bodies)) | st.just(("/v1/chat/completions", chat_bodies)), data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_input_gives_a_5xx(
+    quick_server: Server, route: tuple[str, st.SearchStrategy[Any]], data: st.DataObject
+) -> None:
+    path, inputs = route
+    response = quick_server.http.post(path, content=encode(data.draw(inputs)))
     assert response.status_code in (200, 400, 404)
     if response.status_code == 200:
         assert '"error"' not in response.text

@@ -50,7 +50,13 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         allowed = any(fnmatch.fnmatch(name, pattern) for pattern in options["allow_patterns"])
         return allowed and not any(fnmatch.fnmatch(name, pattern) for pattern in options["ignore_patterns"])
 
-    for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"):
+    for name in (
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+    ):
         assert wanted(name)
     for name in ("pytorch_model.bin", "model.pt", "original/model.safetensors", "README.md", "modeling_gla.py"):
         assert not wanted(name)

@@ -1,0 +1,178 @@
+"""Chat completions of the shipped model, with a template of the tests', through the `openai` client."""
+
+import asyncio
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+MODEL = "classics-11m"
+MESSAGES: list[ChatCompletionMessageParam] = [
+    {"role": "system", "content": "It was a dark night."},
+    {"role": "user", "content": [{"type": "text", "text": "Where have you been?"}]},
+]
+RENDERED = '<s>It was a dark night.\n"Where have you been?" she said.\n"'
+GREEDY: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_completion_tokens": 24}
+FINISHED: dict[str, Any] = {**GREEDY, "max_completion_tokens": 200, "stop": ['"']}
+"""An answer that ends by itself: the client's helpers refuse others."""
+
+
+@pytest.fixture(scope="module")
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="unused", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def tokenize(base_url: str, **fields: Any) -> list[int]:
+    answer = httpx.post(f"{base_url}/tokenize", json={"messages": MESSAGES, **fields})
+    assert answer.status_code == 200, answer.text
+    tokens: list[int] = answer.json()["tokens"]
+    return tokens
+
+
+def test_an_answer_is_the_completion_of_the_rendered_prompt(client: openai.OpenAI, base_url: str) -> None:
+    ids = tokenize(base_url)
+    assert ids.count(1) == 1, "the template's BOS, and no second one"
+    text = httpx.post(f"{base_url}/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert text == RENDERED.removeprefix("<s>")
+    plain = client.completions.create(model=MODEL, prompt=ids, temperature=0, max_tokens=24)
+    answer = client.chat.completions.create(**GREEDY)
+    (choice,) = answer.choices
+    assert choice.message.content == plain.choices[0].text
+    assert (choice.message.role, choice.finish_reason) == ("assistant", plain.choices[0].finish_reason)
+    assert answer.object == "chat.completion"
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.system_fingerprint == plain.system_fingerprint
+    assert (answer.usage, plain.usage.prompt_tokens if plain.usage else None) == (plain.usage, len(ids))
+
+
+def test_streams(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "seed": 3, "n": 2, "max_completion_tokens": 30}
+    whole = client.chat.completions.create(**fields)
+    chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    texts = ["", ""]
+    roles: list[list[str | None]] = [[], []]
+    reasons: dict[int, str] = {}
+    for chunk in chunks[:-1]:
+        (piece,) = chunk.choices
+        assert chunk.object == "chat.completion.chunk"
+        texts[piece.index] += piece.delta.content or ""
+        roles[piece.index].append(piece.delta.role)
+        if piece.finish_reason is not None:
+            reasons[piece.index] = piece.finish_reason
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert texts[0] != texts[1]
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert all(own[0] == "assistant" and not any(own[1:]) for own in roles)
+
+
+def test_the_clients_own_accumulation_of_a_stream(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(**FINISHED, logprobs=True, top_logprobs=2)
+    with client.chat.completions.stream(**FINISHED, logprobs=True, top_logprobs=2) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"chunk", "content.delta", "content.done", "logprobs.content.delta", "logprobs.content.done"} <= kinds
+    assert final.choices[0].message.content == whole.choices[0].message.content
+    assert final.choices[0].finish_reason == whole.choices[0].finish_reason
+    assert final.choices[0].logprobs is not None
+    assert whole.choices[0].logprobs is not None
+    assert final.choices[0].logprobs.content == whole.choices[0].logprobs.content
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    (choice,) = client.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=3).choices
+    assert choice.logprobs is not None
+    entries = choice.logprobs.content or []
+    assert b"".join(bytes(entry.bytes or ()) for entry in entries).decode() == choice.message.content
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3
+        best = entry.top_logprobs[0]
+        assert (best.token, best.logprob, best.bytes) == (entry.token, entry.logprob, entry.bytes), "greedy"
+        assert sum(math.exp(top.logprob) for top in entry.top_logprobs) <= 1 + 1e-6
+
+
+def test_continue_the_final_message(client: openai.OpenAI, base_url: str) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "I have been "}]
+    extra = {"continue_final_message": True, "add_generation_prompt": False}
+    ids = tokenize(base_url, messages=messages, **extra)
+    assert httpx.post(f"{base_url}/detokenize", json={"tokens": ids}).json()["prompt"].endswith('"I have been ')
+    plain = client.completions.create(model=MODEL, prompt=ids, temperature=0, max_tokens=8).choices[0].text
+    fields: dict[str, Any] = {**GREEDY, "messages": messages, "max_completion_tokens": 8}
+    answer = client.chat.completions.create(**fields, extra_body=extra)
+    assert answer.choices[0].message.content == plain
+    echoed = client.chat.completions.create(**fields, extra_body={**extra, "echo": True})
+    assert echoed.choices[0].message.content == "I have been " + plain
+
+
+def test_an_answer_may_go_into_the_next_request_as_it_came(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**GREEDY)
+    messages: list[Any] = [*MESSAGES, answer.choices[0].message, {"role": "user", "content": "And then?"}]
+    following = client.chat.completions.create(**{**GREEDY, "messages": messages})
+    assert following.usage is not None
+    assert answer.usage is not None
+    assert following.usage.prompt_tokens > answer.usage.total_tokens
+
+
+def test_extra_fields(client: openai.OpenAI, base_url: str) -> None:
+    extra: dict[str, Any] = {
+        "chat_template_kwargs": {"opening": "Well, "},
+        "return_token_ids": True,
+        "ignore_eos": True,
+        "min_tokens": 5,
+        "repetition_penalty": 1.1,
+        "top_k": 5,
+        "request_id": "e2e-1",
+    }
+    answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=5, extra_body=extra)
+    assert answer.id == "chatcmpl-e2e-1"
+    assert answer._request_id == "e2e-1"
+    assert answer.model_extra is not None
+    assert answer.model_extra["prompt_token_ids"] == tokenize(base_url, chat_template_kwargs={"opening": "Well, "})
+    assert answer.choices[0].model_extra is not None
+    assert len(answer.choices[0].model_extra["token_ids"]) == 5
+    raw = client.chat.completions.with_raw_response.create(**GREEDY, extra_headers={"X-Request-Id": "mine"})
+    assert (raw.headers["x-request-id"], raw.parse().id) == ("mine", "chatcmpl-mine")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"extra_body": {"chat_template": "x"}}, "chat_template"),
+        ({"extra_body": {"chat_template_kwargs": {"closing": 1}}}, "chat_template_kwargs"),
+        ({"extra_body": {"unknown_field": 1}}, "unknown_field"),
+    ],
+)
+def test_bad_requests(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**{**GREEDY, "stream": stream, **fields})
+        assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
+        assert param.rpartition(".")[2] in caught.value.message
+
+
+def test_async_client(base_url: str) -> None:
+    async def ask() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="unused", max_retries=0) as client:
+            whole = await client.chat.completions.create(**GREEDY)
+            stream = await client.chat.completions.create(**GREEDY, stream=True)
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            assert text == whole.choices[0].message.content
+            whole = await client.chat.completions.create(**FINISHED)
+            async with client.chat.completions.stream(**FINISHED) as events:
+                final = await events.get_final_completion()
+            assert final.choices[0].message.content == whole.choices[0].message.content
+            with pytest.raises(openai.NotFoundError) as caught:
+                await client.chat.completions.create(**{**GREEDY, "model": "gpt-5"})
+            assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+    asyncio.run(ask())

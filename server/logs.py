@@ -1,4 +1,7 @@
-"""Log lines on stderr, as text or as JSON objects, each naming its process."""
+"""Log lines on stderr, as text or as JSON objects, each naming its process.
+
+A record with an attribute ``fields``, a dictionary, has them as members of its JSON object.
+"""
 
 import json
 import logging
@@ -40,6 +43,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

@@ -1,12 +1,14 @@
 """The server's Prometheus metrics: every name, in one place.
 
-The engine counts; an API process shows the newest snapshot it was sent. Names follow Prometheus'
+The engine counts; an API process shows the newest snapshot it was sent. API processes count HTTP requests in files
+that they share, so each shows the sums of all. Names follow Prometheus'
 conventions (base units, ``_total`` for counters, no colons).
 
 ==================================== ========= ==============================================================
 name                                 type      meaning
 ==================================== ========= ==============================================================
 gale_engine_ready                    gauge     1 if new requests are accepted, else 0
+gale_engine_deaths_total             counter   engine processes that died and were replaced
 gale_requests_running                gauge     choices that hold a state slot
 gale_requests_waiting                gauge     choices that wait for a slot
 gale_slots_used                      gauge     state slots in use
@@ -19,18 +21,29 @@ gale_time_per_output_token_seconds   histogram a choice's mean time between toke
 gale_request_duration_seconds        histogram from a request's arrival to the end of a choice
 gale_queue_time_seconds              histogram from a request's arrival to the lease of a slot
 gale_step_tokens                     histogram tokens absorbed in one engine step
+gale_http_requests_total             counter   HTTP requests ended, by ``method``, ``route``, ``status``
+gale_http_request_duration_seconds   histogram from a request's head to the end of its answer, by ``route``
+gale_http_requests_in_progress       gauge     HTTP requests being answered
 ==================================== ========= ==============================================================
 """
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Final
 
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from server.types import EngineStats, HistogramSnapshot
+
+disable_created_metrics()  # a second series for each, which nobody asks for
+
+MULTIPROCESS_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
+_METHODS: Final = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
+_HTTP_SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 _GAUGES: Final = (
     ("gale_requests_running", "Choices that hold a state slot.", "running"),
@@ -65,15 +78,22 @@ class EngineCollector(Collector):
     Args:
         stats: returns the newest snapshot; None before the first.
         ready: returns whether new requests are accepted.
+        deaths: returns how many engines have died.
     """
 
-    def __init__(self, stats: Callable[[], EngineStats | None], ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, stats: Callable[[], EngineStats | None], ready: Callable[[], bool], deaths: Callable[[], int]
+    ) -> None:
         self._stats = stats
         self._ready = ready
+        self._deaths = deaths
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics; only ``gale_engine_ready`` before the first snapshot."""
+        """All metrics; only the first two before the first snapshot."""
         yield GaugeMetricFamily("gale_engine_ready", "1 if new requests are accepted, else 0.", value=self._ready())
+        yield CounterMetricFamily(
+            "gale_engine_deaths_total", "Engine processes that died and were replaced.", value=self._deaths()
+        )
         stats = self._stats()
         if stats is None:
             return
@@ -87,6 +107,66 @@ class EngineCollector(Collector):
         yield finished
         for name, text, field in _HISTOGRAMS:
             yield _histogram(name, text, getattr(stats, field))
+
+
+class HttpMetrics:
+    """Counts HTTP requests.
+
+    Where the environment names a folder in ``PROMETHEUS_MULTIPROC_DIR``, which must be so before prometheus_client is
+    imported, all processes that share it count together, and the figures of those that died are kept.
+    """
+
+    def __init__(self) -> None:
+        self._own = CollectorRegistry()
+        self._requests = Counter(
+            "gale_http_requests", "HTTP requests ended.", ["method", "route", "status"], registry=self._own
+        )
+        self._seconds = Histogram(
+            "gale_http_request_duration_seconds",
+            "From a request's head to the end of its answer.",
+            ["route"],
+            buckets=_HTTP_SECONDS,
+            registry=self._own,
+        )
+        self._running = Gauge(
+            "gale_http_requests_in_progress",
+            "HTTP requests being answered.",
+            registry=self._own,
+            multiprocess_mode="livesum",
+        )
+
+    def begin(self) -> None:
+        """A request has come."""
+        self._running.inc()
+
+    def end(self, method: str, route: str, status: int, seconds: float) -> None:
+        """It has been answered.
+
+        Args:
+            method: as sent; unknown ones count as one.
+            route: the template of its path, so that there are few.
+        """
+        self._running.dec()
+        self._requests.labels(method if method in _METHODS else "(other)", route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def register(self, registry: CollectorRegistry) -> None:
+        """Let a registry show the figures."""
+        folder = os.environ.get(MULTIPROCESS_FOLDER)
+        if folder is None:
+            registry.register(_Forward(self._own))
+        else:
+            MultiProcessCollector(registry, path=folder)
+
+
+class _Forward(Collector):
+    """What another registry holds."""
+
+    def __init__(self, source: CollectorRegistry) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._source.collect()
 
 
 def _histogram(name: str, text: str, snapshot: HistogramSnapshot) -> HistogramMetricFamily:

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from prometheus_client.multiprocess import mark_process_dead
+
 from server.child import (
     SIGNALS,
     ChildContext,
@@ -37,6 +39,7 @@ from server.child import (
 from server.errors import GaleError
 from server.listeners import close_all
 from server.logs import LogSettings
+from server.metrics import MULTIPROCESS_FOLDER
 from server.settings import ApiSettings, EngineConfig, ProcessSettings
 from server.types import EngineInfo
 
@@ -216,6 +219,8 @@ class Supervisor:
         self._engine_config, self._api_settings = engine, api
         self._api_places = [_Place(f"api-{index}", listeners=sockets) for index, sockets in enumerate(listeners)]
         with _private_folder() as self._folder:
+            os.mkdir(self._metrics)
+            os.environ[MULTIPROCESS_FOLDER] = self._metrics  # of the children; they must know before they import
             try:
                 self._start_all()
                 self._watch()
@@ -246,6 +251,11 @@ class Supervisor:
     def _address(self) -> str:
         """Where the engine binds. Each one has an address of its own: nothing meant for its predecessor reaches it."""
         return f"ipc://{self._folder}/engine-{self._engine_deaths}"
+
+    @property
+    def _metrics(self) -> str:
+        """Where the API processes count together."""
+        return f"{self._folder}/metrics"
 
     # Starting.
 
@@ -326,10 +336,14 @@ class Supervisor:
         if not self._announced or place.deaths >= most:
             self._give_up(place, child)
             raise error
+        pid = child.process.pid
         child.kill()  # Where it has told why, it may still hang in its driver's clean-up.
         if place is self._engine_place:
             self._engine_deaths += 1
             self._tell_apis(EngineDied(self._engine_deaths, final=False))
+        else:
+            # What it counted stays; the requests that it was answering are no longer being answered.
+            mark_process_dead(pid, self._metrics)
         seconds = place.bury(child)
         logger.error("%s; starting it again in %g s (%d of %d)", error, seconds, place.deaths, most)
 

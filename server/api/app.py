@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
+from server.api.accounting import AccountingMiddleware
 from server.api.auth import PUBLIC_PATHS, AuthMiddleware
 from server.api.chat import chat_router
 from server.api.chat_template import ChatTemplate
@@ -26,6 +27,7 @@ from server.api.schemas.server import ErrorResponse
 from server.api.schemas.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from server.api.tokenization import tokenization_router
 from server.errors import ApiError
+from server.metrics import HttpMetrics
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
 
@@ -76,7 +78,8 @@ def create_app(
     app.include_router(chat_router(settings, client, tokenizer, conversations))
     app.include_router(tokenization_router(settings, client, tokenizer, conversations))
     app.include_router(models_router(settings))
-    app.include_router(operations_router(client))
+    metrics = HttpMetrics()
+    app.include_router(operations_router(client, metrics))
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     public_paths = frozenset[str]() if settings.protect_all_routes else PUBLIC_PATHS
@@ -92,6 +95,7 @@ def create_app(
             allow_headers=("*",),
             expose_headers=_CORS_HEADERS,
         )
+    app.add_middleware(AccountingMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)  # the last one added is the outermost
 
     def openapi() -> dict[str, Any]:

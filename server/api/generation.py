@@ -9,6 +9,7 @@ from typing import Any, Final
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.api.accounting import begin_generation
 from server.api.auth import tenant_of
 from server.api.body import ClientGoneError
 from server.api.client import ChoiceEvent, EngineClient, Mailbox
@@ -50,6 +51,7 @@ class GenerationAnswer(Response):
         assert info is not None, "a job was made, so the engine is known"
         answer_id = self._form.id_prefix + name_request(scope, self._job.request_id)
         envelope = Envelope(answer_id, int(time.time()), info.fingerprint)
+        self._record = begin_generation(scope, sum(map(len, self._job.prompts)))
         await while_connected(receive, self._answer(envelope, tenant_of(scope), send))
 
     async def _answer(self, envelope: Envelope, tenant: str, send: Send) -> None:
@@ -64,6 +66,7 @@ class GenerationAnswer(Response):
     async def _respond(self, mailbox: Mailbox, envelope: Envelope, send: Send) -> None:
         events: list[list[ChoiceEvent]] = [[] for _ in range(self._job.num_choices)]
         async for batch in mailbox:
+            self._record.note(batch)
             for event in batch:
                 events[event.choice].append(event)
         body = render_answer(self._job, self._form, envelope, events)
@@ -78,6 +81,7 @@ class GenerationAnswer(Response):
             if opening := renderer.opening():
                 await send({"type": "http.response.body", "body": opening, "more_body": True})
             async for batch in mailbox:
+                self._record.note(batch)
                 if chunks := renderer.chunks(batch):
                     await send({"type": "http.response.body", "body": chunks, "more_body": not renderer.done})
         except ApiError as error:

@@ -9,13 +9,16 @@ from server import __version__
 from server.api.client import EngineClient, EngineStatus
 from server.api.routing import errors, ready_info
 from server.api.schemas.server import Health, Version
-from server.metrics import EngineCollector
+from server.metrics import EngineCollector, HttpMetrics
 
 
-def operations_router(client: EngineClient) -> APIRouter:
+def operations_router(client: EngineClient, http_metrics: HttpMetrics) -> APIRouter:
     """The routes, bound to one engine."""
     registry = CollectorRegistry()
-    registry.register(EngineCollector(lambda: client.stats, lambda: client.status is EngineStatus.READY))
+    registry.register(
+        EngineCollector(lambda: client.stats, lambda: client.status is EngineStatus.READY, lambda: client.engine_deaths)
+    )
+    http_metrics.register(registry)
     router = APIRouter()
 
     @router.get(
@@ -55,7 +58,7 @@ def operations_router(client: EngineClient) -> APIRouter:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
-        """The engine's newest figures in Prometheus' text format."""
+        """The engine's newest figures, and those of all API processes, in Prometheus' text format."""
         return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
     return router

@@ -113,8 +113,8 @@ class RunningServer:
         self.kill()
 
     def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
-        found = re.search(rf"^{name} (\S+)$", httpx.get(f"{self.base_url}/metrics").text, re.MULTILINE)
+        """The value of a metric, its labels given as they are shown."""
+        found = re.search(rf"^{re.escape(name)} (\S+)$", httpx.get(f"{self.base_url}/metrics").text, re.MULTILINE)
         assert found, name
         return float(found[1])
 

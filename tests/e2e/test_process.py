@@ -35,7 +35,9 @@ def test_drain_finishes_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             httpx.get(f"{server.base_url}/health")
         assert server.wait_end() == 0
         lines = [json.loads(line) for line in server.log.splitlines()]
-    assert {line["process"] for line in lines} == {"launcher", "engine"}
+    assert {line["process"] for line in lines} == {"launcher", "engine", "api-0"}
+    [request] = [line for line in lines if line.get("path") == "/v1/completions"]
+    assert (request["key"], request["status"], request["tokens"], request["finish"]) == ("key-1", 200, 100, "length")
     assert "topsecret" not in server.log
 
 
@@ -82,6 +84,7 @@ def test_engine_death_and_the_next_engine(tmp_path: Path) -> None:
         server.wait_for_log("the engine process was killed by SIGKILL; starting it again")
         server.wait_for_log("the engine process serves again")
         wait_until(lambda: client.get("/health").status_code == 200)
+        assert {server.metric("gale_engine_deaths_total") for _ in range(6)} == {1}
         for _ in range(6):  # by either API process
             assert server.complete(8)["choices"][0]["text"] == before
         server.signal(signal.SIGTERM)
@@ -145,6 +148,10 @@ def test_several_api_processes_and_the_death_of_one(tmp_path: Path) -> None:
         server.wait_for_log("the api-1 process was killed by SIGKILL; starting it again")
         server.wait_for_log("the api-1 process serves again")
         wait_until(lambda: server.metric("gale_requests_running") == 0)
+        # Any of them shows what both have counted, also what the dead one had; one is being scraped.
+        health = 'gale_http_requests_total{method="GET",route="/health",status="200"}'
+        assert {server.metric(health) for _ in range(6)} == {30}
+        wait_until(lambda: server.metric("gale_http_requests_in_progress") == 1)
         for _ in range(6):
             assert server.complete(8)["usage"]["completion_tokens"] == 8
         server.signal(signal.SIGTERM)

@@ -54,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *BASE,
         "server.child",
         "server.listeners",
+        "server.metrics",
         # Inside the functions that run in the child processes.
         "server.api.process",
         "server.engine.process",

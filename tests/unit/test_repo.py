@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -21,7 +22,7 @@ from server.api.schemas.base import Unsupported
 from server.api.schemas.chat import ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
 from server.api.schemas.generation import GenerationFields
-from server.metrics import EngineCollector
+from server.metrics import EngineCollector, HttpMetrics
 from server.settings import Settings
 from server.types import EngineStats, HistogramSnapshot
 
@@ -109,7 +110,10 @@ def test_readme_lists_every_metric() -> None:
         tokens_per_step=histogram,
     )
     served = []
-    for metric in EngineCollector(lambda: stats, lambda: True).collect():
+    registry = CollectorRegistry()
+    HttpMetrics().register(registry)
+    engine = EngineCollector(lambda: stats, lambda: True, lambda: 0).collect()
+    for metric in (*engine, *registry.collect()):
         served.append(f"{metric.name}_total" if metric.type == "counter" else metric.name)
     assert first_column(section(README, "Metrics")) == served
 

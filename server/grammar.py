@@ -26,13 +26,13 @@ class _Vocabulary:
     is_tokenizer_wrapper = True
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int | None) -> None:
-        token_bytes = tokenizer.token_bytes()
+        plain, named = tokenizer.token_bytes(), tokenizer.token_bytes(special=True)
         # A model's vocabulary may be padded beyond the tokenizer's, or cut.
-        self.tokens = token_bytes[:vocab_size] + [b""] * (vocab_size - len(token_bytes))
+        self.tokens = named[:vocab_size] + [b""] * (vocab_size - len(named))
+        # They are no part of any text; a grammar can name them, as <name>.
+        self.special_token_ids = [token for token, name in enumerate(self.tokens) if name and not plain[token]]
         self.eos_token_id = eos_token_id
         self.bos_token_id = tokenizer.bos_token_id
-        # A token without text can never be part of one, so none needs to be marked.
-        self.special_token_ids: tuple[int, ...] = ()
         self._encode = tokenizer.encode_continuation
 
     def __call__(self, text: str) -> list[int]:
@@ -58,7 +58,12 @@ class GrammarVocabulary:
         Args:
             grammar: made by one of this module's functions.
         """
-        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+        try:
+            failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's; it has no name that could be imported
+                raise
+            raise GrammarError(_one_line(f"llguidance fails on it: {error}")) from None
         if failed:
             raise GrammarError(_one_line(messages[0]))
 

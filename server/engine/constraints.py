@@ -136,7 +136,7 @@ class Constraints:
     def _run(self, job: MaskJob, sampled: SequenceOf[tuple[Constraint, int | None]]) -> None:
         try:
             self._follow(job, sampled)
-        except Exception:  # of a library's making; nobody else may suffer from it
+        except BaseException:  # also what Rust calls a panic; nobody else may suffer from it
             logger.exception("grammars could not be followed")
             job.verdicts = [Verdict.BROKEN] * len(sampled)
 

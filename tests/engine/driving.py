@@ -23,6 +23,8 @@ from server.types import (
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CLASSICS = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 CLIENT = b"api-0"
+EOS = 2
+"""The end-of-sequence token of every fixture."""
 
 
 def engine_config(folder: Path = FIXTURES / "base", *, tokenizer: bool = False, **changes: object) -> EngineConfig:

@@ -5,62 +5,19 @@ import random
 import re
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from server import grammar
-from server.engine.engine import Engine
-from server.tokenizer import Tokenizer, load_tokenizer
+from server.tokenizer import Tokenizer
 from server.types import FinishReason
-from tests.engine.driving import Answer, Driver, engine_config, random_prompt, states_of
-from tests.engine.test_engine import ALL_MODES, IN_STEP, Mode, settle
+from tests.engine.driving import EOS, Answer, Driver, random_prompt, states_of
+from tests.engine.test_engine import ALL_MODES, Mode, settle
 
-EOS = 2
 PROMPT = random_prompt(7, 400, 1)
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer of some 400 tokens, fewer than the model has."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<unk>", "<s>", "</s>"],
-        show_progress=False,
-    )
-    backend.train_from_iterator(['{"name": "the cat", "size": 12} true false null, née 世界 ' * 9], trainer)
-    folder = tmp_path_factory.mktemp("tokenizer")
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tokenizer_folder: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_folder)
-
-
-@pytest.fixture(scope="session")
-def make(tokenizer_folder: Path) -> Callable[..., Driver]:
-    def build(mode: Mode = IN_STEP, **changes: object) -> Driver:
-        device, overlap = mode
-        config = engine_config(device=device, tokenizer_folder=tokenizer_folder, **changes)
-        return Driver(Engine(config, overlap=overlap))
-
-    return build
-
-
-@pytest.fixture(scope="session")
-def driver(make: Callable[..., Driver]) -> Driver:
-    return make()
 
 
 def follow(rule: str, driver: Driver, **fields: object) -> Answer:

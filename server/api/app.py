@@ -25,6 +25,7 @@ from server.api.schemas.chat import ChatCompletionChunk, ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
 from server.api.schemas.server import ErrorResponse
 from server.api.schemas.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from server.api.structured import Grammars
 from server.api.tokenization import tokenization_router
 from server.errors import ApiError
 from server.metrics import HttpMetrics
@@ -74,8 +75,9 @@ def create_app(
         redoc_url=None,
     )
     conversations = Conversations(tokenizer, chat_template)
-    app.include_router(completions_router(settings, client, tokenizer))
-    app.include_router(chat_router(settings, client, tokenizer, conversations))
+    grammars = Grammars(tokenizer)
+    app.include_router(completions_router(settings, client, tokenizer, grammars))
+    app.include_router(chat_router(settings, client, tokenizer, grammars, conversations))
     app.include_router(tokenization_router(settings, client, tokenizer, conversations))
     app.include_router(models_router(settings))
     metrics = HttpMetrics()

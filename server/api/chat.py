@@ -12,12 +12,17 @@ from server.api.forms import ChatForm
 from server.api.generation import GenerationAnswer
 from server.api.routing import errors, json_body, read_json, ready_info
 from server.api.schemas.chat import ChatCompletion, ChatCompletionRequest
+from server.api.structured import Grammars
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
 
 
 def chat_router(
-    settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer | None, conversations: Conversations
+    settings: ApiSettings,
+    client: EngineClient,
+    tokenizer: Tokenizer | None,
+    grammars: Grammars,
+    conversations: Conversations,
 ) -> APIRouter:
     """The route, bound to one engine.
 
@@ -25,9 +30,10 @@ def chat_router(
         settings: served names, limits.
         client: the way to the engine.
         tokenizer: None: every request is refused.
+        grammars: made with the same tokenizer.
         conversations: makes the prompts.
     """
-    names = TokenNames(None if tokenizer is None else tokenizer.token_bytes())
+    names = TokenNames.of(tokenizer)
     router = APIRouter()
 
     @router.post(
@@ -47,7 +53,7 @@ def chat_router(
     async def create_chat_completion(request: Request) -> Response:
         """Answer the last message of a conversation, or continue it, with one or several choices."""
         check_content_type(request)
-        validator = ChatValidator(settings.served_model_names, ready_info(client), tokenizer, conversations)
+        validator = ChatValidator(settings.served_model_names, ready_info(client), tokenizer, grammars, conversations)
         job = await read_json(request, settings.max_body_bytes, validator.job)
         return GenerationAnswer(job, ChatForm(names.written_for(job), job.role), client)
 

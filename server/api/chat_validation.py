@@ -5,6 +5,7 @@ from typing import Any, Final
 from server.api.checks import invalid, parse_as
 from server.api.conversation import Conversations, begins_answer
 from server.api.schemas.chat import ChatCompletionRequest
+from server.api.structured import Grammars
 from server.api.validation import GenerationJob, RequestValidator
 from server.tokenizer import Tokenizer
 from server.types import EngineInfo
@@ -20,13 +21,19 @@ class ChatValidator(RequestValidator):
         names: the served model names.
         info: the engine's limits.
         tokenizer: None: every request is refused.
+        grammars: made with the same tokenizer.
         conversations: makes the prompts.
     """
 
     def __init__(
-        self, names: tuple[str, ...], info: EngineInfo, tokenizer: Tokenizer | None, conversations: Conversations
+        self,
+        names: tuple[str, ...],
+        info: EngineInfo,
+        tokenizer: Tokenizer | None,
+        grammars: Grammars,
+        conversations: Conversations,
     ) -> None:
-        super().__init__(names, info, tokenizer)
+        super().__init__(names, info, tokenizer, grammars)
         self._conversations = conversations
 
     def job(self, body: dict[str, Any]) -> GenerationJob:

@@ -10,20 +10,24 @@ from server.api.forms import CompletionForm
 from server.api.generation import GenerationAnswer
 from server.api.routing import errors, json_body, read_json, ready_info
 from server.api.schemas.completion import Completion, CompletionRequest
+from server.api.structured import Grammars
 from server.api.validation import CompletionValidator
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
 
 
-def completions_router(settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer | None) -> APIRouter:
+def completions_router(
+    settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer | None, grammars: Grammars
+) -> APIRouter:
     """The route, bound to one engine.
 
     Args:
         settings: served names, limits.
         client: the way to the engine.
         tokenizer: None: only token ids are served.
+        grammars: made with the same tokenizer.
     """
-    names = TokenNames(None if tokenizer is None else tokenizer.token_bytes())
+    names = TokenNames.of(tokenizer)
     router = APIRouter()
 
     @router.post(
@@ -43,7 +47,7 @@ def completions_router(settings: ApiSettings, client: EngineClient, tokenizer: T
     async def create_completion(request: Request) -> Response:
         """Continue one or several prompts, each with one or several choices."""
         check_content_type(request)
-        validator = CompletionValidator(settings.served_model_names, ready_info(client), tokenizer)
+        validator = CompletionValidator(settings.served_model_names, ready_info(client), tokenizer, grammars)
         job = await read_json(request, settings.max_body_bytes, validator.job)
         return GenerationAnswer(job, CompletionForm(names.written_for(job)), client)
 

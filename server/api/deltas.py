@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol
 
 from server.api.client import ChoiceEvent
 from server.api.validation import GenerationJob
+from server.tokenizer import Tokenizer
 from server.types import FinishReason, TokenLogprobs
 
 _FINISH_REASONS: Final = {
@@ -26,16 +27,28 @@ class TokenNames:
 
     Args:
         token_bytes: what each token adds to a text; None: the server has no tokenizer.
+        with_special: the same where special tokens are written, too.
         as_ids: write ``token_id:7`` for every token.
     """
 
-    def __init__(self, token_bytes: list[bytes] | None, *, as_ids: bool = False) -> None:
+    def __init__(
+        self, token_bytes: list[bytes] | None, with_special: list[bytes] | None = None, *, as_ids: bool = False
+    ) -> None:
         self._token_bytes = token_bytes
+        self._with_special = with_special
         self._as_ids = as_ids or token_bytes is None
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | None) -> "TokenNames":
+        """The names of a tokenizer's tokens."""
+        return cls(None) if tokenizer is None else cls(tokenizer.token_bytes(), tokenizer.token_bytes(special=True))
+
     def written_for(self, job: GenerationJob) -> "TokenNames":
-        """These names, or ids where the request asks for ids."""
-        return TokenNames(self._token_bytes, as_ids=True) if job.tokens_as_ids else self
+        """These names as the request wants them: ids in their place, special tokens written."""
+        if not job.tokens_as_ids and job.params.skip_special_tokens:
+            return self
+        table = self._token_bytes if job.params.skip_special_tokens else self._with_special
+        return TokenNames(table, as_ids=job.tokens_as_ids)
 
     def bytes(self, token_id: int) -> bytes:
         """The token's part of the text."""

@@ -44,7 +44,7 @@ def tokenization_router(
         tokenizer: None: both routes answer 400.
         conversations: makes prompts of messages.
     """
-    names = TokenNames(None if tokenizer is None else tokenizer.token_bytes())
+    names = TokenNames.of(tokenizer)
     router = APIRouter()
 
     async def answer(request: Request, work: Callable[[dict[str, Any], EngineInfo, Tokenizer], Answer]) -> Answer:

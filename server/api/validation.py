@@ -7,6 +7,7 @@ from typing import Any, Final
 from server.api.checks import check_vocabulary, invalid, parse_as, served_name
 from server.api.schemas.completion import CompletionRequest
 from server.api.schemas.generation import GenerationFields, StreamOptions
+from server.api.structured import Grammars
 from server.errors import InvalidRequestError
 from server.tokenizer import Tokenizer
 from server.types import EngineInfo, SamplingParams
@@ -75,12 +76,16 @@ class RequestValidator(ABC):
         names: the served model names.
         info: the engine's limits.
         tokenizer: None: only token ids are served.
+        grammars: made with the same tokenizer.
     """
 
-    def __init__(self, names: tuple[str, ...], info: EngineInfo, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, names: tuple[str, ...], info: EngineInfo, tokenizer: Tokenizer | None, grammars: Grammars
+    ) -> None:
         self._names = names
         self._info = info
         self._tokenizer = tokenizer
+        self._grammars = grammars
 
     @abstractmethod
     def job(self, body: dict[str, Any]) -> GenerationJob:
@@ -159,17 +164,39 @@ class RequestValidator(ABC):
         check_vocabulary("stop_token_ids", stop_token_ids, info.vocab_size)
         logit_bias = request.logit_bias or {}
         check_vocabulary("logit_bias", logit_bias, info.vocab_size)
+        check_vocabulary("allowed_token_ids", request.allowed_token_ids or (), info.vocab_size)
+        rule = self._grammars.of(request)
+        if rule is not None and request.ignore_eos:
+            raise invalid("ignore_eos", "is not possible here: what the text must look like decides where it ends")
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             logit_bias=logit_bias,
+            allowed_token_ids=request.allowed_token_ids,
+            bad_words=self._phrases(request.bad_words or ()),
+            grammar=rule,
             seed=request.seed,
             stop=stop,
             stop_token_ids=stop_token_ids,
+            include_stop_str_in_output=bool(request.include_stop_str_in_output),
+            skip_special_tokens=request.skip_special_tokens is not False,
             ignore_eos=bool(request.ignore_eos),
             logprobs=logprobs,
             **sampling,
         )
+
+    def _phrases(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of banned words, as they stand at the beginning of a word and inside one."""
+        if words and self._tokenizer is None:
+            raise invalid("bad_words", "is not possible: this server runs without a tokenizer")
+        phrases: dict[tuple[int, ...], None] = {}
+        for word in words:
+            assert self._tokenizer is not None
+            bare = word.lstrip(" ") or word
+            for text in (bare, f" {bare}"):
+                phrases[tuple(self._tokenizer.encode_continuation(text))] = None
+        phrases.pop((), None)  # of characters that no token has
+        return tuple(phrases)
 
     def _check_logprobs(self, param: str, number: int | None) -> None:
         if number is not None and number > self._info.max_logprobs:

@@ -67,11 +67,15 @@ class Constraint:
         row: in the job's masks.
     """
 
-    __slots__ = ("_outputs", "grammar", "job", "matcher", "phrases", "row")
+    __slots__ = ("_longest", "_outputs", "_phrases", "grammar", "job", "matcher", "row")
 
     def __init__(self, grammar: str | None, phrases: SequenceOf[tuple[int, ...]]) -> None:
         self.grammar = grammar
-        self.phrases = tuple(phrases)
+        # By the last token but one: few phrases need a look at every step.
+        self._phrases: dict[int, list[tuple[int, ...]]] = {}
+        for phrase in phrases:
+            self._phrases.setdefault(phrase[-2], []).append(phrase)
+        self._longest = max(map(len, phrases), default=0)
         self.matcher: LLMatcher | None = None
         self._outputs: list[int] = []
         self.job: MaskJob | None = None
@@ -94,15 +98,15 @@ class Constraint:
 
     def take(self, token: int) -> None:
         """Note a sampled token, for the phrases."""
-        if self.phrases:
+        if self._phrases:
             self._outputs.append(token)
+            del self._outputs[: -self._longest]
 
     def banned(self) -> list[int]:
         """Tokens that would complete a phrase."""
-        if not self.phrases:
-            return []
-        tail = tuple(self._outputs[1 - max(map(len, self.phrases)) :])
-        return [phrase[-1] for phrase in self.phrases if tail[len(tail) - len(phrase) + 1 :] == phrase[:-1]]
+        tail = tuple(self._outputs)
+        phrases = self._phrases.get(tail[-1], []) if tail else []
+        return [phrase[-1] for phrase in phrases if tail[1 - len(phrase) :] == phrase[:-1]]
 
 
 class Constraints:

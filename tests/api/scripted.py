@@ -81,8 +81,12 @@ class ByteTokenizer:
         table = self.token_bytes()
         return b"".join(table[token] for token in token_ids if token < len(table)).decode(errors="replace")
 
-    def token_bytes(self) -> list[bytes]:
-        return [bytes([value]) for value in range(256)] + [b"", b"", "aß".encode()]
+    def encode_continuation(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, *, special: bool = False) -> list[bytes]:
+        named = [b"<s>", b"</s>"] if special else [b"", b""]
+        return [bytes([value]) for value in range(256)] + named + ["aß".encode()]
 
 
 def script(prompt_length: int, choice: int) -> Iterator[int]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, TypeAdapter
+from pydantic.fields import FieldInfo
 
 from server.api import schemas
 from tests.api.scripted import Server, serve
@@ -45,6 +46,11 @@ def document() -> dict[str, Any]:
 
 def components(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return document["components"]["schemas"]
+
+
+def fields(name: str) -> dict[str, FieldInfo]:
+    """A model's fields, as they are called in JSON."""
+    return {info.alias or field: info for field, info in MODELS[name].model_fields.items()}
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
@@ -86,7 +92,7 @@ def test_every_field_is_described(document: dict[str, Any]) -> None:
 
 def test_the_document_shows_every_field_of_the_models(document: dict[str, Any]) -> None:
     for name, schema in components(document).items():
-        assert schema["properties"].keys() == MODELS[name].model_fields.keys(), name
+        assert schema["properties"].keys() == fields(name).keys(), name
         is_request = MODELS[name].model_config.get("extra") == "forbid"
         assert schema.get("additionalProperties", True) is not is_request, name
 
@@ -95,7 +101,7 @@ def test_examples_are_valid(document: dict[str, Any]) -> None:
     count = 0
     for name, schema in components(document).items():
         for field, properties in schema["properties"].items():
-            info = MODELS[name].model_fields[field]
+            info = fields(name)[field]
             kind = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
             for example in properties.get("examples", ()):
                 TypeAdapter(kind).validate_python(example)

@@ -20,6 +20,7 @@ from server.api.forms import CompletionForm
 from server.api.rendering import ChunkRenderer, Envelope, render_answer
 from server.api.schemas.chat import ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
+from server.api.structured import Grammars
 from server.api.validation import CompletionValidator, GenerationJob, RequestValidator
 from server.errors import ApiError
 from server.types import FinishReason, SamplingParams
@@ -54,6 +55,17 @@ plausible: dict[str, st.SearchStrategy[Any]] = {
     "top_k": st.integers(-2, VOCAB + 1),
     "n": st.integers(0, 5),
     "logprobs": st.integers(0, 6) | st.booleans(),
+    "bad_words": st.lists(texts, max_size=3),
+    "allowed_token_ids": st.lists(st.integers(0, VOCAB), max_size=3),
+    "response_format": st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "json_object", "json_schema"])},
+        optional={"json_schema": st.fixed_dictionaries({"name": st.just("x"), "schema": values})},
+    ),
+    "structured_outputs": st.fixed_dictionaries(
+        {}, optional={"json": values, "regex": texts, "choice": st.lists(texts), "grammar": texts}
+    ),
+    "skip_special_tokens": st.booleans(),
+    "include_stop_str_in_output": st.booleans(),
     "stop": texts | st.lists(texts, max_size=3),
     "stop_token_ids": st.lists(st.integers(0, VOCAB), max_size=3),
     "logit_bias": st.dictionaries(st.integers(0, VOCAB).map(str), st.floats(-101, 101), max_size=3),
@@ -110,6 +122,8 @@ def check_job(validator: RequestValidator, body: bytes) -> None:
         assert 0 <= params.top_k < VOCAB
         assert 0 < params.top_p <= 1
         assert all(0 <= token < VOCAB for token in (*params.stop_token_ids, *params.logit_bias))
+        assert all(0 <= token < VOCAB for token in params.allowed_token_ids or ())
+        assert all(phrase and 0 <= min(phrase) <= max(phrase) < VOCAB for phrase in params.bad_words)
         "".join(params.stop).encode()
 
 
@@ -117,7 +131,7 @@ def check_job(validator: RequestValidator, body: bytes) -> None:
 @settings(max_examples=150, deadline=None)
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), None], ids=["text", "ids"])
 def test_every_body_is_a_job_or_a_clear_refusal(tokenizer: Any, body: bytes) -> None:
-    check_job(CompletionValidator(("m",), INFO, tokenizer), body)
+    check_job(CompletionValidator(("m",), INFO, tokenizer, Grammars(tokenizer)), body)
 
 
 @given(body=chat_bodies.map(encode) | values.map(encode))
@@ -125,7 +139,8 @@ def test_every_body_is_a_job_or_a_clear_refusal(tokenizer: Any, body: bytes) -> 
 def test_every_chat_body_is_a_job_or_a_clear_refusal(body: bytes) -> None:
     tokenizer: Any = ByteTokenizer()
     template = ChatTemplate(TEMPLATE, tokenizer.special_tokens)
-    check_job(ChatValidator(("m",), INFO, tokenizer, Conversations(tokenizer, template)), body)
+    conversations = Conversations(tokenizer, template)
+    check_job(ChatValidator(("m",), INFO, tokenizer, Grammars(tokenizer), conversations), body)
 
 
 @pytest.fixture(scope="module")

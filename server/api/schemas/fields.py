@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 MAX_STOP_STRINGS: Final = 32
 MAX_STOP_LENGTH: Final = 512
 MAX_STOP_TOKEN_IDS: Final = 256
+MAX_BAD_WORDS: Final = 1024
 MAX_COUNT: Final = 2**31 - 1
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
@@ -70,6 +71,30 @@ def _stop_token_ids(value: object) -> tuple[int, ...] | None:
     return tuple(value)
 
 
+def _allowed_token_ids(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(map(_is_int, value)):
+        raise PydanticCustomError("allowed_token_ids", "must be a list of token ids")
+    if not value:
+        raise PydanticCustomError("allowed_token_ids", "must not be empty")
+    return tuple(dict.fromkeys(value))
+
+
+def _bad_words(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or any(not isinstance(item, str) for item in value):
+        raise PydanticCustomError("bad_words", "must be a list of strings")
+    if len(value) > MAX_BAD_WORDS:
+        raise PydanticCustomError("bad_words", f"must hold at most {MAX_BAD_WORDS} strings")
+    if "" in value:
+        raise PydanticCustomError("bad_words", "must not hold an empty string")
+    if any(len(item) > MAX_STOP_LENGTH for item in value):
+        raise PydanticCustomError("bad_words", f"must hold strings of at most {MAX_STOP_LENGTH} characters")
+    return tuple(value)
+
+
 def _logit_bias(value: object) -> dict[int, float] | None:
     if value is None:
         return None
@@ -102,6 +127,10 @@ Stop = Annotated[tuple[str, ...] | None, PlainValidator(_stop, json_schema_input
 StopTokenIds = Annotated[
     tuple[int, ...] | None, PlainValidator(_stop_token_ids, json_schema_input_type=list[int] | None)
 ]
+AllowedTokenIds = Annotated[
+    tuple[int, ...] | None, PlainValidator(_allowed_token_ids, json_schema_input_type=list[int] | None)
+]
+BadWords = Annotated[tuple[str, ...] | None, PlainValidator(_bad_words, json_schema_input_type=list[str] | None)]
 LogitBias = Annotated[
     dict[int, float] | None, PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)
 ]

@@ -8,14 +8,18 @@ from server.api.schemas.base import Body, Ignored, ModelName, Unsupported
 from server.api.schemas.fields import (
     INT64_MAX,
     INT64_MIN,
+    MAX_BAD_WORDS,
     MAX_COUNT,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
+    AllowedTokenIds,
+    BadWords,
     LogitBias,
     RequestId,
     Stop,
     StopTokenIds,
 )
+from server.api.schemas.structured import StructureFields
 
 
 class StreamOptions(Body):
@@ -30,7 +34,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[object, Unsupported(False)] = None
 
 
-class GenerationFields(Body):
+class GenerationFields(StructureFields):
     """The fields that completions and chat completions share."""
 
     model: ModelName = None
@@ -92,16 +96,35 @@ class GenerationFields(Body):
         description="Added to the logits of tokens, by token id; values between -100 and 100.",
         examples=[{"42": -100}],
     )
+    allowed_token_ids: AllowedTokenIds = Field(
+        None,
+        description="No token but these is generated; a text ends by itself only if an end-of-sequence token is among "
+        "them.",
+        examples=[[65, 66, 67]],
+    )
+    bad_words: BadWords = Field(
+        None,
+        description=f"Up to {MAX_BAD_WORDS} texts that are not generated, with or without a space before them, in the "
+        "tokens that the tokenizer makes of them. The same text in other tokens may still come.",
+        examples=[["Ahab", "white whale"]],
+    )
     seed: int | None = Field(
         None, ge=INT64_MIN, le=INT64_MAX, description="The same seed gives the same choices, whatever else is running."
     )
     stop: Stop = Field(
         None,
-        description=f"Up to {MAX_STOP_STRINGS} strings that end a choice; the text returned ends before the string.",
+        description=f"Up to {MAX_STOP_STRINGS} strings that end a choice; the text returned ends before the string, "
+        "unless `include_stop_str_in_output` is set.",
         examples=[["\n\n"]],
     )
     stop_token_ids: StopTokenIds = Field(
         None, description=f"Up to {MAX_STOP_TOKEN_IDS} token ids that end a choice; their text is not returned."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="End the text with the stop string, or the stop token's text, that ended it. Default false."
+    )
+    skip_special_tokens: bool | None = Field(
+        None, description="Leave special tokens such as `</s>` out of the text. Default true."
     )
     ignore_eos: bool | None = Field(None, description="Go on after an end-of-sequence token. Default false.")
     n: int | None = Field(None, ge=1, description="Choices per prompt. Default 1.")
@@ -150,24 +173,14 @@ class GenerationFields(Body):
     service_tier: Ignored = None
     store: Ignored = None
 
-    allowed_token_ids: Annotated[object, Unsupported()] = None
-    bad_words: Annotated[object, Unsupported([])] = None
     cache_salt: Annotated[object, Unsupported()] = None
     detokenize: Annotated[object, Unsupported(True)] = None
     early_stopping: Annotated[object, Unsupported(False)] = None
-    guided_choice: Annotated[object, Unsupported()] = None
-    guided_grammar: Annotated[object, Unsupported()] = None
-    guided_json: Annotated[object, Unsupported()] = None
-    guided_regex: Annotated[object, Unsupported()] = None
-    include_stop_str_in_output: Annotated[object, Unsupported(False)] = None
     kv_transfer_params: Annotated[object, Unsupported()] = None
     length_penalty: Annotated[object, Unsupported(1.0)] = None
     logits_processors: Annotated[object, Unsupported([])] = None
     prompt_logprobs: Annotated[object, Unsupported()] = None
-    response_format: Annotated[object, Unsupported({"type": "text"})] = None
-    skip_special_tokens: Annotated[object, Unsupported(True)] = None
-    spaces_between_special_tokens: Annotated[object, Unsupported(True)] = None
-    structured_outputs: Annotated[object, Unsupported()] = None
+    spaces_between_special_tokens: Annotated[object, Unsupported(True, False)] = None
     typical_p: Annotated[object, Unsupported(1.0)] = None
     use_beam_search: Annotated[object, Unsupported(False)] = None
 

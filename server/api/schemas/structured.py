@@ -2,11 +2,23 @@
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 from server.api.schemas.base import Body, Ignored, Unsupported
 
 MAX_CHOICES: Final = 10_000
+
+
+def _json_schema(value: object) -> dict[str, Any] | str | None:
+    if value is not None and not isinstance(value, dict | str):
+        raise PydanticCustomError("json_schema", "must be a JSON schema, as an object or as its text")
+    return value
+
+
+JsonSchema = Annotated[
+    dict[str, Any] | str | None, PlainValidator(_json_schema, json_schema_input_type=dict[str, Any] | str | None)
+]
 
 _LEGACY: Final = "; use 'structured_outputs'"
 
@@ -30,7 +42,9 @@ class ResponseFormat(Body):
     """What the text must be."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(
-        description="`text`: anything. `json_object`: a JSON object. `json_schema`: JSON that is valid against a schema."
+        description="`text`: anything. `json_object`: a JSON object. `json_schema`: JSON that is "
+        "valid against a schema.",
+        examples=["json_object"],
     )
     json_schema: JsonSchemaFormat | None = Field(None, description="Only, and necessarily, with `json_schema`.")
 
@@ -38,7 +52,7 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """What the text must be: exactly one of `json`, `json_object`, `regex`, `choice` and `grammar`."""
 
-    json_schema: dict[str, Any] | str | None = Field(
+    json_schema: JsonSchema = Field(
         None,
         alias="json",
         description="JSON that is valid against this schema, given as an object or as its text.",
@@ -75,8 +89,8 @@ class StructuredOutputs(Body):
     structural_tag: Annotated[object, Unsupported()] = None
 
 
-class StructureFields(BaseModel):
-    """The fields of a request that say what the text must look like. At most one of them may ask for something."""
+class StructureFields(Body):
+    """The fields of a request that say what its text must look like; at most one of them may ask for something."""
 
     response_format: ResponseFormat | None = Field(
         None,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from server.engine.sequence import Sequence
+from server.engine.step_shapes import StepShape
 from server.kernels import RingRows
 
 
@@ -61,6 +62,11 @@ class Batch:
         return len(self.decodes) + sum(span.length for span in self.prefills)
 
     @property
+    def shape(self) -> StepShape:
+        """The step's size."""
+        return StepShape(len(self.decodes), sum(span.length for span in self.prefills), len(self.prefills))
+
+    @property
     def spans(self) -> tuple[Span, ...]:
         """All spans: decodes, prefills, resumed ones, replays, branches."""
         spans = self.decodes + self.prefills + self.resumed
@@ -73,7 +79,8 @@ class Batch:
 class ModelInputs:
     """A batch as the model sees it: decode rows first, then the packed prompt spans.
 
-    Device tensors unless said. D decodes, P prompt spans, T = D + their tokens, R wanted rows.
+    Device tensors unless said. D decodes, P prompt spans, T >= D + their tokens, R wanted rows. Tokens behind the last
+    span are padding: they change no state, and what the model makes of them is anything.
 
     Attributes:
         token_ids_T: int64 [T].
@@ -81,7 +88,7 @@ class ModelInputs:
         slots_N: int64 [D + P], each span's slot.
         from_zero_N: bool [D + P]; such a span ignores what its slot holds.
         cu_seqlens: int32 [P + 1], where each prompt span begins, relative to row D.
-        prefill_lengths: lengths of the P prompt spans, on the host.
+        longest_prefill: at least the length of the longest prompt span, on the host; 0: there are no prompt spans.
         output_rows_R: int64 [R], the rows whose logits are wanted.
         ring_rows: where the rings of the D decodes stand; None: the pool has no rings.
     """
@@ -91,6 +98,6 @@ class ModelInputs:
     slots_N: Tensor
     from_zero_N: Tensor
     cu_seqlens: Tensor
-    prefill_lengths: tuple[int, ...]
+    longest_prefill: int
     output_rows_R: Tensor
     ring_rows: RingRows | None = None

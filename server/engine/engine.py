@@ -82,6 +82,7 @@ class Engine:
             SlotAllocator(built.num_slots),
             max_num_batched_tokens=config.max_num_batched_tokens,
             prompt_limits=built.prompt_limits,
+            ring_size=built.ring_size,
             max_num_queued_reqs=config.max_num_queued_reqs,
             max_seqs_per_tenant=config.max_concurrent_seqs_per_key,
             several_tenants=config.several_keys,

@@ -1,200 +1,174 @@
-"""CUDA graphs of the step in which every sequence decodes: one launch in place of some three hundred.
+"""CUDA graphs of whole steps: one launch in place of some three hundred.
 
-A graph repeats fixed work at fixed addresses, so there is one per batch size of a ladder, and a batch takes the next
-size up. Rows too many are padding: they decode the null slot, and never a live one. What differs from step to step
-lies in buffers that all sizes share: the inputs, filled by one copy, and the logits, from which the common ways of
-sampling are graphs too and the others run as they do without graphs.
+A graph repeats fixed work at fixed addresses, so there is one per shape (:mod:`server.engine.step_shapes`), and a batch
+takes the smallest shape that holds it. What it has too few of is padding, which touches nobody: decodes of the null
+slot, empty spans, tokens of no span. What differs from step to step lies in buffers that all shapes share: the inputs,
+filled by one copy, and the logits, from which the common ways of sampling are graphs too and the others run as they do
+without graphs.
 """
 
-from array import array
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import repeat
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from server.engine.batch import ModelInputs
-from server.engine.model import GLAModel
-from server.engine.sampler import Sampled, SamplePlan, Sampler, redirect_done
-from server.engine.state_pool import NULL_SLOT, StateTensors
-from server.kernels import RingRows, folds_every_token, join_folds
+from server.engine.batch import Batch
+from server.engine.columns import Columns, pack, upload_size
+from server.engine.sampler import Sampled, SamplePlan
+from server.engine.state_pool import NULL_SLOT
+from server.engine.step import StepModel
+from server.engine.step_shapes import StepShape, in_order_of_choice, typical_lengths
+from server.kernels import folds_every_token, join_folds
 
-MAX_ROWS = 1024
-"""Larger batches run without a graph: their kernels take longer than launching them does."""
-
-_INPUT_COLUMNS = 5
-"""Slots, sampling order, positions, tokens pending in rings, rows that fold theirs (preceded by their number)."""
+_TIMED_RUNS = 2
 
 
-def ladder(max_rows: int) -> list[int]:
-    """Batch sizes to capture, ascending, the last one ``max_rows``.
-
-    Powers of two to 8, then steps of 8, above 64 of an eighth of the power of two below: at most one row in eight
-    is padding, or seven rows.
-    """
-    sizes = [1]
-    while sizes[-1] < max_rows:
-        size = sizes[-1]
-        step = size if size < 8 else max(8, (1 << (size.bit_length() - 1)) // 8)
-        sizes.append(min(size + step, max_rows))
-    return sizes
-
-
-class DecodeGraphs:
-    """Captured decode steps of a model and its sampler.
+class StepGraphs:
+    """Captured steps of a model and its sampler; :meth:`capture` adds one.
 
     Args:
-        model: weights on a CUDA device.
-        states: the pool that the graphs will update.
-        sampler: its tables have as many slots as the pool.
-        max_rows: largest batch to capture.
+        step: on a CUDA device.
+        max_shapes: no shape to capture is larger in any respect than all of them.
         stream: to capture on. The matrix library keeps a workspace per stream, so every capture in a process should
             be given the same one.
-
-    Attributes:
-        max_rows: as above.
     """
 
-    @torch.inference_mode()
-    def __init__(
-        self, model: GLAModel, states: StateTensors, sampler: Sampler, *, max_rows: int, stream: torch.cuda.Stream
-    ) -> None:
-        self.max_rows = max_rows
-        self._model = model
-        self._states = states
-        self._sampler = sampler
-        self._sizes = ladder(max_rows)
-        device = sampler.last_token_S.device
-        self._device = device
-        self._inputs = torch.zeros(_INPUT_COLUMNS * max_rows + 1, dtype=torch.int64, device=device)
-        self._from_zero_N = torch.zeros(max_rows, dtype=torch.bool, device=device)
-        self._cu_seqlens = torch.zeros(1, dtype=torch.int32, device=device)
-        self._slots_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._logits_RV = torch.zeros((max_rows, sampler.vocab_size), device=device)
-        self._tokens_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._forward: dict[int, Callable[[], None]] = {}
+    def __init__(self, step: StepModel, max_shapes: list[StepShape], *, stream: torch.cuda.Stream) -> None:
+        self._step = step
+        device, rows = step.device, max(shape.rows for shape in max_shapes)
+        with torch.inference_mode():
+            self._inputs = torch.zeros(max(map(upload_size, max_shapes)), dtype=torch.int64, device=device)
+            self._slots_R = torch.zeros(rows, dtype=torch.int64, device=device)
+            self._logits_RV = torch.zeros((rows, step.sampler.vocab_size), device=device)
+            self._tokens_R = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._forward: dict[StepShape, Callable[[], None]] = {}
         self._sample: dict[tuple[int, bool], Callable[[], None]] = {}
-        recorder = _Recorder(stream)
-        # The largest first: the others then find the memory they need in what it took.
-        for size in reversed(self._sizes):
-            self._forward[size] = recorder.record(partial(self._run_model, size))
-            for greedy in (True, False):
-                self._sample[size, greedy] = recorder.record(partial(self._run_sampler, size, greedy))
+        self._shapes: list[StepShape] = []
+        self._recorder = _Recorder(stream)
 
-    def folds_every_token(self, rows: int) -> bool:
-        """Whether a batch of so many rows updates its states with every token."""
-        return self._in_place(self._sizes[bisect_left(self._sizes, rows)])
+    @torch.inference_mode()
+    def capture(self, shape: StepShape) -> None:
+        """Record steps of this shape. The largest should come first: the others then find their memory in its own."""
+        # Recording runs the work, too: what another shape has left would point anywhere.
+        self._inputs.zero_()
+        self._forward[shape] = self._recorder.record(partial(self._run_model, shape))
+        for greedy in (True, False):
+            if (shape.rows, greedy) not in self._sample:
+                self._sample[shape.rows, greedy] = self._recorder.record(partial(self._run_sampler, shape.rows, greedy))
+        self._shapes = in_order_of_choice(self._forward)
 
-    def launch(
-        self,
-        slots: Sequence[int],
-        order: Sequence[int],
-        positions: Sequence[int],
-        plan: SamplePlan,
-        pending: Sequence[int],
-        folding: Sequence[int],
-    ) -> Sampled:
-        """Absorb one token in each slot and sample the next, without waiting for the device.
+    def find(self, size: StepShape) -> StepShape | None:
+        """The smallest captured shape that holds a step of this size; None if there is none, or nothing to absorb."""
+        if not size.rows:
+            return None
+        return next((shape for shape in self._shapes if shape.holds(size)), None)
+
+    def folds_every_token(self, shape: StepShape) -> bool:
+        """Whether the decodes of such steps update their states with every token."""
+        return folds_every_token(shape.decodes, self._step.states.layers[0].values_SGKV)
+
+    def absorb(self, shape: StepShape, batch: Batch, order: list[int], pending: list[int], folding: list[int]) -> None:
+        """Absorb a batch's tokens and form the logits wanted, without waiting for the device.
 
         Args:
-            slots: of the rows; at most ``max_rows``.
-            order: the sampling rows: a permutation of the rows' indices, sorted as ``plan`` says.
-            positions: of the sampling rows, as in :meth:`Sampler.sample`.
-            plan: what the sampling rows need.
-            pending: tokens in each row's ring; empty if the pool has no rings.
-            folding: rows that fold their rings with this token; all of them where :meth:`folds_every_token`.
-
-        Returns:
-            The samples, in buffers that the next launch overwrites.
+            shape: captured; holds the batch.
+            batch: the step.
+            order: indices of the spans whose last token's logits are wanted; without prompts, of all of them.
+            pending: tokens in each decode's ring; empty if the pool has no rings.
+            folding: decodes that fold their rings with this token; all of them where :meth:`folds_every_token`.
         """
-        rows = len(slots)
-        size = self._sizes[bisect_left(self._sizes, rows)]
-        host = array("q", slots)
-        host.extend(repeat(NULL_SLOT, size - rows))
-        host.extend(order)
-        host.extend(range(rows, size))
-        host.extend(positions)
-        host.extend(repeat(0, size - rows))
-        host.extend(pending)
-        host.extend(repeat(0, size - rows))
-        host.append(len(folding))
-        host.extend(folding)
-        inputs = torch.frombuffer(host, dtype=torch.int64)
-        if self._device.type == "cuda":
+        inputs = pack(batch, shape, order, pending, folding)
+        if self._step.device.type == "cuda":
             inputs = inputs.pin_memory()
         self._inputs[: inputs.shape[0]].copy_(inputs, non_blocking=True)
-        self._forward[size]()
+        self._forward[shape]()
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first so many wanted rows of the last step sample from; the next step overwrites it.
+
+        Returns:
+            Logits float32 [count, vocab_size], slots and positions, as :meth:`Sampler.sample` takes them.
+        """
+        return self._logits_RV[:count], self._slots_R[:count], self._inputs[:count]  # an upload begins with positions
+
+    def sample(self, shape: StepShape, plan: SamplePlan) -> Sampled:
+        """Sample from the logits of the last step, without waiting for the device.
+
+        Args:
+            shape: the step's.
+            plan: what its wanted rows need, in their order.
+
+        Returns:
+            The samples, in buffers that the next step overwrites.
+        """
+        rows = plan.num_sampled + plan.num_held
         greedy = plan.num_greedy == rows
         if plan == _uniform_plan(rows, greedy=greedy):
-            self._sample[size, greedy]()
+            self._sample[shape.rows, greedy]()
             return Sampled(self._tokens_R[:rows], None, None, None)
-        positions_R = self._columns(size)[2][:rows]
-        return self._sampler.sample(self._logits_RV[:rows], self._slots_R[:rows], positions_R, plan)
+        return self._step.sampler.sample(*self.rows(rows), plan)
 
     @torch.inference_mode()
-    def measure(self) -> list[tuple[int, float]]:
-        """Every captured size and the seconds that its model takes; leaves garbage in the pool's slots."""
-        times = []
-        for size in self._sizes:
-            # Slots of their own: the null slot alone would be read from the cache.
-            self._inputs[:size] = torch.arange(1, size + 1, device=self._device)
-            self._inputs[size : _INPUT_COLUMNS * size + 1] = 0
-            if self._states.ring_size and not self._in_place(size):
-                # Rings half full, and as many folds as come in a step on average.
-                self._inputs[3 * size : 4 * size] = self._states.ring_size // 2
-                self._inputs[4 * size] = folds = size // self._states.ring_size
-                self._inputs[4 * size + 1 : 4 * size + 1 + folds] = torch.arange(folds, device=self._device)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._forward[size]()
-            start.record()
-            self._forward[size]()
-            self._forward[size]()
-            end.record()
-            end.synchronize()
-            times.append((size, start.elapsed_time(end) / 2000))
-        return times
+    def measure(self, shape: StepShape, *, folds: int | None = None) -> float:
+        """Seconds that the model takes for a full step of a captured shape; leaves garbage in the pool's slots.
 
-    def _in_place(self, size: int) -> bool:
-        return folds_every_token(size, self._states.layers[0].values_SGKV)
+        Args:
+            shape: the step's.
+            folds: decodes that fold their rings; None: as many as do on average.
+        """
+        self._fill(shape, folds)
+        forward = self._forward[shape]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        forward()
+        start.record()
+        for _ in range(_TIMED_RUNS):
+            forward()
+        end.record()
+        end.synchronize()
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / (1000 * _TIMED_RUNS)
 
-    def _columns(self, size: int) -> tuple[Tensor, Tensor, Tensor, RingRows | None]:
-        """The input buffer as a batch of this size uses it: slots, sampling order, positions, rings."""
-        columns = self._inputs[: _INPUT_COLUMNS * size + 1].split((size, size, size, size, size + 1))
-        slots_N, order_R, positions_R, pending_N, folding = columns
-        ring_rows = RingRows(pending_N, None if self._in_place(size) else folding) if self._states.ring_size else None
-        return slots_N, order_R, positions_R, ring_rows
+    def _fill(self, shape: StepShape, folds: int | None = None) -> None:
+        """Inputs as a typical full step has them."""
+        self._inputs[: upload_size(shape)] = 0
+        columns = self._columns(shape)
+        # Slots of their own: one alone would be read from the cache.
+        num_slots = len(self._step.sampler.done_S) - 1
+        spans = torch.arange(shape.rows, device=self._step.device)
+        columns.slots_R1[:-1] = NULL_SLOT + 1 + spans % num_slots
+        columns.order_R.copy_(spans)
+        ring_size = self._step.states.ring_size
+        if ring_size and not self.folds_every_token(shape):
+            folds = shape.decodes // ring_size if folds is None else folds
+            columns.pending_D.fill_(ring_size // 2)
+            columns.folding[0] = folds
+            columns.folding[1 : 1 + folds] = spans[:folds]
+        if columns.cu_seqlens is not None:
+            columns.cu_seqlens.copy_(torch.tensor([0, *accumulate(typical_lengths(shape))]))
 
-    def _run_model(self, size: int) -> None:
-        slots_N, order_R, _, ring_rows = self._columns(size)
-        slots_N = redirect_done(slots_N, self._sampler.done_S)
-        inputs = ModelInputs(
-            token_ids_T=self._sampler.last_token_S[slots_N],
-            num_decodes=size,
-            slots_N=slots_N,
-            from_zero_N=self._from_zero_N[:size],
-            cu_seqlens=self._cu_seqlens,
-            prefill_lengths=(),
-            output_rows_R=order_R,
-            ring_rows=ring_rows,
-        )
-        self._model.forward(inputs, self._states, out_RV=self._logits_RV[:size])
-        self._slots_R[:size] = slots_N[order_R]
-        if ring_rows is not None and ring_rows.folding is not None:
-            join_folds(self._device)
+    def _columns(self, shape: StepShape) -> Columns:
+        return Columns.cut(self._inputs, shape)
 
-    def _run_sampler(self, size: int, greedy: bool) -> None:
-        plan = _uniform_plan(size, greedy=greedy)
-        positions_R = self._columns(size)[2]
-        sampled = self._sampler.sample(self._logits_RV[:size], self._slots_R[:size], positions_R, plan)
-        self._tokens_R[:size] = sampled.tokens_R
+    def _run_model(self, shape: StepShape) -> None:
+        step, columns, rows = self._step, self._columns(shape), shape.rows
+        every_token = self.folds_every_token(shape)
+        x_TD, slots_R1 = step.absorb(columns, shape, every_token=every_token)
+        step.model.logits(x_TD, columns.logit_rows, out_RV=self._logits_RV[:rows])
+        self._slots_R[:rows] = slots_R1[columns.order_R]
+        if shape.decodes and step.states.ring_size and not every_token:
+            join_folds(step.device)
+
+    def _run_sampler(self, rows: int, greedy: bool) -> None:
+        sampled = self._step.sampler.sample(*self.rows(rows), _uniform_plan(rows, greedy=greedy))
+        self._tokens_R[:rows] = sampled.tokens_R
 
 
-def _uniform_plan(size: int, *, greedy: bool) -> SamplePlan:
+def _uniform_plan(rows: int, *, greedy: bool) -> SamplePlan:
     """All rows greedy, or all rows plain, and nothing else to do."""
-    num_greedy = size if greedy else 0
-    return SamplePlan(num_greedy, size - num_greedy, 0, False, False, False, None)
+    num_greedy = rows if greedy else 0
+    return SamplePlan(num_greedy, rows - num_greedy, 0, False, False, False, None)
 
 
 class _Recorder:
@@ -206,11 +180,15 @@ class _Recorder:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run the work once, so that everything it needs is loaded, and capture it; the result repeats it."""
+        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             work()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            work()
+            # torch.cuda.graph would wait for the device and give all free memory back first, each time.
+            graph.capture_begin(pool=self._pool)
+            try:
+                work()
+            finally:
+                graph.capture_end()
         replay: Callable[[], None] = graph.replay
         return replay

@@ -102,7 +102,8 @@ class ConvIndex:
         bounds = torch.cat((torch.arange(num_decodes, device=device), cu_seqlens.long() + num_decodes))
         starts_N, ends_N = bounds[:-1], bounds[1:]
         rows_T = torch.arange(num_tokens, device=device)
-        span_T = torch.searchsorted(ends_N, rows_T, right=True)  # skips empty spans
+        # Empty spans are skipped; tokens behind the last span, which are padding, are counted to it.
+        span_T = torch.searchsorted(ends_N, rows_T, right=True).clamp_(max=ends_N.shape[0] - 1)
 
         def rows(span: Tensor, offset: Tensor) -> Tensor:
             """Row of the input at an offset from its span's start; the kept inputs have offsets -(size - 1) to -1."""

@@ -8,7 +8,6 @@ import ctypes
 import logging
 import os
 import platform
-import time
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,26 +16,25 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import ModelInputs
+from server.engine.capture import capture_steps, graph_bytes
 from server.engine.checkpoint import load_model
 from server.engine.config import GLAConfig
-from server.engine.graphs import MAX_ROWS, DecodeGraphs
 from server.engine.model import GLAModel
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
 from server.engine.scoring import SCORED_ROWS, score_rows
 from server.engine.state_pool import NULL_SLOT, StateTensors, allocate_states, state_bytes
+from server.engine.step import StepModel
+from server.engine.step_shapes import MAX_ROWS, PromptLimit
 from server.errors import CheckpointError, SettingsError
 from server.kernels import STATE_DTYPES, RingRows
-from server.settings import CHUNK, EngineConfig
+from server.settings import EngineConfig
 
 logger = logging.getLogger(__name__)
 
 _MiB = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROFILE_SLOTS = 4
-_PROMPT_SHARE = 0.8
-"""Of the time that a step's decodes take, what prompts beside them may take: so a running request waits for its next
-token less than twice as long when prompts arrive."""
 _SHORT_STEP = 2
 """Tokens of a step whose products are kernels of their own, and not the matrix library's."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -53,8 +51,8 @@ class BuiltRunner:
         state_bytes: one sequence's state.
         dtype: of the weights, by name.
         device_name: for people.
-        prompt_limits: (decodes, tokens), ascending: beside at most so many decodes, a step should absorb at most so
-            many prompt tokens; empty: no such limits.
+        prompt_limits: how many prompt tokens a step should absorb; empty: no such limits.
+        ring_size: tokens of a state's ring, 0: there are no rings.
     """
 
     runner: Runner
@@ -63,7 +61,8 @@ class BuiltRunner:
     state_bytes: int
     dtype: str
     device_name: str
-    prompt_limits: tuple[tuple[int, int], ...]
+    prompt_limits: tuple[PromptLimit, ...]
+    ring_size: int
 
 
 def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
@@ -108,8 +107,10 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
     available = _available_bytes(device, config.gpu_memory_utilization)
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream is not None:
+        probe = StepModel(model, profile, Sampler(_PROFILE_SLOTS, model_config.vocab_size, device=device))
         max_rows = min(config.max_num_seqs, available // per_slot, MAX_ROWS)
-        available -= _graph_bytes(model, profile, model_config.vocab_size, max_rows, stream)
+        available -= graph_bytes(probe, max_rows=max_rows, max_tokens=config.max_num_batched_tokens, stream=stream)
+        del probe
     del profile
     # The null slot takes memory too.
     num_slots = min(config.max_num_seqs, available // per_slot - 1)
@@ -120,21 +121,12 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
             f"{config.gpu_memory_utilization}"
         )
     states = allocate_states(model_config, num_slots, device=device, dtype=dtype, state_dtype=state_dtype)
-    sampler = Sampler(num_slots + 1, model_config.vocab_size, device=device)
+    step = StepModel(model, states, Sampler(num_slots + 1, model_config.vocab_size, device=device))
     graphs = None
-    prompt_limits: tuple[tuple[int, int], ...] = ()
+    prompt_limits: tuple[PromptLimit, ...] = ()
     if stream is not None:
-        start = time.monotonic()
-        graphs = DecodeGraphs(model, states, sampler, max_rows=min(num_slots, MAX_ROWS), stream=stream)
-        logger.info("decode graphs captured in %.2f s", time.monotonic() - start)
-        per_token = _seconds_per_prompt_token(model, states, config.max_num_batched_tokens, device)
-        prompt_limits = tuple(
-            (rows, max(CHUNK, int(_PROMPT_SHARE * seconds / per_token))) for rows, seconds in graphs.measure()
-        )
-        logger.info(
-            "%.0f prompt tokens per second; beside %d decodes a step takes %d of them",
-            1 / per_token,
-            *prompt_limits[-1],
+        graphs, prompt_limits = capture_steps(
+            step, max_rows=min(num_slots, MAX_ROWS), max_tokens=config.max_num_batched_tokens, stream=stream
         )
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     logger.info(
@@ -152,8 +144,9 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         available / _MiB,
         available // per_slot - 1,
     )
-    runner = Runner(model, states, sampler, device=device, graphs=graphs)
-    return BuiltRunner(runner, device, num_slots, per_state, dtype_name, device_name, prompt_limits)
+    return BuiltRunner(
+        Runner(step, graphs), device, num_slots, per_state, dtype_name, device_name, prompt_limits, states.ring_size
+    )
 
 
 def _resolve_device(name: str) -> torch.device:
@@ -228,7 +221,7 @@ def _run_worst_case(
                 slots_N=slots,
                 from_zero_N=torch.ones(spans, dtype=torch.bool, device=device),
                 cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-                prefill_lengths=lengths,
+                longest_prefill=max(lengths),
                 output_rows_R=step_rows,
                 ring_rows=ring_rows,
             ),
@@ -240,49 +233,6 @@ def _run_worst_case(
     x_TD = torch.zeros((num_tokens, model.config.hidden_size), dtype=model.dtype, device=device)
     scored = torch.arange(num_tokens, device=device)[:SCORED_ROWS]
     score_rows(model, x_TD, scored, torch.zeros_like(scored), config.max_logprobs)
-
-
-@torch.inference_mode()
-def _seconds_per_prompt_token(model: GLAModel, states: StateTensors, num_tokens: int, device: torch.device) -> float:
-    """What a token of a prompt costs the device, in a step of so many."""
-    inputs = ModelInputs(
-        token_ids_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
-        num_decodes=0,
-        slots_N=torch.ones(1, dtype=torch.int64, device=device),
-        from_zero_N=torch.ones(1, dtype=torch.bool, device=device),
-        cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
-        prefill_lengths=(num_tokens,),
-        output_rows_R=torch.zeros(1, dtype=torch.int64, device=device),
-    )
-    model.forward(inputs, states)  # takes the memory that it needs from the driver
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    model.forward(inputs, states)
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / num_tokens
-
-
-def _graph_bytes(
-    model: GLAModel, states: StateTensors, vocab_size: int, max_rows: int, stream: torch.cuda.Stream
-) -> int:
-    """Memory that decode graphs up to this size take, in PyTorch's allocator and in the driver.
-
-    Found by capturing them against a few slots: the graphs in use hold the pool's address, so they can be captured
-    only when the pool has been sized.
-    """
-    if max_rows < 1:
-        return 0
-    torch.cuda.empty_cache()
-    free_before, _ = torch.cuda.mem_get_info(stream.device)
-    sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=stream.device)
-    graphs = DecodeGraphs(model, states, sampler, max_rows=max_rows, stream=stream)
-    torch.cuda.synchronize(stream.device)
-    torch.cuda.empty_cache()
-    free_after, _ = torch.cuda.mem_get_info(stream.device)
-    del graphs
-    torch.cuda.empty_cache()
-    logger.info("decode graphs up to %d rows take %.1f MiB", max_rows, (free_before - free_after) / _MiB)
-    return free_before - free_after
 
 
 def _available_bytes(device: torch.device, utilization: float) -> int:

@@ -208,14 +208,14 @@ class GLALayer:
         v_TGV = v.view(-1, self.config.num_kv_heads, self.config.head_v)
         d = inputs.num_decodes
         slots, from_zero = inputs.slots_N, inputs.from_zero_N
-        if not inputs.prefill_lengths:
+        if not inputs.longest_prefill:
             return gla_decode(
                 *(q_THK, k_TGK, v_TGV, g_TGK, state, slots, from_zero), scale=self.scale, rows=inputs.ring_rows
             )
         o_prefill = gla_prefill(
             *(q_THK[d:], k_TGK[d:], v_TGV[d:], g_TGK[d:], state, slots[d:], from_zero[d:], inputs.cu_seqlens),
             scale=self.scale,
-            max_length=max(inputs.prefill_lengths),
+            max_length=inputs.longest_prefill,
         )
         if not d:
             return o_prefill

@@ -4,31 +4,19 @@ On CUDA ``launch`` returns before the device has finished; ``PendingStep.fetch``
 sampled tokens stay on the device as the next step's input, so the next batch can be launched first.
 """
 
-from array import array
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from server.engine.batch import Batch, ModelInputs, Span
-from server.engine.graphs import DecodeGraphs
-from server.engine.model import GLAModel
-from server.engine.sampler import (
-    Sampled,
-    SamplePlan,
-    Sampler,
-    has_bias,
-    has_penalties,
-    is_filtered,
-    is_greedy,
-    redirect_done,
-)
+from server.engine.batch import Batch, Span
+from server.engine.columns import Columns, pack
+from server.engine.graphs import StepGraphs
+from server.engine.sampler import Sampled, SamplePlan, has_bias, has_penalties, is_filtered, is_greedy, redirect_done
 from server.engine.scoring import ScorePlan, Scores, pack_scores, plan_scores, score_rows
 from server.engine.sequence import Sequence
 from server.engine.snapshot import Snapshot, fork_slot, restore_snapshot, take_snapshot
-from server.engine.state_pool import StateTensors
-from server.kernels import RingRows
+from server.engine.step import StepModel
 from server.types import PromptLogprobs, TokenLogprobs
 
 
@@ -108,21 +96,6 @@ def _to_pinned(column: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Columns:
-    """A batch's int64 columns, cut from one upload."""
-
-    token_ids: Tensor
-    slots: Tensor
-    from_zero: Tensor
-    cu_seqlens: Tensor
-    output_rows: Tensor
-    sample_spans: Tensor
-    positions: Tensor
-    pending: Tensor
-    folding: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class _LogitRows:
     """Which logits a batch needs of the model, and which of them each sampling row takes.
 
@@ -155,94 +128,76 @@ class Runner:
     """One device's model, states and sampler.
 
     Args:
-        model: weights on the device.
-        states: the pool, null slot included.
-        sampler: its tables have as many slots as the pool.
-        device: where all of them lie.
-        graphs: captured decode steps of the three, for batches without prompts; None: every batch is launched kernel
-            by kernel.
+        step: the three of them.
+        graphs: captured steps of them; None: every batch is launched kernel by kernel, as one that no graph holds is.
     """
 
-    def __init__(
-        self,
-        model: GLAModel,
-        states: StateTensors,
-        sampler: Sampler,
-        *,
-        device: torch.device,
-        graphs: DecodeGraphs | None = None,
-    ) -> None:
-        self._model = model
-        self._states = states
-        self._sampler = sampler
-        self._device = device
+    def __init__(self, step: StepModel, graphs: StepGraphs | None = None) -> None:
+        self._step = step
         self._graphs = graphs
+        self._sampler = step.sampler
+        self._states = step.states
+        self._device = step.device
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
         """Start a batch. Steps complete in the order of their launches."""
         if batch.leased:
             self._sampler.lease(batch.leased)
-        rows, span_of_row, plan = _plan(batch.spans)
-        graphs = self._graphs
-        if graphs is not None and not batch.prefills and not batch.replays and len(rows) <= graphs.max_rows:
-            slots = [span.slot for span in batch.decodes]
-            pending, folding = self._advance_rings(batch, every_token=graphs.folds_every_token(len(slots)))
-            positions = [span.position for span in rows]
-            sampled = graphs.launch(slots, span_of_row, positions, plan, pending, folding)
-            return PendingStep(batch, rows[: plan.num_sampled], sampled, on_cuda=self._device.type == "cuda")
-        return self._launch_kernels(batch, rows, span_of_row, plan)
-
-    def _launch_kernels(self, batch: Batch, rows: list[Span], span_of_row: list[int], plan: SamplePlan) -> PendingStep:
-        """Start a batch of any kind, kernel by kernel."""
         replayed = self._restore(batch)
-        # Rows that decode beside prompts are seldom many, and the prompts take the time: their rings are used always.
-        pending, folding = self._advance_rings(batch, every_token=False)
+        rows, span_of_row, plan = _plan(batch.spans)
         logits = _LogitRows.of(batch, span_of_row)
-        columns = self._upload(batch, rows, span_of_row, logits.spans, pending, folding)
-        slots_N = redirect_done(columns.slots, self._sampler.done_S)
-        x_TD = self._absorb(batch, columns, slots_N)
-        scored = self._score(batch, x_TD)
+        score_plan = plan_scores(batch)
+        graphs = self._graphs
+        shape = graphs.find(batch.shape) if graphs is not None and score_plan is None else None
+        scored = None
+        if graphs is not None and shape is not None:
+            pending, folding = self._advance_rings(batch, every_token=graphs.folds_every_token(shape))
+            graphs.absorb(shape, batch, logits.spans, pending, folding)
+            if logits.of_row is None:
+                sampled = graphs.sample(shape, plan) if rows else None
+                return PendingStep(batch, rows[: plan.num_sampled], sampled, on_cuda=self._on_cuda)
+            logits_UV, slots_R, positions_R = graphs.rows(len(logits.spans))
+        else:
+            pending, folding = self._advance_rings(batch, every_token=False)
+            x_TD, slots_R1, columns = self._absorb(batch, logits.spans, pending, folding)
+            if score_plan is not None:
+                scored = score_plan, self._score(score_plan, x_TD)
+            wanted = len(logits.spans)
+            logits_UV = self._step.model.logits(x_TD, columns.logit_rows[:wanted]) if rows else x_TD
+            slots_R, positions_R = slots_R1[columns.order_R[:wanted]], columns.positions_R[:wanted]
         sampled = None
         if rows:
-            logits_UV = self._model.logits(x_TD, columns.output_rows)
             self._fork(batch, logits_UV, logits.spans)
             if logits.of_row is not None:
-                logits_UV = torch.cat((logits_UV, *replayed)).index_select(
-                    0, self._to_device(torch.tensor(logits.of_row))
-                )
-            sampled = self._sampler.sample(logits_UV, slots_N[columns.sample_spans], columns.positions, plan)
-        return PendingStep(batch, rows[: plan.num_sampled], sampled, scored, on_cuda=self._device.type == "cuda")
+                of_row, slots, positions = (logits.of_row, [row.slot for row in rows], [row.position for row in rows])
+                places_R, slots_R, positions_R = self._to_device(torch.tensor((of_row, slots, positions))).unbind()
+                logits_UV = torch.cat((logits_UV, *replayed)).index_select(0, places_R)
+                slots_R = redirect_done(slots_R, self._sampler.done_S)
+            sampled = self._sampler.sample(logits_UV, slots_R, positions_R, plan)
+        return PendingStep(batch, rows[: plan.num_sampled], sampled, scored, on_cuda=self._on_cuda)
 
-    def _absorb(self, batch: Batch, columns: _Columns, slots_N: Tensor) -> Tensor:
-        """Absorb the batch's tokens; the hidden states of all rows."""
-        num_decodes = len(batch.decodes)
-        num_spans = num_decodes + len(batch.prefills)
-        if not num_spans:
-            return self._model.embeddings[:0]
-        token_ids_T = columns.token_ids
-        if num_decodes:
-            token_ids_T = torch.cat((self._sampler.last_token_S[slots_N[:num_decodes]], token_ids_T))
-        inputs = ModelInputs(
-            token_ids_T=token_ids_T,
-            num_decodes=num_decodes,
-            slots_N=slots_N[:num_spans],
-            from_zero_N=columns.from_zero[:num_spans].bool(),
-            cu_seqlens=columns.cu_seqlens.int(),
-            prefill_lengths=tuple(span.length for span in batch.prefills),
-            output_rows_R=columns.output_rows,
-            ring_rows=RingRows(columns.pending, columns.folding) if self._states.ring_size else None,
-        )
-        return self._model.absorb(inputs, self._states)
+    @property
+    def _on_cuda(self) -> bool:
+        return self._device.type == "cuda"
 
-    def _score(self, batch: Batch, x_TD: Tensor) -> tuple[ScorePlan, Scores] | None:
+    def _absorb(
+        self, batch: Batch, output_spans: list[int], pending: list[int], folding: list[int]
+    ) -> tuple[Tensor, Tensor, Columns]:
+        """Absorb the batch's tokens, kernel by kernel; the hidden states of all rows, and the slots of its spans."""
+        shape = batch.shape
+        columns = Columns.cut(self._to_device(pack(batch, shape, output_spans, pending, folding)), shape)
+        if not shape.rows:
+            return self._step.model.embeddings[:0], columns.slots_R1, columns
+        longest = max((span.length for span in batch.prefills), default=0)
+        x_TD, slots_R1 = self._step.absorb(columns, shape, every_token=False, longest_prefill=longest)
+        return x_TD, slots_R1, columns
+
+    def _score(self, plan: ScorePlan, x_TD: Tensor) -> Scores:
         """The log-probabilities of the batch's prompt tokens, as far as somebody wants them."""
-        plan = plan_scores(batch)
-        if plan is None:
-            return None
         upload = self._to_device(torch.frombuffer(plan.rows + plan.targets, dtype=torch.int32))
         rows_N, targets_N = upload.long().chunk(2)
-        return plan, score_rows(self._model, x_TD, rows_N, targets_N, plan.num_top)
+        return score_rows(self._step.model, x_TD, rows_N, targets_N, plan.num_top)
 
     @torch.inference_mode()
     def resume(self, batch: Batch) -> PendingStep:
@@ -250,7 +205,7 @@ class Runner:
         rows, _, plan = _plan(batch.resumed, masked=True)
         slots = [span.slot for span in rows]
         sampled = self._sampler.resume(slots, [span.position for span in rows], plan, _masks(rows))
-        return PendingStep(batch, rows, sampled, on_cuda=self._device.type == "cuda")
+        return PendingStep(batch, rows, sampled, on_cuda=self._on_cuda)
 
     def _restore(self, batch: Batch) -> list[Tensor]:
         """Write the snapshots of newly leased sequences to their slots; the logits [1, V] of the replays, in order."""
@@ -295,7 +250,7 @@ class Runner:
                 seq.snapshot = snapshot
 
     def _to_device(self, host: Tensor) -> Tensor:
-        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
+        return host.pin_memory().to(self._device, non_blocking=True) if self._on_cuda else host
 
     def _advance_rings(self, batch: Batch, *, every_token: bool) -> tuple[list[int], list[int]]:
         """Tokens in the ring of every decode, and the decodes that fold theirs; notes what the states then hold.
@@ -316,44 +271,6 @@ class Runner:
         for span in batch.prefills:
             span.seq.num_folded = span.start + span.length
         return pending, folding
-
-    def _upload(
-        self,
-        batch: Batch,
-        rows: list[Span],
-        span_of_row: list[int],
-        output_spans: list[int],
-        pending: list[int],
-        folding: list[int],
-    ) -> _Columns:
-        """Everything the host knows of the batch, in one copy."""
-        spans = batch.spans
-        offsets = [0]
-        for span in batch.prefills:
-            offsets.append(offsets[-1] + span.length)
-        num_decodes = len(batch.decodes)
-        # The last row of each span; decode row i is span i.
-        last_rows = list(range(num_decodes)) + [num_decodes + end - 1 for end in offsets[1:]]
-        sizes = (
-            *(offsets[-1], len(spans), len(spans), len(offsets), len(output_spans), len(rows), len(rows)),
-            *(len(pending), len(pending) + 1),
-        )
-        host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        for span, offset in zip(batch.prefills, offsets, strict=False):
-            prompt = torch.frombuffer(span.seq.prompt, dtype=torch.int32)
-            host[offset : offset + span.length] = prompt[span.start : span.start + span.length]
-        small = array("q", (span.slot for span in spans))
-        small.extend(span.start == 0 for span in spans)
-        small.extend(offsets)
-        small.extend(last_rows[span] for span in output_spans)
-        small.extend(span_of_row)
-        small.extend(span.position for span in rows)
-        small.extend(pending)
-        small.append(len(folding))
-        small.extend(folding)
-        small.extend(repeat(0, len(pending) - len(folding)))
-        host[offsets[-1] :] = torch.frombuffer(small, dtype=torch.int64)
-        return _Columns(*host.to(self._device, non_blocking=True).split(sizes))
 
 
 def _plan(spans: tuple[Span, ...], *, masked: bool = False) -> tuple[list[Span], list[int], SamplePlan]:

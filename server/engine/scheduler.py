@@ -15,6 +15,7 @@ from server.engine.batch import Batch, Fork, Span
 from server.engine.queue import WaitingQueue, in_turns
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
+from server.engine.step_shapes import PromptLimit
 from server.settings import CHUNK
 from server.types import FinishReason, Refusal, RefusalReason
 
@@ -37,8 +38,9 @@ class Scheduler:
         max_num_queued_reqs: choices that may wait beyond those a free slot awaits.
         max_seqs_per_tenant: choices that one tenant may have waiting and running; None: unlimited.
         several_tenants: whether a part of the queue is kept free of any one tenant.
-        prompt_limits: (decodes, tokens), ascending: beside at most so many decodes, prompts get at most so many tokens
-            of the budget. Larger batches are limited like the last; none: prompts get what decodes leave.
+        prompt_limits: in ascending order, the first without decodes. Larger batches are limited like the last; empty:
+            prompts get what decodes leave.
+        ring_size: tokens of a state's ring: at multiples of this position it is folded, which takes time.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class Scheduler:
         max_num_queued_reqs: int,
         max_seqs_per_tenant: int | None = None,
         several_tenants: bool = False,
-        prompt_limits: tuple[tuple[int, int], ...] = (),
+        prompt_limits: tuple[PromptLimit, ...] = (),
+        ring_size: int = 0,
     ) -> None:
         self.allocator = allocator
         self._prompt_limits = prompt_limits
+        self._ring_size = ring_size
         self._token_budget = max_num_batched_tokens
         self._max_queued = max_num_queued_reqs
         self._max_per_tenant = max_seqs_per_tenant
@@ -119,7 +123,7 @@ class Scheduler:
                 decodes.append(self._launch(seq, 1))
         # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing.
         decodes.sort(key=_slot)
-        budget = max(self._prompt_budget(len(decodes)), PREFILL_GRID)
+        limit = self._prompt_limit(decodes)
         # Whoever comes before the last free slot has one, and a follower keeps it free until its leader is ready.
         candidates = list(islice(self.waiting, self.allocator.num_free))
         ready: list[Sequence] = []
@@ -128,7 +132,7 @@ class Scheduler:
                 (prompts if seq.prompt_remaining else ready).append(seq)
         prefills: list[Span] = []
         leased: list[Sequence] = []
-        for seq, length in _share(in_turns(prompts), budget).items():
+        for seq, length in _share(in_turns(prompts)[: limit.prompts], limit.tokens).items():
             if seq.slot is None:
                 self._lease(seq, now)
                 leased.append(seq)
@@ -184,13 +188,16 @@ class Scheduler:
             spans.append(Span(seq, seq.slot, seq.num_launched, 0, True, seq.num_sampled - 1))
         return Batch((), (), (), resumed=tuple(spans))
 
-    def _prompt_budget(self, num_decodes: int) -> int:
-        """Most prompt tokens beside so many decodes."""
-        budget = self._token_budget - num_decodes
-        if num_decodes and self._prompt_limits:
-            index = bisect_left(self._prompt_limits, (num_decodes, 0))
-            budget = min(budget, self._prompt_limits[min(index, len(self._prompt_limits) - 1)][1])
-        return budget
+    def _prompt_limit(self, decodes: list[Span]) -> PromptLimit:
+        """How many prompt tokens a step with these decodes absorbs, and of how many prompts."""
+        limits, size = self._prompt_limits, self._ring_size
+        folds = sum((span.start + 1) % size == 0 for span in decodes) if size else 0
+        budget, prompts = self._token_budget - len(decodes), self.allocator.num_slots
+        if limits:
+            index = min(bisect_left(limits, (len(decodes),)), len(limits) - 1)
+            index = min(bisect_left(limits, (limits[index].decodes, folds)), len(limits) - 1)
+            budget, prompts = min(budget, limits[index].tokens), limits[index].prompts
+        return PromptLimit(len(decodes), folds, max(budget, PREFILL_GRID), prompts)
 
     def _launch(self, seq: Sequence, length: int) -> Span:
         slot = seq.slot

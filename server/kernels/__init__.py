@@ -76,12 +76,12 @@ def gla_prefill(
             on where they lie, others in a float32 copy of the N states.
         slots_N: int64 [N]. Slot 0 may occur several times, and then holds anything; any other slot at most once.
         from_zero_N: bool [N].
-        cu_seqlens: int32 [N + 1], ascending from 0 to T.
+        cu_seqlens: int32 [N + 1], ascending from 0 to at most T. Rows behind the last span are padding.
         scale: factor of the output.
         max_length: at least the length of the longest span.
 
     Returns:
-        [T, H, V] of v's dtype, contiguous.
+        [T, H, V] of v's dtype, contiguous; rows of padding hold anything.
 
     Raises:
         ValueError: a shape, dtype, device or stride is not as above; the message names the argument.

@@ -390,6 +390,9 @@ def walk_kernel(
     H = G * REPEATS
     start = tl.load(p_cu_seqlens + i_n).to(tl.int64)
     length = (tl.load(p_cu_seqlens + i_n + 1).to(tl.int64) - start).to(tl.int32)
+    slot = tl.load(p_slots + i_n).to(tl.int64)
+    if (length == 0) & (slot == 0):  # padding of a captured step
+        return
 
     o_l = tl.arange(0, CHUNK)
     o_k = tl.arange(0, BK)
@@ -402,7 +405,6 @@ def walk_kernel(
         o_sk, o_sv, o_ol, o_ov = o_k[:, None], o_v[None, :], o_l[:, None], o_v[None, :]
     m_state = (o_sk < K) & (o_sv < V)
 
-    slot = tl.load(p_slots + i_n).to(tl.int64)
     continues = tl.load(p_from_zero + i_n) == 0
     p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_sk * V + o_sv
     # A state that starts from zero is not read at all: whatever its slot holds, NaN included, cannot matter.

@@ -187,8 +187,18 @@ def gla_prefill(
     if tokens == 0:
         return v_TGV.new_empty((0, heads, head_v))
 
+    bounds = cu_seqlens.tolist()
+    if bounds[-1] < tokens:
+        o_THV = v_TGV.new_full((tokens, heads, head_v), torch.nan)  # of padding, nobody may use anything
+        q_THK, k_TGK, v_TGV, g_TGK = (x[: bounds[-1]] for x in (q_THK, k_TGK, v_TGV, g_TGK))
+        o_THV[: bounds[-1]] = gla_prefill(
+            *(q_THK, k_TGK, v_TGV, g_TGK, state_SGKV, slots_N, from_zero_N, cu_seqlens),
+            scale=scale,
+            max_length=max_length,
+        )
+        return o_THV
     chunk = BLOCK if max_length <= BLOCK else CHUNK
-    spans = list(pairwise(cu_seqlens.tolist()))
+    spans = list(pairwise(bounds))
     chunk_slots = [s for s, span in zip(slots_N.tolist(), spans, strict=True) for _ in range(*span, chunk)]
     rows_T = _padded_rows(spans, chunk)
     q_CGBRIK, k_CGBRIK, v_CGBRIV, g_CGBRIK = (

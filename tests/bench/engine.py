@@ -11,6 +11,8 @@ fla         only if named, since its kernels take a minute or more to compile: d
             model, see :mod:`tests.bench.fla_model`
 profile     only if named: the device time of every kernel in a decoding step, by batch size, and in a step that is
             full of prompts
+gaps        only if named: how long the device idles from one step's last kernel to the next one's first, by batch size,
+            while all decode, and with prompts as in mixed
 workload    ``--streams`` requests at once from submission to the last token, as :mod:`tests.bench.http` sends them
 
 Steps are timed on the host, from one return of ``Engine.step`` to the next.
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -232,6 +235,65 @@ def _kernels(bench: Bench, steps: int, row: Row) -> Iterator[Row]:
             yield row | {"us": microseconds, "launches": event.count / steps, "kernel": event.key[:80]}
 
 
+def gap_rows(bench: Bench, batches: Sequence[int], steps: int) -> Iterator[Row]:
+    """Microseconds without a kernel between steps, from a trace of the device."""
+    for batch in batches:
+        for _ in range(batch):
+            bench.submit(64, None)
+        bench.absorb()
+        yield _gap_row(bench, steps, {"op": "gaps", "step": f"decode of {batch}"})
+        bench.submit(1 << 20, 1)
+        for _ in range(SETTLING_STEPS):
+            bench.step()
+        yield _gap_row(bench, steps, {"op": "gaps", "step": f"decode of {batch} and a prompt"})
+        bench.clear()
+
+
+def _gap_row(bench: Bench, steps: int, row: Row) -> Row:
+    synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            bench.step()
+        synchronize()
+    kernels: list[tuple[float, float]] = []
+    ends: list[float] = []
+    for event in profile.events() or ():
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        span = (event.time_range.start, event.time_range.end)
+        # A step ends with the copy of its tokens to the host.
+        if "DtoH" in event.name:
+            ends.append(span[0])
+        elif not event.name.startswith(("Memcpy", "Memset")):
+            kernels.append(span)
+    gaps = sorted(gaps_at(kernels, ends))
+    return row | {
+        "steps": len(gaps),
+        "us median": statistics.median(gaps),
+        "us p99": gaps[int(len(gaps) * 0.99)],
+        "us most": gaps[-1],
+        "above 100": sum(gap > 100 for gap in gaps),
+    }
+
+
+def gaps_at(kernels: Sequence[tuple[float, float]], moments: Sequence[float]) -> list[float]:
+    """For each moment, how long no kernel runs around it, where there are kernels both before and behind it.
+
+    Args:
+        kernels: start and end of each.
+        moments: between whose neighbouring kernels the gaps are sought.
+    """
+    starts = sorted(start for start, _ in kernels)
+    by_start = sorted(kernels)
+    latest_ends = list(itertools.accumulate((end for _, end in by_start), max))
+    gaps = []
+    for moment in moments:
+        index = bisect_right(starts, moment)
+        if 0 < index < len(starts):
+            gaps.append(max(0.0, starts[index] - latest_ends[index - 1]))
+    return gaps
+
+
 def fla_rows(model: Path, seconds: float) -> list[Row]:
     """Decode with fla's modules, in a process of its own, which gives its memory back."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -311,6 +373,7 @@ def main() -> None:
     most = {
         "decode": max(args.batch),
         "profile": max(args.batch),
+        "gaps": max(args.batch) + 1,
         "mixed": max(args.running) + 2,
         "workload": args.streams,
     }
@@ -328,6 +391,7 @@ def main() -> None:
         "mixed": lambda: mixed_rows(bench, args.running, args.prompts, args.steps),
         "context": lambda: context_rows(bench, args.contexts, args.steps),
         "profile": lambda: profile_rows(bench, args.batch, args.prompt_length, 32),
+        "gaps": lambda: gap_rows(bench, args.batch, args.steps),
         "workload": lambda: workload_rows(bench, args.streams, args.prompt_length, args.tokens),
     }
     list(decode_rows(bench, [1], 300, 4))  # warm-up

@@ -42,7 +42,7 @@ class StubRunner:
     """Samples a token for every row without a device; what the host has to find out of a batch it does find out."""
 
     def launch(self, batch: Batch) -> PendingStep:
-        rows, _, _ = _plan(batch)
+        rows, _, _ = _plan(batch.spans)
         sampled = Sampled(torch.full((len(rows),), 300, dtype=torch.int64), None, None, None)
         return PendingStep(batch, rows, sampled, on_cuda=False)
 
@@ -67,7 +67,7 @@ def stub_engine(batch: int) -> Engine:
         load_format="auto",
         seed=0,
     )
-    built = BuiltRunner(StubRunner(), torch.device("cpu"), batch, 0, "float32", "stub", ())  # type: ignore[arg-type]
+    built = BuiltRunner(StubRunner(), torch.device("cpu"), batch, 0, "float32", "stub", (), 0)  # type: ignore[arg-type]
     with mock.patch.object(engine_module, "build_runner", lambda *_: built):
         return Engine(config, overlap=True)
 

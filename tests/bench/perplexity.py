@@ -51,7 +51,7 @@ def window_nll(
                     slots_N=torch.arange(1, count + 1, device=device),
                     from_zero_N=torch.ones(count, dtype=torch.bool, device=device),
                     cu_seqlens=torch.arange(0, count * window + 1, window, dtype=torch.int32, device=device),
-                    prefill_lengths=(window,) * count,
+                    longest_prefill=window,
                     output_rows_R=torch.arange(count * window, device=device),
                 ),
                 states,

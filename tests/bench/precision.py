@@ -51,7 +51,7 @@ class Variant:
             slots_N=rows + 1,
             from_zero_N=torch.full((count,), position == 0, device=device),
             cu_seqlens=torch.zeros(1, dtype=torch.int32, device=device),
-            prefill_lengths=(),
+            longest_prefill=0,
             output_rows_R=rows,
             ring_rows=RingRows(torch.full_like(rows, self.pending), None if self.in_place else folding),
         )

@@ -157,4 +157,4 @@ def random_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
 
 def states_of(engine: Engine, slot: int) -> torch.Tensor:
     """One slot's recurrent states [L, G, K, V]."""
-    return engine._runner._states.recurrent_LSGKV[:, slot]
+    return engine._runner._step.states.recurrent_LSGKV[:, slot]

@@ -65,7 +65,7 @@ class Lab:
             slots_N=tensor([slot for slot, _ in decodes] + [slot for slot, _, _ in prefills]),
             from_zero_N=tensor([False] * len(decodes) + [zero for _, _, zero in prefills], torch.bool),
             cu_seqlens=tensor(offsets, torch.int32),
-            prefill_lengths=tuple(lengths),
+            longest_prefill=max(lengths, default=0),
             output_rows_R=tensor(range(len(tokens)) if rows is None else rows),
             ring_rows=RingRows(tensor([0] * len(decodes)), None) if self.state.ring_size else None,
         )

@@ -10,6 +10,7 @@ from server.engine.queue import WaitingQueue
 from server.engine.scheduler import PREFILL_GRID, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
+from server.engine.step_shapes import PromptLimit
 from server.types import FinishReason, SamplingParams
 
 
@@ -286,11 +287,12 @@ def test_slots_are_leased_lowest_first_and_not_twice() -> None:
 @pytest.mark.parametrize(("running", "expected"), [(0, 512), (1, 64), (2, 64), (3, 128), (4, 192), (6, 192)])
 def test_prompts_beside_decodes_get_limited_tokens(running: int, expected: int) -> None:
     """So that running requests do not wait long for their next token."""
+    limits = ((0, 0, 512, 3), (2, 2, 64, 2), (3, 3, 128, 2), (5, 5, 192, 2))
     scheduler = Scheduler(
         SlotAllocator(8),
         max_num_batched_tokens=512 + running,
         max_num_queued_reqs=10,
-        prompt_limits=((2, 64), (3, 128), (5, 192)),
+        prompt_limits=tuple(PromptLimit(*limit) for limit in limits),
     )
     for request_id in range(running):
         scheduler.add([make_sequence(1, max_tokens=None, request_id=request_id)])
@@ -343,3 +345,39 @@ def test_the_queue_keeps_its_order_under_any_changes() -> None:
             model.append(seq)
         assert list(queue) == sorted(model, key=lambda seq: (seq.priority, seq.request_id))
         assert len(queue) == len(model) and all(seq in queue for seq in model)
+
+
+def test_prompts_get_less_where_many_decodes_fold_at_once() -> None:
+    limits = ((0, 0, 512, 3), (4, 1, 256, 2), (4, 2, 192, 2), (4, 4, 64, 2))
+    scheduler = Scheduler(
+        SlotAllocator(8),
+        max_num_batched_tokens=512,
+        max_num_queued_reqs=10,
+        prompt_limits=tuple(PromptLimit(*limit) for limit in limits),
+        ring_size=4,
+    )
+    scheduler.add([make_sequence(length, max_tokens=None, request_id=length) for length in (2, 2, 3)])
+    scheduler.schedule(0.0)
+    scheduler.add([make_sequence(100_000, request_id=99)])
+    taken = []
+    for _ in range(8):
+        batch = scheduler.schedule(0.0)
+        assert batch is not None
+        folds = sum(span.start % 4 == 3 for span in batch.decodes)
+        taken.append((folds, batch.num_tokens - len(batch.decodes)))
+    # Two of the three came to a multiple of four together, the third a step before them.
+    assert taken == [(1, 256), (2, 192), (0, 256), (0, 256)] * 2
+
+
+def test_a_step_takes_pieces_of_a_limited_number_of_prompts() -> None:
+    scheduler = Scheduler(
+        SlotAllocator(8),
+        max_num_batched_tokens=512,
+        max_num_queued_reqs=10,
+        prompt_limits=(PromptLimit(0, 0, 512, 3), PromptLimit(2, 2, 256, 2)),
+    )
+    sequences = [make_sequence(10, request_id=request_id) for request_id in range(7)]
+    scheduler.add(sequences)
+    batches = [scheduler.schedule(0.0) for _ in range(4)]
+    taken = [[span.seq.request_id for span in batch.prefills] for batch in batches if batch is not None]
+    assert taken == [[0, 1, 2], [3, 4], [5, 6], []]

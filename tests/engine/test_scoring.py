@@ -121,13 +121,13 @@ def test_a_prompt_is_scored_before_its_first_answer(mode: tuple[str, bool]) -> N
 def test_a_long_prompt_is_scored_in_constant_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = make_driver(("cpu", True), max_num_batched_tokens=1024)
     rows: list[int] = []
-    logits = driver.engine._runner._model.logits
+    logits = driver.engine._runner._step.model.logits
 
     def counted(x_TD: torch.Tensor, rows_R: torch.Tensor, **rest: object) -> torch.Tensor:
         rows.append(len(rows_R))
         return logits(x_TD, rows_R, **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(driver.engine._runner._model, "logits", counted)
+    monkeypatch.setattr(driver.engine._runner._step.model, "logits", counted)
     request = driver.submit([random_prompt(5000, VOCAB, 1)], max_tokens=1, prompt_logprobs=1)
     driver.run()
     assert len(driver.prompts[request, 0].logprobs) == 4999
@@ -138,7 +138,7 @@ def test_a_long_prompt_is_scored_in_constant_memory(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_prompt_without_numbers_is_an_error(overlap: bool) -> None:
     driver = make_driver(("cpu", overlap), max_num_batched_tokens=64)
-    driver.engine._runner._model.norm.fill_(torch.nan)
+    driver.engine._runner._step.model.norm.fill_(torch.nan)
     for max_tokens in (0, 2):
         request = driver.submit([PROMPTS[-1]], n=2, max_tokens=max_tokens, prompt_logprobs=1)
         driver.run()

@@ -13,6 +13,7 @@ from tests.kernels.cases import (
     check_against_recurrence,
     gla_recurrence,
     make_case,
+    poisoned_memory,
     relative_error,
 )
 
@@ -80,6 +81,30 @@ def test_no_spans(backend: tuple[ModuleType, str]) -> None:
     o, pool = case.prefill(module)
     assert o.shape == (0, 2, 32)
     assert torch.equal(pool[1:], case.state_SGKV[1:])
+
+
+def test_padding_changes_nothing(backend: tuple[ModuleType, str]) -> None:
+    """Rows behind the last span, empty spans of the null slot and a longest span that might be longer: as in a captured
+    step that holds more than the batch has."""
+    module, device = backend
+    case = make_case([70, 17], gates="mixed", device=device)
+    o, pool = case.prefill(module)
+    padded = [torch.cat((x, torch.full_like(x[:60], torch.nan))) for x in (case.q_THK, case.k_TGK, case.v_TGV)]
+    decays = torch.cat((case.g_TGK, torch.full_like(case.g_TGK[:60], torch.nan)))
+    padded_pool = case.state_SGKV.clone()
+    with poisoned_memory():
+        padded_o = module.gla_prefill(
+            *padded,
+            decays,
+            padded_pool,
+            torch.nn.functional.pad(case.slots_N, (0, 3)),
+            torch.nn.functional.pad(case.from_zero_N, (0, 3), value=True),
+            torch.nn.functional.pad(case.cu_seqlens, (0, 3), value=87),
+            scale=case.scale,
+            max_length=147,
+        )
+    assert torch.equal(padded_o[:87], o)
+    assert torch.equal(padded_pool[1:], pool[1:])
 
 
 def test_a_long_span_of_one_token_repeated(backend: tuple[ModuleType, str]) -> None:

@@ -45,6 +45,14 @@ _UNBOUND = (
 _DESCRIPTION = "An OpenAI-style API for Gated Linear Attention models."
 _CORS_METHODS = ("GET", "POST", "DELETE")
 _CORS_HEADERS = ("Retry-After", "X-Request-Id")
+_HEADERS = {
+    "X-Request-Id": {
+        "description": "The request's name: its own header of this name, if that is sane, else a random one.",
+        "schema": {"type": "string"},
+    },
+    "Retry-After": {"description": "Seconds to wait before another try.", "schema": {"type": "integer"}},
+}
+"""What answers carry beside their bodies; the second only those that a later try may spare."""
 _UNAUTHORIZED = {
     "description": ERRORS[401],
     "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}}},
@@ -125,14 +133,17 @@ def _document(app: FastAPI, public_paths: frozenset[str] | None) -> dict[str, An
     # The framework supposes that it checks parameters; there are none that could be wrong.
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
-    for operations in document["paths"].values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
     if public_paths is not None:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, operations in document["paths"].items():
-            if path not in public_paths:
-                for operation in operations.values():
-                    operation["security"] = [{"key": []}]
-                    operation["responses"].setdefault("401", _UNAUTHORIZED)
+    components["headers"] = _HEADERS
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            responses = operation["responses"]
+            responses.pop("422", None)
+            if public_paths is not None and path not in public_paths:
+                operation["security"] = [{"key": []}]
+                responses.setdefault("401", dict(_UNAUTHORIZED))
+            for status, response in responses.items():
+                names = _HEADERS if status in ("429", "503") else ("X-Request-Id",)
+                response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
     return document

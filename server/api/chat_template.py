@@ -32,7 +32,8 @@ MAX_CHARACTERS: Final = 1 << 26
 _MAX_INT_BITS: Final = 4096
 _BUDGET: Final = "gale_budget"
 _WIDE_FORMAT: Final = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)")
-_OWN_VARIABLES: Final = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
+OWN_VARIABLES: Final = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
+"""Names of which a template gets the values from elsewhere than ``chat_template_kwargs``."""
 
 
 class _Excess(Exception):
@@ -167,6 +168,7 @@ class ChatTemplate:
 
     Attributes:
         source: as given.
+        reads_documents: whether the template does anything with documents.
         variables: names that the template reads and does not set itself: what ``chat_template_kwargs`` may set.
     """
 
@@ -183,7 +185,8 @@ class ChatTemplate:
             raise CheckpointError(f"line {error.lineno}: {error.message}") from None
         except RecursionError:
             raise CheckpointError("it is nested too deeply") from None
-        self.variables = frozenset(unset) - _OWN_VARIABLES
+        self.reads_documents = "documents" in unset
+        self.variables = frozenset(unset) - OWN_VARIABLES
 
     def render(
         self,
@@ -191,6 +194,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        documents: list[dict[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of the prompt, special tokens written out.
@@ -200,6 +204,7 @@ class ChatTemplate:
                 else a template may read; at least one.
             add_generation_prompt: end with what begins an answer.
             continue_final_message: end within the last message, right behind its content.
+            documents: texts to draw on.
             variables: further names for the template.
 
         Raises:
@@ -214,7 +219,7 @@ class ChatTemplate:
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "tools": None,
-            "documents": None,
+            "documents": documents,
             **(variables or {}),
             _BUDGET: _Budget(),
         }

@@ -1,12 +1,10 @@
 """From messages to token ids."""
 
-from server.api.chat_template import ChatTemplate
+from server.api.chat_template import OWN_VARIABLES, ChatTemplate
 from server.api.checks import invalid
 from server.api.schemas.conversation import ConversationFields
 from server.errors import InvalidRequestError
 from server.tokenizer import Tokenizer
-
-_RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 class Conversations:
@@ -47,12 +45,15 @@ class Conversations:
             )
         if request.continue_final_message and request.add_generation_prompt:
             raise invalid("continue_final_message", "excludes 'add_generation_prompt'")
+        if request.documents and not self._template.reads_documents:
+            raise invalid("documents", "are not read by this model's chat template")
         variables = request.chat_template_kwargs or {}
         self._check_variables(variables)
         text = self._template.render(
             [message.model_dump(exclude_none=True) for message in request.messages],
             add_generation_prompt=begins_answer(request),
             continue_final_message=bool(request.continue_final_message),
+            documents=request.documents or None,
             variables=variables,
         )
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special_tokens=True)
@@ -60,7 +61,7 @@ class Conversations:
     def _check_variables(self, variables: dict[str, object]) -> None:
         assert self._template is not None
         for name in variables:
-            if name in _RESERVED_VARIABLES:
+            if name in OWN_VARIABLES:
                 raise invalid("chat_template_kwargs", f"must not set {name!r}, which has a field of its own")
             if name not in self._template.variables:
                 known = ", ".join(sorted(self._template.variables)) or "none"

@@ -102,6 +102,15 @@ def test_what_templates_use() -> None:
     assert rendered == '1="<a>"\n~3="c"\n~4{\n "a": "<ü>",\n "b": 1\n}'
 
 
+def test_documents() -> None:
+    template = ChatTemplate("{% for d in documents or [] %}{{ d.title }};{% endfor %}{{ messages[0].content }}", {})
+    assert template.reads_documents
+    assert template.render(turns("a"), documents=[{"title": "A"}, {"title": "B"}]) == "A;B;a"
+    assert template.render(turns("a")) == "a"
+    assert not ChatTemplate(CHATML, {}).reads_documents
+    assert template.variables == frozenset()
+
+
 def test_variables_that_the_template_reads() -> None:
     source = "{% set own = 1 %}{% for m in messages %}{{ m.content }}{{ own }}{% endfor %}{{ style }}"
     template = ChatTemplate(source + "{% if enable_thinking is defined and enable_thinking %}T{% endif %}", TOKENS)

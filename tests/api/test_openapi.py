@@ -76,6 +76,8 @@ def test_every_route_is_described_with_its_errors(document: dict[str, Any]) -> N
             if int(status) >= 400:
                 schema = response["content"]["application/json"]["schema"]
                 assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+            headers = {"X-Request-Id"} | ({"Retry-After"} if status in ("429", "503") else set())
+            assert response["headers"].keys() == headers, (at, status)
         for parameter in operation.get("parameters", ()):
             assert parameter["description"], at
         if at[1] == "post":
@@ -109,11 +111,12 @@ def test_examples_are_valid(document: dict[str, Any]) -> None:
     assert count > 30
 
 
+READS_ALL = "{{ messages[0].content }}{{ enable_thinking }}{{ documents }}"
+
+
 def test_requests_made_of_examples_are_answered(document: dict[str, Any]) -> None:
     """All required fields, and each optional one that has an example, alone."""
-    with serve(
-        served_model_names=("classics-11m",), chat_template="{{ messages[0].content }}{{ enable_thinking }}"
-    ) as server:
+    with serve(served_model_names=("classics-11m",), chat_template=READS_ALL) as server:
         for (path, _), operation in operations(document):
             if "requestBody" not in operation:
                 continue

@@ -1,9 +1,11 @@
-"""``POST /tokenize`` and ``POST /detokenize``."""
+"""``POST /tokenize``, ``POST /detokenize``, ``GET /tokenizer_info``."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.api.schemas.tokenization import TokenizerInfo
 from server.tokenizer import load_tokenizer
 from tests.api.scripted import BOS, VOCAB, Server, serve
 from tests.engine.driving import CLASSICS
@@ -90,3 +92,46 @@ def test_the_shipped_tokenizer_gives_a_completions_prompt() -> None:
     with serve(tokenizer=lambda: tokenizer) as server:
         tokens = server.http.post("/tokenize", json={"prompt": "The old man"}).json()["tokens"]
     assert tokens == tokenizer.encode("The old man")
+
+
+def test_tokenizer_info_of_a_folder(tmp_path: Path) -> None:
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((CLASSICS / name).read_bytes())
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 8192}')
+    tokenizer = load_tokenizer(tmp_path)
+    template = "{{ messages }}"
+    with serve(tokenizer=lambda: tokenizer, tokenizer_folder=tmp_path, chat_template=template) as server:
+        answer = server.http.get("/tokenizer_info")
+    assert answer.status_code == 200, answer.text
+    TokenizerInfo.model_validate(answer.json())
+    assert answer.json() == {
+        "tokenizer_class": "LlamaTokenizer",
+        "vocab_size": 8193,
+        "max_model_len": 2000,
+        "bos_token": "<s>",
+        "bos_token_id": 1,
+        "eos_token": "</s>",
+        "eos_token_id": 2,
+        "unk_token": "<unk>",
+        "pad_token": None,
+        "added_tokens_decoder": {
+            "8192": {
+                "content": "<|im_end|>",
+                "special": False,
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+                "normalized": True,
+            }
+        },
+        "chat_template": template,
+    }
+
+
+def test_tokenizer_info_without_files(server: Server) -> None:
+    info = server.http.get("/tokenizer_info").json()
+    assert (info["tokenizer_class"], info["vocab_size"], info["bos_token"]) == ("ByteTokenizer", 259, "<s>")
+    assert info["chat_template"] is None
+    with serve(tokenizer=None) as other:
+        answer = other.http.get("/tokenizer_info")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")

@@ -68,6 +68,8 @@ class Message(Body):
     annotations: Annotated[object, Unsupported([])] = None
     audio: Annotated[object, Unsupported()] = None
     function_call: Annotated[object, Unsupported()] = None
+    reasoning: Annotated[object, Unsupported("")] = None
+    reasoning_content: Annotated[object, Unsupported("")] = None
     refusal: Annotated[object, Unsupported("")] = None
     tool_calls: Annotated[object, Unsupported([])] = None
 
@@ -96,6 +98,11 @@ class ConversationFields(Body):
         examples=[{"enable_thinking": False}],
     )
 
+    documents: list[dict[str, Any]] | None = Field(
+        None,
+        description="Texts to draw on, for templates that read them; for others an error.",
+        examples=[[{"title": "Whales", "text": "Whales are mammals."}]],
+    )
+
     chat_template: Annotated[object, Unsupported(hint="; give it to the server with --chat-template")] = None
-    documents: Annotated[object, Unsupported([])] = None
     tools: Annotated[object, Unsupported([])] = None

@@ -33,12 +33,16 @@ serve: $(VENV)/.serve ## Serve MODEL (default: the shipped model) on HOST:PORT; 
 
 .PHONY: test
 test: check ## Run make check, then every test that needs no GPU.
-	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not ops" -n $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.test ## Run the GPU tests; fails where there is no CUDA device.
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: torch finds no CUDA device")'
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+.PHONY: test-ops
+test-ops: $(VENV)/.test ## Run the tests of running it for others; needs prometheus and promtool.
+	$(BIN)/python -m pytest -m ops $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(VENV)/.test ## Lint, formatting and types, without changing a file.

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from server.api.schemas.generation import GenerationFields
 from server.metrics import EngineCollector, HttpMetrics
 from server.settings import Settings
 from server.types import EngineStats, HistogramSnapshot
+from tests.ops.observed import alert_queries, metric_names, panel_queries
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = sorted(REPOSITORY.glob("*.md"))
@@ -116,6 +118,13 @@ def test_readme_lists_every_metric() -> None:
     for metric in (*engine, *registry.collect()):
         served.append(f"{metric.name}_total" if metric.type == "counter" else metric.name)
     assert first_column(section(README, "Metrics")) == served
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_there_are() -> None:
+    listed = set(first_column(section(README, "Metrics")))
+    for query in (*chain(*panel_queries().values()), *alert_queries().values()):
+        for name in metric_names(query):
+            assert re.sub(r"_(bucket|sum|count)$", "", name) in listed, f"{name} in {query}"
 
 
 def test_documents_name_targets_of_the_makefile() -> None:

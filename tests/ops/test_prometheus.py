@@ -1,0 +1,125 @@
+"""A real Prometheus scrapes a loaded server, and every query of the dashboard and of the alerts is put to it.
+
+Needs the programs ``prometheus`` and ``promtool`` (``make test-ops``).
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.running import RunningServer, wait_until
+from tests.ops.observed import DOCKER, alert_queries, panel_queries
+
+pytestmark = pytest.mark.ops
+
+SCRAPE_SECONDS = 1
+LOADED_SECONDS = 15
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, str]]:
+    """A server with two API processes that has been under load for a while, and the URL of its Prometheus."""
+    folder = tmp_path_factory.mktemp("ops")
+    with RunningServer(folder / "server", "--api-server-count", "2") as server:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        config = (DOCKER / "prometheus" / "prometheus.yml").read_text()
+        assert "gale:8000" in config and "scrape_interval: 5s" in config
+        address = server.base_url.removeprefix("http://")
+        config = config.replace("gale:8000", address).replace("interval: 5s", f"interval: {SCRAPE_SECONDS}s")
+        (folder / "prometheus.yml").write_text(config)
+        (folder / "alerts.yml").write_text((DOCKER / "prometheus" / "alerts.yml").read_text())
+        command = [
+            "prometheus",
+            f"--config.file={folder}/prometheus.yml",
+            f"--storage.tsdb.path={folder}/data",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ]
+        with (folder / "log").open("wb") as log:
+            prometheus = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until(lambda: _answers(f"{url}/-/ready"))
+            deadline = time.monotonic() + LOADED_SECONDS
+            load = [
+                "--num-prompts",
+                "12",
+                "--random-input-len",
+                "60",
+                "--random-output-len",
+                "20",
+                "--max-concurrency",
+                "4",
+            ]
+            while time.monotonic() < deadline:
+                bench = [sys.executable, "-m", "server", "bench", "--base-url", server.base_url, *load]
+                subprocess.run(bench, check=True, capture_output=True, timeout=120)
+                httpx.post(f"{server.base_url}/v1/completions", json={})
+            time.sleep(2 * SCRAPE_SECONDS)
+            yield server, url
+        finally:
+            prometheus.terminate()
+            prometheus.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def ask(url: str, query: str) -> list[Any]:
+    answer = httpx.get(f"{url}/api/v1/query", params={"query": query.replace("$__rate_interval", "30s")})
+    assert answer.status_code == 200, f"{query}: {answer.text}"
+    result: list[Any] = answer.json()["data"]["result"]
+    return result
+
+
+@pytest.mark.parametrize(("title", "queries"), panel_queries().items())
+def test_every_panel_has_data(loaded: tuple[RunningServer, str], title: str, queries: list[str]) -> None:
+    for query in queries:
+        series = ask(loaded[1], query)
+        assert series, f"{title}: {query} has no data"
+        assert not any(value == "NaN" for _, value in (entry["value"] for entry in series)), f"{title}: {series}"
+
+
+@pytest.mark.parametrize(("name", "query"), alert_queries().items())
+def test_every_alert_is_evaluated_and_none_fires(loaded: tuple[RunningServer, str], name: str, query: str) -> None:
+    assert ask(loaded[1], query) == [], f"{name} fires on a server that is well"
+    rules = httpx.get(f"{loaded[1]}/api/v1/rules").json()["data"]["groups"][0]["rules"]
+    [rule] = [rule for rule in rules if rule["name"] == name]
+    assert rule["health"] == "ok", rule
+
+
+def test_the_alert_of_a_dead_engine_fires(loaded: tuple[RunningServer, str]) -> None:
+    server, url = loaded
+    server.child("gale-engine").kill()
+    wait_until(lambda: bool(ask(url, alert_queries()["GaleEngineDied"])))
+    server.wait_for_log("the engine process serves again")
+
+
+def test_promtool_has_nothing_to_say(loaded: tuple[RunningServer, str]) -> None:
+    text = httpx.get(f"{loaded[0].base_url}/metrics").text
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_rules_and_dashboard_are_valid() -> None:
+    done = subprocess.run(
+        ["promtool", "check", "config", DOCKER / "prometheus" / "prometheus.yml"], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "gale.json").read_text())
+    numbers = [panel["id"] for panel in dashboard["panels"]]
+    assert len(numbers) == len(set(numbers))
+    for path in Path(DOCKER / "grafana" / "provisioning").rglob("*.yaml"):
+        assert "apiVersion: 1" in path.read_text()

@@ -56,6 +56,8 @@ class Answer:
 
     token_ids: list[int] = field(default_factory=list)
     text: bytes = b""
+    pieces: list[bytes] = field(default_factory=list)
+    """The text as it came, event by event."""
     finish_reason: FinishReason = FinishReason.RUNNING
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -137,6 +139,7 @@ class Driver:
                 if token_id >= 0:
                     answer.token_ids.append(token_id)
                 answer.text += text
+                answer.pieces.append(text)
                 answer.finish_reason = FinishReason(reason)
                 answer.stop_reason = message.stop_reasons.get(row)
                 answer.error = message.errors.get(row)

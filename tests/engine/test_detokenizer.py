@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from server.engine.detokenizer import StopMatcher
 
 
-def run(stops: tuple[str, ...], pieces: list[bytes]) -> tuple[bytes, str | None]:
-    matcher = StopMatcher(stops)
+def run(stops: tuple[str, ...], pieces: list[bytes], *, include: bool = False) -> tuple[bytes, str | None]:
+    matcher = StopMatcher(stops, include=include)
     out = b""
     for piece in pieces:
         text, found = matcher.feed(piece)
@@ -58,5 +58,6 @@ def test_pieces_do_not_matter(text: str, stops: list[str], cuts: list[int]) -> N
         assert found is not None
         assert data.startswith(out + found.encode())
         assert not any(stop.encode() in out for stop in stops)
+        assert run(tuple(stops), pieces, include=True) == (out + found.encode(), found)
     else:
         assert (out, found) == (data, None)

@@ -122,7 +122,7 @@ class Constraints:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos = tuple(eos_token_ids) or (vocab_size,)  # without one, grammars end with an id that nobody has
-        self._num_words = -(-max(vocab_size, self._eos[0] + 1) // _WORD)
+        self._num_words = mask_words(max(vocab_size, self._eos[0] + 1))
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="masks")
         self._prototype = lru_cache(_CACHED_GRAMMARS)(self._compile)
 
@@ -203,6 +203,11 @@ class Constraints:
         mask_W = torch.zeros(self._num_words, dtype=torch.int32)
         mask_W[self._eos[0] // _WORD] = _bit(self._eos[0])
         return mask_W
+
+
+def mask_words(num_tokens: int) -> int:
+    """Words of a mask of so many tokens."""
+    return -(-num_tokens // _WORD)
 
 
 def _bit(token: int) -> int:

@@ -19,6 +19,7 @@ from server.engine.batch import ModelInputs
 from server.engine.capture import capture_steps, graph_bytes
 from server.engine.checkpoint import load_model
 from server.engine.config import GLAConfig
+from server.engine.constraints import mask_words
 from server.engine.model import GLAModel
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
@@ -229,7 +230,8 @@ def _run_worst_case(
         )
         plan = SamplePlan(0, 0, len(step_rows), True, True, True, config.max_logprobs)
         sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
-        sampler.sample(logits, torch.ones_like(step_rows), torch.zeros_like(step_rows), plan)
+        masks = torch.full((len(step_rows), mask_words(vocab_size)), -1, dtype=torch.int32, device=device)
+        sampler.sample(logits, torch.ones_like(step_rows), torch.zeros_like(step_rows), plan, masks)
     x_TD = torch.zeros((num_tokens, model.config.hidden_size), dtype=model.dtype, device=device)
     scored = torch.arange(num_tokens, device=device)[:SCORED_ROWS]
     score_rows(model, x_TD, scored, torch.zeros_like(scored), config.max_logprobs)

@@ -3,12 +3,13 @@
 import asyncio
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
+from pydantic import BaseModel
 
 MODEL = "classics-11m"
 MESSAGES: list[ChatCompletionMessageParam] = [
@@ -176,3 +177,54 @@ def test_async_client(base_url: str) -> None:
             assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
     asyncio.run(ask())
+
+
+class Captain(BaseModel):
+    """What the model is to answer with."""
+
+    age: int
+    aboard: bool
+    rank: Literal["captain", "mate"]
+
+
+def test_an_answer_is_parsed_into_the_clients_own_model(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_completion_tokens": 200, "temperature": 1}
+    for seed in range(3):
+        # Without it, a model that has read only books likes to go on with white space.
+        answer = client.chat.completions.parse(
+            **fields, seed=seed, response_format=Captain, logit_bias={str(token): -100 for token in white_space(client)}
+        )
+        (choice,) = answer.choices
+        assert isinstance(choice.message.parsed, Captain)
+        assert choice.finish_reason == "stop"
+
+
+def white_space(client: openai.OpenAI) -> list[int]:
+    base_url = str(client.base_url).removesuffix("/v1/")
+    answer = httpx.post(f"{base_url}/tokenize", json={"prompt": "\n\t\r ", "add_special_tokens": False})
+    tokens: list[int] = answer.json()["tokens"]
+    return tokens
+
+
+def test_a_choice_of_texts(client: openai.OpenAI) -> None:
+    choices = ["At sea.", "At home.", "In the church."]
+    answer = client.chat.completions.create(**GREEDY, n=2, extra_body={"structured_outputs": {"choice": choices}})
+    assert {choice.message.content for choice in answer.choices} <= set(choices)
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+
+
+def test_a_dead_end_passes_the_client(client: openai.OpenAI) -> None:
+    extra = {"structured_outputs": {"regex": "ab"}, "allowed_token_ids": [100]}
+    answer = client.chat.completions.create(**GREEDY, extra_body=extra)
+    assert str(answer.choices[0].finish_reason) == "abort"
+    *_, last = client.chat.completions.create(**GREEDY, stream=True, extra_body=extra)
+    assert str(last.choices[0].finish_reason) == "abort"
+
+
+def test_a_schema_that_cannot_be_enforced_is_the_clients_bad_request(client: openai.OpenAI) -> None:
+    schema = {"type": "array", "uniqueItems": True}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as refused:
+        client.chat.completions.create(
+            **GREEDY, response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        )
+    assert refused.value.param == "response_format.json_schema.schema"

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server import grammar
+from server.engine.constraints import Constraint, Constraints, Verdict, allowed_RV
 from server.tokenizer import Tokenizer
 from server.types import FinishReason
 from tests.engine.driving import EOS, Answer, Driver, random_prompt, states_of
@@ -369,3 +370,57 @@ def test_only_allowed_tokens_are_sampled(mode: Mode, make: Callable[..., Driver]
         assert len(answer.token_ids) == 40
         free = driver.complete(PROMPT, max_tokens=40, ignore_eos=True, **fields)
         assert not set(free.token_ids) <= set(allowed), "the slot keeps its last tenant's bans"
+
+
+# Masks by themselves.
+
+
+def masks(constraints: Constraints, constraint: Constraint, *tokens: int) -> set[int]:
+    """What is allowed after some tokens."""
+    for token in (None, *tokens):
+        constraints.follow([(constraint, token)])
+        assert constraint.job is not None
+        constraint.job.future.result(30)
+    allowed = allowed_RV(constraint.job.masks_RW, 512)[constraint.row]  # type: ignore[union-attr]
+    return set(allowed.nonzero()[:, 0].tolist())
+
+
+def test_all_ends_of_sequence_count_alike(tokenizer: Tokenizer) -> None:
+    table = tokenizer.token_bytes()
+    a, b = table.index(b"a"), table.index(b"b")
+    constraints = Constraints(tokenizer, 512, (EOS, b, 450))
+    constraint = Constraint(grammar.from_regex("a(a|b)*"), ())
+    assert a in masks(constraints, constraint)
+    assert masks(constraints, constraint) & {EOS, b, 450} == set(), "a second one is no text either"
+    after = masks(constraints, Constraint(grammar.from_regex("a(a|b)*"), ()), a)
+    assert {EOS, b, 450, a} <= after
+
+
+def test_a_model_without_end_of_sequence_ends_where_nothing_can_follow(tokenizer: Tokenizer) -> None:
+    a = tokenizer.token_bytes().index(b"a")
+    constraints = Constraints(tokenizer, 512, ())
+    open_ended = Constraint(grammar.from_regex("a+"), ())
+    assert EOS not in masks(constraints, open_ended, a)
+    assert open_ended.verdict is Verdict.OPEN
+    closed = Constraint(grammar.from_regex("aa?"), ())
+    masks(constraints, closed, a)
+    assert closed.verdict is Verdict.OPEN
+    complete = Constraint(grammar.from_regex("aa"), ())
+    masks(constraints, complete, a, a)
+    assert complete.verdict is Verdict.COMPLETE
+
+
+def test_phrases_are_banned_where_they_would_be_complete() -> None:
+    constraints = Constraints(None, 512, (EOS,))
+    phrases = [(5, 6), (7, 5, 6, 31), (6, 6, 32), (5, 63)]
+    everything = set(range(512))
+
+    def banned(*tokens: int) -> set[int]:
+        return everything - masks(constraints, Constraint(None, phrases), *tokens)
+
+    assert banned() == set()
+    assert banned(5) == {6, 63}
+    assert banned(7, 5, 6) == {31}
+    assert banned(6, 6) == {32}
+    assert banned(9, 9, 9, 9, 9, 7, 5) == {6, 63}
+    assert banned(5, 9) == set()

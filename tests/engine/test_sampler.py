@@ -1,5 +1,6 @@
 """The sampler against independent arithmetic, and its promise that a row depends on nothing but itself."""
 
+import dataclasses
 import math
 from array import array
 from collections import Counter
@@ -7,7 +8,18 @@ from collections import Counter
 import pytest
 import torch
 
-from server.engine.sampler import SamplePlan, Sampler, has_penalties, is_filtered, is_greedy, uniform
+from server.engine.constraints import mask_words
+from server.engine.sampler import (
+    BROKEN,
+    DEAD_END,
+    SamplePlan,
+    Sampler,
+    has_bias,
+    has_penalties,
+    is_filtered,
+    is_greedy,
+    uniform,
+)
 from server.engine.sequence import Sequence
 from server.types import SamplingParams
 
@@ -46,7 +58,7 @@ def plan_for(sequences: list[Sequence], position: int = 0) -> tuple[list[int], S
         len(plain),
         len(filtered),
         any(map(has_penalties, sequences)),
-        any(s.params.logit_bias for s in sequences),
+        any(map(has_bias, sequences)),
         any(position < s.params.min_tokens for s in sequences),
         max(wanted) if wanted else None,
     )
@@ -141,6 +153,61 @@ def test_a_row_is_the_same_alone_and_in_any_batch(device: torch.device) -> None:
         alone.lease([seq])
         tokens = [sample(alone, [seq], logits[t, i : i + 1], t)[0] for t in range(10)]
         assert tokens == [row[i] for row in batched], seq.params
+
+
+def pack(allowed: list[set[int]]) -> torch.Tensor:
+    """Masks of the allowed tokens."""
+    words = [[sum(1 << bit for bit in range(32) if 32 * word + bit in row) for word in range(2)] for row in allowed]
+    assert mask_words(VOCAB) == 2
+    return torch.tensor(words, dtype=torch.int64).to(torch.int32)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.0, logprobs=2), *CASES])
+def test_held_rows_are_sampled_later_as_they_would_have_been(params: SamplingParams, device: torch.device) -> None:
+    """With their masks, from their own logits, whatever the slots of others have sampled since."""
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(4, VOCAB, generator=generator)
+    sequences = [make_sequence(params, slot=slot, seed=slot) for slot in (1, 2, 3, 4)]
+    allowed = [set(range(0, VOCAB, 3)), {31, 32, 39}]
+    masked = logits.clone()
+    for row, tokens in zip((2, 3), allowed, strict=True):
+        masked[row, [token for token in range(VOCAB) if token not in tokens]] = -torch.inf
+    plain = Sampler(5, VOCAB, device=device)
+    plain.lease(sequences)
+    expected = sample(plain, sequences, masked)
+    sampler = Sampler(5, VOCAB, device=device)
+    sampler.lease(sequences)
+    order, plan = plan_for(sequences[:2])
+    plan = dataclasses.replace(plan, num_held=2)
+    slots = torch.tensor([order[0] + 1, order[1] + 1, 3, 4], device=device)
+    rows = logits[[*order, 2, 3]].to(device)
+    sampled = sampler.sample(rows, slots, torch.zeros(4, dtype=torch.int64, device=device), plan)
+    assert sampled.tokens_R.tolist() == [expected[index] for index in order]
+    sample(sampler, sequences[:2], logits[:2], 1)
+    order, plan = plan_for(sequences[2:])
+    sampled = sampler.resume([order[0] + 3, order[1] + 3], [0, 0], plan, pack(allowed)[order])
+    assert sampled.tokens_R.tolist() == [expected[index + 2] for index in order]
+    assert sampler.last_token_S[3:].tolist() == expected[2:]
+    if params.logprobs is not None:
+        reference = logits[2 + order[0]].double().log_softmax(-1)
+        assert sampled.logprobs_R is not None
+        assert abs(float(sampled.logprobs_R[0]) - float(reference[expected[2 + order[0]]])) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_dead_end_is_told_from_broken_logits(temperature: float, device: torch.device) -> None:
+    fields = {"temperature": temperature, "allowed_token_ids": (3, 4), "bad_words": ((3,), (4,))}
+    sequences = [
+        make_sequence(SamplingParams(**fields), slot=1),
+        make_sequence(SamplingParams(temperature=temperature), slot=2),
+        make_sequence(SamplingParams(temperature=temperature, logit_bias={5: 50.0}), slot=3),
+    ]
+    sampler = Sampler(4, VOCAB, device=device)
+    sampler.lease(sequences)
+    logits = torch.zeros(3, VOCAB)
+    logits[1, 0] = torch.nan
+    assert sample(sampler, sequences, logits) == [DEAD_END, BROKEN, 5]
+    assert sampler.done_S.tolist() == [False, True, True, False], "nothing may be absorbed after no token"
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB, 512])

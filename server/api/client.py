@@ -25,6 +25,7 @@ from server.types import (
     FinishReason,
     GenerateRequest,
     Hello,
+    PromptLogprobs,
     RefusalReason,
     SamplingParams,
     StepOutput,
@@ -110,6 +111,8 @@ class Mailbox:
 
     Attributes:
         num_choices: ``len(prompts) * n``.
+        prompt_logprobs: of the prompts' tokens, if asked for, in pieces, by the first choice of each prompt. Complete
+            for a prompt when the first event of one of its choices is read.
     """
 
     __slots__ = (
@@ -122,10 +125,12 @@ class Mailbox:
         "_unread",
         "_waiter",
         "num_choices",
+        "prompt_logprobs",
     )
 
     def __init__(self, num_choices: int, accepted: "asyncio.Future[None]", on_close: Callable[[bool], None]) -> None:
         self.num_choices = num_choices
+        self.prompt_logprobs: dict[int, list[PromptLogprobs]] = {}
         self._open = set(range(num_choices))
         self._accepted = accepted
         self._pending: dict[int, _Pending] = {}
@@ -384,6 +389,10 @@ class EngineClient:
         for request_id, refusal in message.rejected.items():
             if request_id in mailboxes:
                 mailboxes.pop(request_id)._fail(_REFUSALS[refusal.reason](refusal.message))
+        for request_id, choice, logprobs in message.prompt_logprobs:
+            mailbox = mailboxes.get(request_id)
+            if mailbox is not None:
+                mailbox.prompt_logprobs.setdefault(choice, []).append(logprobs)
         for row, request_id in enumerate(message.request_ids):
             mailbox = mailboxes.get(request_id)
             if mailbox is not None:

@@ -19,7 +19,8 @@ _FINISH_REASONS: Final = {
 }
 _LOWEST_LOGPROB: Final = -9999.0
 
-_new_decoder = codecs.getincrementaldecoder("utf-8")
+new_decoder = codecs.getincrementaldecoder("utf-8")
+"""From bytes to characters, piece by piece."""
 
 
 class TokenNames:
@@ -66,6 +67,10 @@ class TokenNames:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
+    def decoded(self, token_id: int) -> str | None:
+        """The token as text, with replacement characters for what is none; None if there is no tokenizer."""
+        return None if self._token_bytes is None else self.bytes(token_id).decode(errors="replace")
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
@@ -95,6 +100,18 @@ def finite(logprob: float) -> float:
     return max(logprob, _LOWEST_LOGPROB)
 
 
+def name_alternatives(
+    names: TokenNames, token: str, logprob: float, top_ids: Sequence[int], top: Sequence[float]
+) -> dict[str, float]:
+    """The most likely tokens at a position and, if it is none of them, the token that stands there, by name."""
+    alternatives: dict[str, float] = {}
+    for other, other_logprob in zip(top_ids, top, strict=True):
+        # Tokens that look the same (a byte and a letter) share a key: the likelier one has it.
+        alternatives.setdefault(names.text(other), finite(other_logprob))
+    alternatives.setdefault(token, logprob)
+    return alternatives
+
+
 class LogprobsWriter(Protocol):
     """Writes one choice's log-probabilities, event by event, in the form of its route."""
 
@@ -107,33 +124,28 @@ class ListedLogprobs:
 
     Args:
         names: how to write tokens.
+        offset: where the generated text begins, in characters of the choice's text.
     """
 
     __slots__ = ("_decoder", "_names", "_offset")
 
-    def __init__(self, names: TokenNames) -> None:
+    def __init__(self, names: TokenNames, offset: int) -> None:
         self._names = names
-        self._offset = 0
+        self._offset = offset
         # Stop strings hold text back, so offsets are counted by the tokens' own bytes.
-        self._decoder = _new_decoder("replace")
+        self._decoder = new_decoder("replace")
 
     def write(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> dict[str, Any]:
         """See :class:`LogprobsWriter`."""
-        name = self._names.text
         sampled = [finite(entry.sampled) for entry in logprobs]
-        tokens = [name(token) for token in token_ids]
-        tops: list[dict[str, float]] = []
-        for token, logprob, entry in zip(tokens, sampled, logprobs, strict=True):
-            top: dict[str, float] = {}
-            for other, other_logprob in zip(entry.top_ids, entry.top, strict=True):
-                # Tokens that look the same (a byte and a letter) share a key: the likelier one has it.
-                top.setdefault(name(other), finite(other_logprob))
-            top.setdefault(token, logprob)
-            tops.append(top)
+        tokens = [self._names.text(token) for token in token_ids]
         return {
             "tokens": tokens,
             "token_logprobs": sampled,
-            "top_logprobs": tops,
+            "top_logprobs": [
+                name_alternatives(self._names, token, logprob, entry.top_ids, entry.top)
+                for token, logprob, entry in zip(tokens, sampled, logprobs, strict=True)
+            ],
             "text_offset": [self._advance(token) for token in token_ids],
         }
 
@@ -181,7 +193,7 @@ class ChoiceReader:
 
     def __init__(self, choice: int, logprobs: LogprobsWriter | None) -> None:
         self._choice = choice
-        self._decoder = _new_decoder("replace")
+        self._decoder = new_decoder("replace")
         self._logprobs = logprobs
 
     def read(self, event: ChoiceEvent) -> Delta:
@@ -215,13 +227,14 @@ def join_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
 class UsageCounter:
     """Token counts of one request."""
 
-    __slots__ = ("_cached", "_completions", "_n", "_prompts")
+    __slots__ = ("_cached", "_candidates", "_completions", "_prompts")
 
     def __init__(self, job: GenerationJob) -> None:
         self._prompts = [len(prompt) for prompt in job.prompts]
-        self._completions = [0] * job.num_choices
-        self._cached = [0] * job.num_choices
-        self._n = job.n
+        # Candidates that are not returned count, too.
+        self._candidates = job.candidates
+        self._completions = [0] * len(job.prompts) * job.candidates
+        self._cached = [0] * len(job.prompts) * job.candidates
 
     def add(self, delta: Delta) -> None:
         """Count newly generated tokens, and what was found of the prompt."""
@@ -234,7 +247,7 @@ class UsageCounter:
 
     def json_of(self, choice: int) -> dict[str, Any]:
         """The usage of one choice and its prompt alone."""
-        return _usage(self._prompts[choice // self._n], self._completions[choice], self._cached[choice])
+        return _usage(self._prompts[choice // self._candidates], self._completions[choice], self._cached[choice])
 
 
 def _usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:

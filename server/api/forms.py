@@ -7,11 +7,7 @@ from server.api.rendering import AnswerForm, to_json
 
 
 class CompletionForm(AnswerForm):
-    """Answers of ``POST /v1/completions``.
-
-    Args:
-        names: how to write tokens.
-    """
+    """Answers of ``POST /v1/completions``."""
 
     id_prefix = "cmpl-"
     kind = chunk_kind = "text_completion"
@@ -20,12 +16,9 @@ class CompletionForm(AnswerForm):
     no_text = b'"text":""'
     prompt_in_choice = True
 
-    def __init__(self, names: TokenNames) -> None:
-        self._names = names
-
-    def logprobs(self) -> LogprobsWriter:
+    def logprobs(self, offset: int) -> LogprobsWriter:
         """See :meth:`AnswerForm.logprobs`."""
-        return ListedLogprobs(self._names)
+        return ListedLogprobs(self.names, offset)
 
     def message(self, text: str) -> dict[str, Any]:
         """See :meth:`AnswerForm.message`."""
@@ -53,12 +46,12 @@ class ChatForm(AnswerForm):
     prompt_in_choice = False
 
     def __init__(self, names: TokenNames, role: str) -> None:
-        self._names = names
+        super().__init__(names)
         self._role = role
 
-    def logprobs(self) -> LogprobsWriter:
-        """See :meth:`AnswerForm.logprobs`."""
-        return NestedLogprobs(self._names)
+    def logprobs(self, offset: int) -> LogprobsWriter:
+        """See :meth:`AnswerForm.logprobs`; a chat's have no offsets."""
+        return NestedLogprobs(self.names)
 
     def message(self, text: str) -> dict[str, Any]:
         """See :meth:`AnswerForm.message`."""

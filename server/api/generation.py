@@ -27,6 +27,8 @@ _STREAM_HEADERS: Final = [
     # Asks reverse proxies not to collect the stream before passing it on.
     (b"x-accel-buffering", b"no"),
 ]
+_OFFLOAD_TOKENS: Final = 512
+"""Log-probabilities of so many prompt tokens are written in a thread, so that streams do not stall meanwhile."""
 _JSON_HEADERS: Final = [(b"content-type", b"application/json")]
 
 
@@ -58,24 +60,30 @@ class GenerationAnswer(Response):
         job = self._job
         # No header is sent before the engine has accepted: a full queue is a proper 503.
         mailbox = await self._client.submit(
-            prompts=job.prompts, n=job.n, params=job.params, priority=job.priority, tenant=tenant
+            prompts=job.prompts, n=job.candidates, params=job.params, priority=job.priority, tenant=tenant
         )
         async with mailbox:
             await (self._stream if job.stream else self._respond)(mailbox, envelope, send)
 
     async def _respond(self, mailbox: Mailbox, envelope: Envelope, send: Send) -> None:
-        events: list[list[ChoiceEvent]] = [[] for _ in range(self._job.num_choices)]
+        job = self._job
+        events: list[list[ChoiceEvent]] = [[] for _ in range(mailbox.num_choices)]
         async for batch in mailbox:
             self._record.note(batch)
             for event in batch:
                 events[event.choice].append(event)
-        body = render_answer(self._job, self._form, envelope, events)
+        answer = (job, self._form, envelope, events, mailbox.prompt_logprobs)
+        scored = sum(map(len, job.prompts)) if job.params.prompt_logprobs is not None else 0
+        if scored < _OFFLOAD_TOKENS:
+            body = render_answer(*answer)
+        else:
+            body = await asyncio.to_thread(render_answer, *answer)
         headers = [*_JSON_HEADERS, (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, mailbox: Mailbox, envelope: Envelope, send: Send) -> None:
-        renderer = ChunkRenderer(self._job, self._form, envelope)
+        renderer = ChunkRenderer(self._job, self._form, envelope, mailbox.prompt_logprobs)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
             if opening := renderer.opening():

@@ -1,15 +1,18 @@
 """From a choice's news to the JSON of answers and to the chunks of streams, in whichever route's form."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 import msgspec
 
 from server.api.client import ChoiceEvent
-from server.api.deltas import ChoiceReader, Delta, LogprobsWriter, UsageCounter, join_events
+from server.api.deltas import ChoiceReader, Delta, LogprobsWriter, TokenNames, UsageCounter, join_events
+from server.api.scores import PromptScores
 from server.api.validation import GenerationJob
+from server.types import PromptLogprobs
 
 DONE: Final = b"data: [DONE]\n\n"
 
@@ -19,7 +22,11 @@ to_json = msgspec.json.Encoder().encode
 class AnswerForm(ABC):
     """What distinguishes the answers of one route from those of another.
 
+    Args:
+        names: how to write tokens.
+
     Attributes:
+        names: as above.
         id_prefix: begins the answer's id.
         kind: ``object`` of a whole answer.
         chunk_kind: ``object`` of a chunk.
@@ -37,9 +44,16 @@ class AnswerForm(ABC):
     no_text: ClassVar[bytes]
     prompt_in_choice: ClassVar[bool]
 
+    def __init__(self, names: TokenNames) -> None:
+        self.names = names
+
     @abstractmethod
-    def logprobs(self) -> LogprobsWriter:
-        """A writer for the log-probabilities of one choice."""
+    def logprobs(self, offset: int) -> LogprobsWriter:
+        """A writer for the log-probabilities of one choice.
+
+        Args:
+            offset: where the generated text begins, in characters of the choice's text.
+        """
 
     @abstractmethod
     def message(self, text: str) -> dict[str, Any]:
@@ -82,8 +96,16 @@ class Envelope:
         }
 
 
+PromptPieces: TypeAlias = Mapping[int, Sequence[PromptLogprobs]]
+"""Log-probabilities of prompts as the engine sent them, by the first candidate for each."""
+
+
 def render_answer(
-    job: GenerationJob, form: AnswerForm, envelope: Envelope, events: Sequence[Sequence[ChoiceEvent]]
+    job: GenerationJob,
+    form: AnswerForm,
+    envelope: Envelope,
+    events: Sequence[Sequence[ChoiceEvent]],
+    pieces: PromptPieces,
 ) -> bytes:
     """The whole answer at once.
 
@@ -91,31 +113,85 @@ def render_answer(
         job: the request.
         form: that of the route.
         envelope: of the answer.
-        events: all events of each choice, in order.
+        events: all events of each candidate, in order.
+        pieces: of the prompts, if the job wants their log-probabilities.
     """
     usage = UsageCounter(job)
     choices: list[dict[str, Any]] = []
-    for index, own in enumerate(events):
-        logprobs = form.logprobs() if job.params.logprobs is not None else None
-        delta = ChoiceReader(index, logprobs).read(join_events(own))
-        usage.add(delta)
-        prompt = index // job.n
-        choice = {
-            "index": index,
-            **form.message(job.echoed[prompt] + delta.text),
-            "logprobs": delta.logprobs,
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
-        }
-        if job.prompt_token_ids and form.prompt_in_choice:
-            choice["prompt_token_ids"] = job.prompts[prompt]
-        if job.token_ids:
-            choice["token_ids"] = delta.token_ids
-        choices.append(choice)
+    for prompt in range(len(job.prompts)):
+        first = prompt * job.candidates
+        joined = [join_events(own) for own in events[first : first + job.candidates]]
+        deltas = [_reader(job, form, event.choice, prompt).read(event) for event in joined]
+        for delta in deltas:
+            usage.add(delta)
+        part = _prompt_part(job, form, prompt, pieces)
+        if job.candidates > job.n:
+            deltas = [deltas[number] for number in _best_first(joined)[: job.n]]
+        choices += [_choice(job, form, prompt, place, delta, part) for place, delta in enumerate(deltas)]
     answer = {**envelope.json(form.kind, job.model), "choices": choices, "usage": usage.json()}
     if job.prompt_token_ids and not form.prompt_in_choice:
         (answer["prompt_token_ids"],) = job.prompts
     return to_json(answer)
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptPart:
+    """What every choice of a prompt says of its tokens.
+
+    Attributes:
+        echoed: lists that come before those of the generated tokens; None if not asked for.
+        detailed: vLLM's ``prompt_logprobs``; None if not asked for.
+    """
+
+    echoed: dict[str, Any] | None
+    detailed: list[dict[str, Any] | None] | None
+
+
+def _prompt_part(job: GenerationJob, form: AnswerForm, prompt: int, pieces: PromptPieces) -> _PromptPart:
+    if job.params.prompt_logprobs is None:
+        return _PromptPart(None, None)
+    scores = PromptScores(job.prompts[prompt], pieces.get(prompt * job.candidates, ()), form.names)
+    return _PromptPart(
+        scores.listed(job.echoed[prompt], job.logprobs) if job.echoes_logprobs and job.logprobs is not None else None,
+        None if job.prompt_logprobs is None else scores.detailed(job.prompt_logprobs),
+    )
+
+
+def _reader(job: GenerationJob, form: AnswerForm, choice: int, prompt: int) -> ChoiceReader:
+    return ChoiceReader(choice, None if job.logprobs is None else form.logprobs(len(job.echoed[prompt])))
+
+
+def _best_first(candidates: Sequence[ChoiceEvent]) -> list[int]:
+    """The candidates' numbers, by their mean log-probability per token; those without a token come last."""
+
+    def mean(number: int) -> float:
+        logprobs = candidates[number].logprobs
+        return sum(entry.sampled for entry in logprobs) / len(logprobs) if logprobs else -math.inf
+
+    return sorted(range(len(candidates)), key=mean, reverse=True)
+
+
+def _choice(
+    job: GenerationJob, form: AnswerForm, prompt: int, place: int, delta: Delta, part: _PromptPart
+) -> dict[str, Any]:
+    """A whole choice; ``place`` is its number among those of its prompt."""
+    logprobs = delta.logprobs
+    if part.echoed is not None and logprobs is not None:
+        logprobs = {name: part.echoed[name] + values for name, values in logprobs.items()}
+    choice = {
+        "index": prompt * job.n + place,
+        **form.message(job.echoed[prompt] + delta.text),
+        "logprobs": logprobs,
+        "finish_reason": delta.finish_reason,
+        "stop_reason": delta.stop_reason,
+    }
+    if part.detailed is not None:
+        choice["prompt_logprobs"] = part.detailed
+    if job.prompt_token_ids and form.prompt_in_choice:
+        choice["prompt_token_ids"] = job.prompts[prompt]
+    if job.token_ids:
+        choice["token_ids"] = delta.token_ids
+    return choice
 
 
 class ChunkRenderer:
@@ -125,15 +201,17 @@ class ChunkRenderer:
         job: the request.
         form: that of the route.
         envelope: of every chunk.
+        pieces: of the prompts, if the job wants their log-probabilities: complete for a prompt once a choice of it has
+            an event.
     """
 
-    def __init__(self, job: GenerationJob, form: AnswerForm, envelope: Envelope) -> None:
+    def __init__(self, job: GenerationJob, form: AnswerForm, envelope: Envelope, pieces: PromptPieces) -> None:
         self._job = job
         self._form = form
-        wants_logprobs = job.params.logprobs is not None
-        self._readers = [
-            ChoiceReader(index, form.logprobs() if wants_logprobs else None) for index in range(job.num_choices)
-        ]
+        self._pieces = pieces
+        # Choices that open with their prompt's log-probabilities have to wait for them.
+        self._unopened = set(range(job.num_choices)) if job.echoes_logprobs else set()
+        self._readers = [_reader(job, form, index, index // job.n) for index in range(job.num_choices)]
         self._usage = UsageCounter(job)
         self._running = job.num_choices
         # The constant parts of a chunk, written once: serializing is most of what a stream costs.
@@ -141,10 +219,9 @@ class ChunkRenderer:
         self._usage_tail = (b',"usage":null}' if job.include_usage else b"}") + b"\n\n"
         self._heads = [b'%b{"index":%d,' % (self._head, index) for index in range(job.num_choices)]
         self._text_heads = [head + form.text_head for head in self._heads]
-        self._no_news = b',"logprobs":null,"finish_reason":null'
-        self._plain_tail = form.text_tail + self._no_news + b"}]" + self._usage_tail
+        self._plain_tail = form.text_tail + b',"logprobs":null,"finish_reason":null}]' + self._usage_tail
         # Whether every token makes a chunk, also one that adds no text yet.
-        self._always = job.token_ids or wants_logprobs
+        self._always = job.token_ids or job.logprobs is not None
 
     @property
     def done(self) -> bool:
@@ -153,24 +230,39 @@ class ChunkRenderer:
 
     def opening(self) -> bytes:
         """Chunks that do not wait for the engine: a role, an echoed prompt, its token ids; empty if there are none."""
+        if self._job.echoes_logprobs:
+            return b""
+        return b"".join([self._opening(index, None) for index in range(self._job.num_choices)])
+
+    def _opening(self, index: int, logprobs: dict[str, Any] | None) -> bytes:
+        """The first chunk of a choice, before anything generated; empty if there is nothing to tell."""
         job = self._job
-        chunks: list[bytes] = []
-        for index, head in enumerate(self._heads):
-            text = job.echoed[index // job.n]
-            opening = self._form.opening(text)
-            if opening is None and not job.prompt_token_ids:
-                continue
-            if opening is None:
-                opening = self._form.text_head + to_json(text) + self._form.text_tail
-            chunk = head + opening + self._no_news + (b',"token_ids":[]' if job.token_ids else b"")
-            ids = b',"prompt_token_ids":' + to_json(job.prompts[index // job.n]) if job.prompt_token_ids else b""
-            chunk += ids + b"}]" if self._form.prompt_in_choice else b"}]" + ids
-            chunks.append(chunk + self._tail(index))
-        return b"".join(chunks)
+        text = job.echoed[index // job.n]
+        opening = self._form.opening(text)
+        if opening is None:
+            if not job.prompt_token_ids and logprobs is None:
+                return b""
+            opening = self._form.text_head + to_json(text) + self._form.text_tail
+        chunk = self._heads[index] + opening + b',"logprobs":' + to_json(logprobs) + b',"finish_reason":null'
+        if job.token_ids:
+            chunk += b',"token_ids":[]'
+        ids = b',"prompt_token_ids":' + to_json(job.prompts[index // job.n]) if job.prompt_token_ids else b""
+        chunk += ids + b"}]" if self._form.prompt_in_choice else b"}]" + ids
+        return chunk + self._tail(index)
+
+    def _late_opening(self, index: int) -> bytes:
+        self._unopened.remove(index)
+        part = _prompt_part(self._job, self._form, index // self._job.n, self._pieces)
+        return self._opening(index, part.echoed)
 
     def chunks(self, events: Sequence[ChoiceEvent]) -> bytes:
         """One chunk per event that tells something, ended by usage and DONE after the last one."""
-        data = b"".join([self._chunk(self._readers[event.choice].read(event)) for event in events])
+        chunks: list[bytes] = []
+        for event in events:
+            if event.choice in self._unopened:
+                chunks.append(self._late_opening(event.choice))
+            chunks.append(self._chunk(self._readers[event.choice].read(event)))
+        data = b"".join(chunks)
         return data if self._running else data + self._closing()
 
     def _chunk(self, delta: Delta) -> bytes:

@@ -1,7 +1,7 @@
 """From a request's JSON to a job that the engine cannot refuse, save for a full queue."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from server.api.checks import check_vocabulary, invalid, parse_as, served_name
@@ -36,6 +36,7 @@ class GenerationJob:
         prompts: token ids; at least one each.
         echoed: the text that each choice of a prompt begins with; empty strings without ``echo``.
         n: choices per prompt.
+        candidates: answers to generate per prompt, of which the n best are returned.
         priority: lower values are served first.
         params: how all choices sample.
         stream: whether to answer with server-sent events.
@@ -46,12 +47,16 @@ class GenerationJob:
         tokens_as_ids: whether log-probabilities name tokens by their ids.
         request_id: what the client calls the request.
         role: who speaks in a chat's answer.
+        logprobs: alternatives to report per token; None: choices carry no log-probabilities.
+        echoes_logprobs: whether these begin with those of the echoed prompt.
+        prompt_logprobs: alternatives to report per token of the prompt, apart from these; None: not wanted.
     """
 
     model: str
     prompts: list[list[int]]
     echoed: list[str]
     n: int
+    candidates: int
     priority: int
     params: SamplingParams
     stream: bool
@@ -62,6 +67,9 @@ class GenerationJob:
     tokens_as_ids: bool
     request_id: str | None
     role: str
+    logprobs: int | None
+    echoes_logprobs: bool = False
+    prompt_logprobs: int | None = None
 
     @property
     def num_choices(self) -> int:
@@ -112,6 +120,7 @@ class RequestValidator(ABC):
             prompts=prompts,
             echoed=echoed,
             n=request.n or 1,
+            candidates=request.n or 1,
             priority=request.priority or 0,
             params=params,
             stream=bool(request.stream),
@@ -123,26 +132,44 @@ class RequestValidator(ABC):
             tokens_as_ids=bool(request.return_tokens_as_token_ids),
             request_id=request.request_id,
             role=role,
+            logprobs=params.logprobs,
         )
 
-    def _check_request(self, request: GenerationFields, param: str, num_prompts: int) -> None:
-        """Refuse what cannot be answered whatever the prompts are; ``param`` is the field that holds them."""
+    def _check_request(
+        self, request: GenerationFields, param: str, num_prompts: int, *, candidates: int | None = None
+    ) -> None:
+        """Refuse what cannot be answered whatever the prompts are.
+
+        Args:
+            request: the body.
+            param: the field that holds the prompts.
+            num_prompts: how many there are.
+            candidates: answers to generate to each, if not ``n``.
+        """
         served_name(request.model, self._names)
         if request.stream_options is not None and not request.stream:
             raise invalid("stream_options", "is only allowed together with 'stream'")
-        num_choices = num_prompts * (request.n or 1)
+        num_choices = num_prompts * (candidates or request.n or 1)
         most = self._info.max_request_choices
         if num_choices > most:
-            at_fault = param if num_prompts > most else "n"
+            at_fault = param if num_prompts > most else "n" if num_prompts * (request.n or 1) > most else "best_of"
             raise invalid(at_fault, f"asks for {num_choices} choices; at most {most} are taken at once")
 
-    def _params(self, request: GenerationFields, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def _params(
+        self,
+        request: GenerationFields,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         """How the request samples, with the checkpoint's defaults.
 
         Args:
             request: the body.
             max_tokens: most tokens per choice.
             logprobs: alternatives to report per token, within the server's limit; None: no log-probabilities.
+            prompt_logprobs: the same for the prompts' tokens.
         """
         info = self._info
         sampling: dict[str, Any] = {}
@@ -182,6 +209,7 @@ class RequestValidator(ABC):
             skip_special_tokens=request.skip_special_tokens is not False,
             ignore_eos=bool(request.ignore_eos),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             **sampling,
         )
 
@@ -211,16 +239,17 @@ class RequestValidator(ABC):
             length = None if limit is None else max(limit - answer, 1)
         return token_ids if length is None else token_ids[-length:]
 
-    def _check_prompts(self, param: str, prompts: list[list[int]]) -> None:
+    def _check_prompts(self, param: str, prompts: list[list[int]], *, min_answer: int = 1) -> None:
+        """Refuse prompts that are empty, hold no token ids, or leave no room for an answer of so many tokens."""
         limit = self._info.max_model_len
         for token_ids in prompts:
             if not token_ids:
                 raise invalid(param, "holds a text without a single token")
             check_vocabulary(param, token_ids, self._info.vocab_size)
-            if limit is not None and len(token_ids) >= limit:
+            if limit is not None and len(token_ids) + min_answer > limit:
                 raise InvalidRequestError(
                     f"Invalid '{param}': has {len(token_ids)} tokens; prompt and answer together may have "
-                    f"{limit} (--max-model-len), and the answer needs at least one.",
+                    f"{limit} (--max-model-len)" + (", and the answer needs at least one." if min_answer else "."),
                     param=param,
                     code="context_length_exceeded",
                 )
@@ -232,26 +261,46 @@ class CompletionValidator(RequestValidator):
     def job(self, body: dict[str, Any]) -> GenerationJob:
         """See :meth:`RequestValidator.job`."""
         request = parse_as(CompletionRequest, body)
-        self._check_request(request, "prompt", len(request.prompt))
-        self._check_combinations(request)
+        n = request.n or 1
+        candidates = request.best_of or n
+        self._check_request(request, "prompt", len(request.prompt), candidates=candidates)
+        max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        self._check_combinations(request, n, candidates, max_tokens)
         self._check_logprobs("logprobs", request.logprobs)
-        max_tokens = request.max_tokens or DEFAULT_MAX_TOKENS
-        params = self._params(request, max_tokens=max_tokens, logprobs=request.logprobs)
+        self._check_logprobs("prompt_logprobs", request.prompt_logprobs)
+        echoed_logprobs = request.logprobs if request.echo else None
+        wanted = [number for number in (echoed_logprobs, request.prompt_logprobs) if number is not None]
+        params = self._params(
+            request,
+            max_tokens=max_tokens,
+            # Candidates are compared by their log-probabilities.
+            logprobs=0 if request.logprobs is None and candidates > n else request.logprobs,
+            prompt_logprobs=max(wanted, default=None),
+        )
         items: list[str | list[int]] = [*request.prompt]
         whole = [self._token_ids(item, request) for item in items]
         prompts = [self._truncated(token_ids, request.truncate_prompt_tokens, max_tokens) for token_ids in whole]
-        self._check_prompts("prompt", prompts)
+        self._check_prompts("prompt", prompts, min_answer=min(max_tokens, 1))
         echoed = [""] * len(prompts)
         if request.echo:
             echoed = [self._shown(*each) for each in zip(items, whole, prompts, strict=True)]
-        return self._job(request, prompts=prompts, echoed=echoed, params=params)
+        return replace(
+            self._job(request, prompts=prompts, echoed=echoed, params=params),
+            candidates=candidates,
+            logprobs=request.logprobs,
+            echoes_logprobs=echoed_logprobs is not None,
+            prompt_logprobs=request.prompt_logprobs,
+        )
 
-    def _check_combinations(self, request: CompletionRequest) -> None:
-        n = request.n or 1
-        if request.best_of is not None and request.best_of != n:
-            raise invalid("best_of", f"must equal 'n' ({n}): choosing among more candidates is not supported")
-        if request.echo and request.logprobs is not None:
-            raise invalid("echo", "together with 'logprobs' is not supported yet")
+    def _check_combinations(self, request: CompletionRequest, n: int, candidates: int, max_tokens: int) -> None:
+        if candidates < n:
+            raise invalid("best_of", f"must be at least 'n' ({n})")
+        if candidates > n and request.stream:
+            raise invalid("best_of", "must equal 'n' in a stream: which candidates are best shows only at the end")
+        if request.prompt_logprobs is not None and request.stream:
+            raise invalid("prompt_logprobs", "is not available in a stream; 'echo' with 'logprobs' is")
+        if not max_tokens and not request.echo and request.prompt_logprobs is None:
+            raise invalid("max_tokens", "may be 0 only with 'echo' or 'prompt_logprobs': nothing would be answered")
         if self._tokenizer is None and request.echo:
             raise invalid("echo", "is not possible: this server runs without a tokenizer")
 

@@ -9,6 +9,7 @@ import itertools
 import re
 import socket
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from server.types import (
     GenerateRequest,
     Hello,
     HistogramSnapshot,
+    PromptLogprobs,
     Refusal,
     RefusalReason,
     StepOutput,
@@ -104,6 +106,24 @@ def script_text(prompt_length: int, choice: int, count: int) -> str:
     return bytes(script_tokens(prompt_length, choice, count)).decode(errors="replace")
 
 
+def score(position: int, token: int, num_top: int) -> tuple[float, int, list[tuple[int, float]]]:
+    """Log-probability, rank and alternatives of the token at a position of a prompt, from 1 on."""
+    top = [(ALIAS, -0.5), (token, -position / 8), (65, -20.0), (66, -21.0), (67, float("-inf"))]
+    return -position / 8, position % 7 + 1, top[:num_top]
+
+
+def prompt_pieces(prompt: Sequence[int], num_top: int, length: int = 5) -> Iterator[PromptLogprobs]:
+    """What the engine says of a prompt, so many tokens at a time."""
+    for start in range(1, len(prompt), length):
+        scores = [score(i, prompt[i], num_top) for i in range(start, min(start + length, len(prompt)))]
+        yield PromptLogprobs(
+            array("f", [logprob for logprob, _, _ in scores]).tobytes(),
+            array("i", [rank for _, rank, _ in scores]).tobytes(),
+            array("i", [token for _, _, top in scores for token, _ in top]).tobytes(),
+            array("f", [logprob for _, _, top in scores for _, logprob in top]).tobytes(),
+        )
+
+
 @dataclass
 class Running:
     """A choice in the scripted engine."""
@@ -138,6 +158,9 @@ class ScriptedEngine:
     """A choice ends with an error after so many tokens."""
     max_per_tenant: int | None = None
     """Choices that one tenant may have running."""
+    logprob_of_choice: dict[int, float] = field(default_factory=dict)
+    dead_ends: set[int] = field(default_factory=set)
+    """Choices for which there is no token."""
     cached_tokens: int = 0
     """What it says of every prompt."""
     stop_after: int | None = None
@@ -208,6 +231,17 @@ class ScriptedEngine:
 
     def _advance(self, output: StepOutput, key: tuple[int, int], running: Running) -> None:
         params = running.request.params
+        if running.sent == 0 and key[1] % running.request.n == 0 and params.prompt_logprobs is not None:
+            prompt = unpack_tokens(running.request.prompts[key[1] // running.request.n])
+            output.prompt_logprobs += [(*key, piece) for piece in prompt_pieces(prompt, params.prompt_logprobs)]
+        if params.max_tokens == 0 or key[1] in self.dead_ends:
+            del self.running[key]
+            output.request_ids.append(key[0])
+            output.choices.append(key[1])
+            output.token_ids.append(-1)
+            output.texts.append(b"")
+            output.finish_reasons.append(FinishReason.LENGTH if params.max_tokens == 0 else FinishReason.ABORT)
+            return
         token = next(running.tokens)
         running.sent += 1
         self.generated += 1
@@ -234,7 +268,9 @@ class ScriptedEngine:
         if params.logprobs is not None:
             # ALIAS first, then the sampled token, then a byte that is no text of its own.
             top = [(ALIAS, -0.5), (token, -1.0), (0xE2, float("-inf")), (65, -20.0), (66, -21.0)][: params.logprobs]
-            output.logprobs[row] = TokenLogprobs(-1.0, [item[0] for item in top], [item[1] for item in top])
+            output.logprobs[row] = TokenLogprobs(
+                self.sampled_logprob(key[1]), [item[0] for item in top], [item[1] for item in top]
+            )
         if reason is not FinishReason.RUNNING:
             del self.running[key]
         output.request_ids.append(key[0])
@@ -242,6 +278,10 @@ class ScriptedEngine:
         output.token_ids.append(token)
         output.texts.append(text)
         output.finish_reasons.append(reason)
+
+    def sampled_logprob(self, choice: int) -> float:
+        """Of every token that a choice samples."""
+        return self.logprob_of_choice.get(choice, -1.0)
 
     def stats(self) -> EngineStats:
         histogram = HistogramSnapshot((0.1, 1.0), [1, 2, 3], 12.5)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.api.scripted import (
     INFO,
     SCRIPT,
     VOCAB,
+    ByteTokenizer,
     ScriptedEngine,
     Server,
     script_text,
@@ -126,7 +128,8 @@ def test_stream_adds_up_to_the_whole_answer(server: Server) -> None:
             "stop": rng.choice([None, "世", "was 🌊", ["naï", "nd"], "界!"]),
             "stop_token_ids": rng.choice([None, [0x87], [33]]),
             "return_token_ids": rng.random() < 0.5,
-            **rng.choice([{"echo": True}, {"logprobs": rng.randrange(6)}, {}]),
+            **rng.choice([{"echo": True}, {"echo": True, "max_tokens": 0}, {}, {}]),
+            **rng.choice([{"logprobs": rng.randrange(6)}, {}]),
         }
         whole = server.complete(**fields).json()
         chunks, _ = stream(server, stream_options={"include_usage": True}, **fields)
@@ -259,6 +262,117 @@ def test_top_logprobs_hold_the_sampled_token(server: Server, number: int, expect
     prompt = [1] * len(SCRIPT)
     (choice,) = server.complete(prompt, max_tokens=1, logprobs=number).json()["choices"]
     assert list(choice["logprobs"]["top_logprobs"][0]) == expected
+
+
+def test_echoed_logprobs(server: Server) -> None:
+    """The prompt's lists come first; offsets are those of the whole text; the first token has none."""
+    prompt = [BOS, *"aß".encode(), ALIAS, ord("!")]
+    fields: dict[str, Any] = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3}
+    (choice,) = server.complete(**fields).json()["choices"]
+    assert choice["text"] == "aßaß!" + script_text(6, 0, 3)
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == ["", "a", "bytes:\\xc3", "bytes:\\x9f", "aß", "!", *script_text(6, 0, 3)]
+    assert logprobs["token_logprobs"] == [None, -0.125, -0.25, -0.375, -0.5, -0.625, -1.0, -1.0, -1.0]
+    assert logprobs["text_offset"] == [0, 0, 1, 1, 2, 4, 5, 6, 7]
+    assert logprobs["top_logprobs"][:3] == [None, {"aß": -0.5, "a": -0.125}, {"aß": -0.5, "bytes:\\xc3": -0.25}]
+    assert len(logprobs["top_logprobs"]) == 9
+    assert "prompt_logprobs" not in choice
+    alone = server.complete(**fields | {"max_tokens": 0}).json()
+    (choice,) = alone["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("aßaß!", "length")
+    assert choice["logprobs"] == {name: values[:6] for name, values in logprobs.items()}
+    assert alone["usage"]["completion_tokens"] == 0
+    for n in (1, 3):
+        chunks, _ = stream(server, **fields | {"n": n})
+        assert [gather(chunks)[index]["logprobs"]["tokens"][:6] for index in range(n)] == [logprobs["tokens"][:6]] * n
+
+
+def test_echoed_offsets_of_a_tokenizer_that_puts_a_space_before_a_text() -> None:
+    class Spaced(ByteTokenizer):
+        def encode(self, text: str, **options: bool) -> list[int]:
+            return super().encode(" " + text, **options)
+
+        def decode(self, token_ids: Sequence[int]) -> str:
+            return super().decode(token_ids).removeprefix(" ")
+
+    with serve(tokenizer=Spaced) as server:
+        for prompt in ("ab", [BOS, *b" ab"]):
+            (choice,) = server.complete(prompt, echo=True, logprobs=0, max_tokens=1).json()["choices"]
+            assert choice["text"] == "ab" + script_text(4, 0, 1)
+            assert choice["logprobs"]["tokens"][:4] == ["", " ", "a", "b"]
+            assert choice["logprobs"]["text_offset"] == [0, 0, 0, 1, 2]
+
+
+def test_prompt_logprobs(server: Server) -> None:
+    prompts = [[5], [BOS, ord("a"), ALIAS, 0xC3]]
+    body = server.complete(prompts, n=2, prompt_logprobs=2, max_tokens=0).json()
+    assert [choice["text"] for choice in body["choices"]] == [""] * 4
+    assert body["usage"]["prompt_tokens"] == 5
+    assert [choice["logprobs"] for choice in body["choices"]] == [None] * 4
+    assert body["choices"][0]["prompt_logprobs"] == body["choices"][1]["prompt_logprobs"] == [None]
+    expected = [
+        None,
+        {
+            "97": {"logprob": -0.125, "rank": 2, "decoded_token": "a"},
+            "258": {"logprob": -0.5, "rank": 1, "decoded_token": "aß"},
+        },
+        {
+            "258": {"logprob": -0.25, "rank": 3, "decoded_token": "aß"},
+        },
+        {
+            "195": {"logprob": -0.375, "rank": 4, "decoded_token": "\ufffd"},
+            "258": {"logprob": -0.5, "rank": 1, "decoded_token": "aß"},
+        },
+    ]
+    assert body["choices"][2]["prompt_logprobs"] == body["choices"][3]["prompt_logprobs"] == expected
+    # Both ways at once, each with its own number of alternatives.
+    (choice,) = server.complete(prompts[1], prompt_logprobs=0, echo=True, logprobs=5, max_tokens=2).json()["choices"]
+    assert [len(entry) for entry in choice["prompt_logprobs"][1:]] == [1, 1, 1]
+    assert choice["logprobs"]["top_logprobs"][1] == {"aß": -0.5, "a": -0.125, "A": -20.0, "B": -21.0, "C": -9999.0}
+    assert server.engine.requests[-1].params.prompt_logprobs == 5
+
+
+def test_long_prompts_with_logprobs(server: Server) -> None:
+    """So many that they are written in a thread."""
+    prompt = [65] * 1999
+    (choice,) = server.complete(prompt, echo=True, logprobs=1, max_tokens=1, prompt_logprobs=3).json()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [None, *(-i / 8 for i in range(1, 1999)), -1.0]
+    assert len(choice["prompt_logprobs"]) == 1999
+    server.complete([65] * 2000, echo=True, max_tokens=0).raise_for_status()
+
+
+def test_only_the_prompt(server: Server) -> None:
+    for fields in ({"echo": True}, {"echo": True, "stream": True}):
+        response = server.complete(["ab", "ü"], max_tokens=0, n=2, **fields)
+        assert response.status_code == 200
+        assert server.engine.requests[-1].params.max_tokens == 0
+    chunks = [json.loads(line[6:]) for line in response.text.split("\n\n")[:-2]]
+    assert {index: choice["text"] for index, choice in gather(chunks).items()} == {0: "ab", 1: "ab", 2: "ü", 3: "ü"}
+    assert all(choice["finish_reason"] == "length" for choice in gather(chunks).values())
+
+
+def test_best_of_returns_the_likeliest_candidates() -> None:
+    # Candidates 0 to 3 are those of the first prompt.
+    likely = {0: -3.0, 1: -1.0, 2: -2.0, 3: -1.5, 4: -0.1, 5: -0.3, 6: -0.2, 7: -0.4}
+    with serve(ScriptedEngine(logprob_of_choice=likely)) as server:
+        fields: dict[str, Any] = {"prompt": ["abc", "de"], "n": 2, "best_of": 4, "max_tokens": 6}
+        body = server.complete(**fields).json()
+        assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+        texts = [script_text(4, 1, 6), script_text(4, 3, 6), script_text(3, 0, 6), script_text(3, 2, 6)]
+        assert [choice["text"] for choice in body["choices"]] == texts
+        assert [choice["logprobs"] for choice in body["choices"]] == [None] * 4
+        assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (7, 48)
+        body = server.complete(**fields, logprobs=1, echo=True).json()
+        assert [choice["logprobs"]["token_logprobs"][-1] for choice in body["choices"]] == [-1.0, -1.5, -0.1, -0.2]
+        assert [choice["text"][:3] for choice in body["choices"]] == ["abc", "abc", *(f"de{t[0]}" for t in texts[2:])]
+        # A candidate without a token is the last to be taken.
+        server.engine.dead_ends = {1, 2, 3}
+        body = server.complete(**fields).json()
+        assert [choice["text"] for choice in body["choices"]] == [script_text(4, 0, 6), "", *texts[2:]]
+        server.engine.dead_ends = set()
+        # All of them: in the order in which they were asked for.
+        body = server.complete(**fields | {"n": 4}).json()
+        assert [choice["text"] for choice in body["choices"][:4]] == [script_text(4, j, 6) for j in range(4)]
 
 
 def test_no_logprobs_unless_asked_for(server: Server) -> None:

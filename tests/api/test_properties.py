@@ -79,6 +79,8 @@ plausible: dict[str, st.SearchStrategy[Any]] = {
     "add_generation_prompt": st.booleans(),
     "continue_final_message": st.booleans(),
     "chat_template_kwargs": st.dictionaries(st.sampled_from(["style", "other"]), scalars, max_size=1),
+    "best_of": st.integers(0, 5),
+    "prompt_logprobs": st.integers(0, 6),
     "priority": st.integers(-3, 3),
     "return_token_ids": st.booleans(),
 }
@@ -181,6 +183,7 @@ def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int]
         prompts=[[1]],
         echoed=[echoed],
         n=choices,
+        candidates=choices,
         priority=0,
         params=SamplingParams(),
         stream=True,
@@ -191,9 +194,10 @@ def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int]
         tokens_as_ids=False,
         request_id=None,
         role="assistant",
+        logprobs=None,
     )
     form, envelope = CompletionForm(TokenNames(None)), Envelope("id", 0, "fp")
-    renderer = ChunkRenderer(job, form, envelope)
+    renderer = ChunkRenderer(job, form, envelope, {})
     streamed = renderer.opening()
     events: list[list[ChoiceEvent]] = [[] for _ in range(choices)]
     for number, piece in enumerate(pieces):
@@ -206,7 +210,7 @@ def test_text_is_the_same_however_its_bytes_are_cut(data: bytes, cuts: list[int]
         streamed += renderer.chunks([own[-1] for own in events])
     assert renderer.done
     expected = [echoed + data.decode(errors="replace")] * choices
-    whole = json.loads(render_answer(job, form, envelope, events))
+    whole = json.loads(render_answer(job, form, envelope, events, {}))
     assert [choice["text"] for choice in whole["choices"]] == expected
     *lines, done, _ = streamed.decode().split("\n\n")
     assert done == "data: [DONE]"

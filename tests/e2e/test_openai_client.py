@@ -302,3 +302,65 @@ def test_many_streams_and_clients_that_leave(base_url: str) -> None:
     generated = after["gale_generated_tokens_total"] - before["gale_generated_tokens_total"]
     assert finished <= generated <= sum(length for length, _ in plans)
     assert httpx.get(f"{base_url}/health").status_code == 200
+
+
+def test_a_continuation_is_scored_as_it_was_sampled(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    """As evaluation harnesses do it: context and continuation as token ids, echoed with log-probabilities."""
+    answer = client.completions.create(
+        model=MODEL, prompt=PROMPT, seed=7, max_tokens=20, logprobs=2, extra_body={"return_token_ids": True}
+    )
+    (choice,) = answer.choices
+    assert choice.logprobs is not None and choice.model_extra is not None
+    ids = choice.model_extra["prompt_token_ids"] + choice.model_extra["token_ids"]
+    for max_tokens in (0, 1):
+        scored = client.completions.create(
+            model=MODEL, prompt=[ids, ids[:5]], echo=True, logprobs=1, max_tokens=max_tokens, temperature=0
+        )
+        whole, short = (entry.logprobs for entry in scored.choices)
+        assert whole is not None and whole.token_logprobs is not None and whole.top_logprobs is not None
+        assert len(whole.token_logprobs) == len(ids) + max_tokens
+        assert whole.token_logprobs[0] is None and whole.top_logprobs[0] is None
+        end = len(ids)
+        assert whole.token_logprobs[end - 20 : end] == pytest.approx(choice.logprobs.token_logprobs, abs=1e-3)
+        assert scored.choices[0].text.startswith(tokenizer.decode(ids))
+        # Greedy continuations are found by comparing a token's log-probability with the largest.
+        greedy = [
+            logprob == max(top.values())
+            for logprob, top in zip(whole.token_logprobs[1:end], whole.top_logprobs[1:end], strict=True)
+        ]
+        assert any(greedy) and not all(greedy)
+        assert short is not None and short.token_logprobs is not None
+        assert short.token_logprobs[1:5] == pytest.approx(whole.token_logprobs[1:5], abs=1e-3)
+        assert scored.usage is not None and scored.usage.completion_tokens == 2 * max_tokens
+
+
+def test_prompt_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=1, n=2, extra_body={"prompt_logprobs": 3, "return_token_ids": True}
+    )
+    for choice in answer.choices:
+        assert choice.model_extra is not None
+        first, *rest = choice.model_extra["prompt_logprobs"]
+        assert first is None
+        for token_id, entry in zip(choice.model_extra["prompt_token_ids"][1:], rest, strict=True):
+            ranks = {int(other): found["rank"] for other, found in entry.items()}
+            assert sorted(set(ranks.values()) | {1, 2, 3}) == sorted(ranks.values())
+            assert len(entry) == (3 if ranks[token_id] <= 3 else 4)
+            assert all(found["decoded_token"] for found in entry.values())
+
+
+def test_best_of_is_the_likeliest(base_url: str, client: openai.OpenAI) -> None:
+    """And the prompt is absorbed once for all candidates."""
+    fields: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 10, "seed": 3, "logprobs": 0}
+    before = wait_idle(base_url)["gale_prompt_tokens_total"]
+    everyone = client.completions.create(**fields, n=6)
+    assert everyone.usage is not None
+    assert wait_idle(base_url)["gale_prompt_tokens_total"] - before == everyone.usage.prompt_tokens
+
+    def mean(choice: Any) -> float:
+        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    ranked = sorted(everyone.choices, key=mean, reverse=True)
+    best = client.completions.create(**fields, n=2, best_of=6)
+    assert [choice.text for choice in best.choices] == [choice.text for choice in ranked[:2]]
+    assert best.usage == everyone.usage

@@ -214,6 +214,7 @@ def test_choices_of_a_prompt_absorb_it_once(name: str, changes: dict[str, object
         {"temperature": 0.0, "max_tokens": 5, "logprobs": 2},
         {"temperature": 1.0, "seed": 5, "max_tokens": 20, "repetition_penalty": 1.2, "stop_token_ids": (1, 2, 3)},
         {"temperature": 0.8, "top_p": 0.9, "seed": 6, "max_tokens": 1},
+        {"temperature": 1.0, "seed": 7, "max_tokens": 6, "bad_words": tuple((i, i + 1) for i in range(0, 400, 2))},
     ):
         before = driver.engine.stats().prompt_tokens
         request = driver.submit(prompts, n=4, ignore_eos=True, **params)

@@ -18,20 +18,32 @@ class CompletionRequest(GenerationFields):
         examples=["The old man looked at the sea and"],
     )
     max_tokens: int | None = Field(
-        None, ge=1, le=MAX_COUNT, description="Most tokens to generate per choice. Default 16.", examples=[64]
+        None,
+        ge=0,
+        le=MAX_COUNT,
+        description="Most tokens to generate per choice. 0, together with `echo` or `prompt_logprobs`, only reads the "
+        "prompt. Default 16.",
+        examples=[64],
     )
     logprobs: int | None = Field(
         None,
         ge=0,
         description="Report the log-probability of every token, and of so many most likely alternatives at its "
-        "position, up to the server's `--max-logprobs`.",
+        "position, up to the server's `--max-logprobs`. With `echo`, of the prompt's tokens too; the first has null.",
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        description="Add `prompt_logprobs` to each choice: of every token of the prompt the log-probability and rank, "
+        "and so many most likely alternatives, up to the server's `--max-logprobs`. Not in a stream.",
     )
     best_of: int | None = Field(
-        None, ge=1, description="Only the value of `n` is accepted: all candidates are returned."
+        None,
+        ge=1,
+        description="Generate so many candidates per prompt, and return the `n` with the highest log-probability per "
+        "token, the best first. Usage counts all of them. Above `n` not in a stream. Default: `n`.",
     )
-    echo: bool | None = Field(
-        None, description="Begin each choice's text with its prompt. Not together with `logprobs` yet."
-    )
+    echo: bool | None = Field(None, description="Begin each choice's text with its prompt. Default false.")
 
     prompt_embeds: Annotated[object, Unsupported()] = None
     suffix: Annotated[object, Unsupported("")] = None
@@ -43,12 +55,23 @@ class Logprobs(BaseModel):
     A token whose bytes are no UTF-8 text of their own is written as `bytes:\\xe2\\x80`.
     """
 
-    tokens: list[str] = Field(description="The tokens' texts.")
-    token_logprobs: list[float] = Field(description="Their log-probabilities; -9999 stands for minus infinity.")
-    top_logprobs: list[dict[str, float]] = Field(
-        description="The most likely tokens at each position, and the sampled one."
+    tokens: list[str] = Field(description="The tokens' texts, those of an echoed prompt first.")
+    token_logprobs: list[float | None] = Field(
+        description="Their log-probabilities; -9999 stands for minus infinity, null for the first token of a prompt, "
+        "which nothing predicts."
+    )
+    top_logprobs: list[dict[str, float] | None] = Field(
+        description="The most likely tokens at each position, and the one that stands there."
     )
     text_offset: list[int] = Field(description="Where each token begins, in characters of the choice's text.")
+
+
+class PromptToken(BaseModel):
+    """What is known of a token at a position of the prompt."""
+
+    logprob: float = Field(description="Natural logarithm of its probability there.")
+    rank: int = Field(description="How many tokens were at least as likely, itself included.")
+    decoded_token: str | None = Field(description="Its text; null without a tokenizer.")
 
 
 class Choice(BaseModel):
@@ -59,6 +82,11 @@ class Choice(BaseModel):
     logprobs: Logprobs | None = Field(description="If asked for.")
     finish_reason: FinishReason
     stop_reason: StopReason = None
+    prompt_logprobs: list[dict[str, PromptToken] | None] | None = Field(
+        None,
+        description="If asked for, of each token of the prompt: the token itself, and the most likely ones, by token "
+        "id; null for the first, which nothing predicts.",
+    )
     token_ids: TokenIds = None
     prompt_token_ids: list[int] | None = Field(None, description="The prompt's token ids, if asked for.")
 

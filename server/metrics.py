@@ -21,6 +21,7 @@ gale_time_per_output_token_seconds   histogram a choice's mean time between toke
 gale_request_duration_seconds        histogram from a request's arrival to the end of a choice
 gale_queue_time_seconds              histogram from a request's arrival to the lease of a slot
 gale_step_tokens                     histogram tokens absorbed in one engine step
+gale_step_seconds                    histogram one engine step, by ``part``: schedule, launch, device, retire
 gale_http_requests_total             counter   HTTP requests ended, by ``method``, ``route``, ``status``
 gale_http_request_duration_seconds   histogram from a request's head to the end of its answer, by ``route``
 gale_http_requests_in_progress       gauge     HTTP requests being answered
@@ -107,6 +108,10 @@ class EngineCollector(Collector):
         yield finished
         for name, text, field in _HISTOGRAMS:
             yield _histogram(name, text, getattr(stats, field))
+        steps = HistogramMetricFamily("gale_step_seconds", "One engine step, by part.", labels=["part"])
+        for part, snapshot in stats.step_parts.items():
+            steps.add_metric([part], _buckets(snapshot), snapshot.sum)
+        yield steps
 
 
 class HttpMetrics:
@@ -170,6 +175,9 @@ class _Forward(Collector):
 
 
 def _histogram(name: str, text: str, snapshot: HistogramSnapshot) -> HistogramMetricFamily:
+    return HistogramMetricFamily(name, text, buckets=_buckets(snapshot), sum_value=snapshot.sum)
+
+
+def _buckets(snapshot: HistogramSnapshot) -> list[tuple[str, float]]:
     bounds = [*map(str, snapshot.bounds), "+Inf"]
-    buckets = list(zip(bounds, accumulate(snapshot.counts), strict=True))
-    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=snapshot.sum)
+    return list(zip(bounds, map(float, accumulate(snapshot.counts)), strict=True))

@@ -183,6 +183,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     end_to_end: HistogramSnapshot
     queue_time: HistogramSnapshot
     tokens_per_step: HistogramSnapshot
+    step_parts: dict[str, HistogramSnapshot]
+    """Seconds, by part: schedule, launch, device, retire."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -188,10 +188,15 @@ class Engine:
         resumed = self._resume()
         if resumed is not None and not self._overlap:
             self._retire(resumed)
-        batch = self.scheduler.schedule(time.monotonic())
+        parts = self._figures.step_parts
+        begun = time.monotonic()
+        batch = self.scheduler.schedule(begun)
         launched = None
         if batch is not None:
+            scheduled = time.monotonic()
             launched = self._runner.launch(batch)
+            parts["schedule"].observe(scheduled - begun)
+            parts["launch"].observe(time.monotonic() - scheduled)
             self._figures.tokens_per_step.observe(batch.num_tokens)
             for seq in batch.leased:
                 self._figures.queue_time.observe(seq.admitted - seq.arrived)
@@ -246,10 +251,14 @@ class Engine:
             end_to_end=figures.end_to_end.snapshot(),
             queue_time=figures.queue_time.snapshot(),
             tokens_per_step=figures.tokens_per_step.snapshot(),
+            step_parts={part: histogram.snapshot() for part, histogram in figures.step_parts.items()},
         )
 
     def _retire(self, step: PendingStep) -> None:
+        begun = time.monotonic()
         tokens = step.fetch()
+        if (seconds := step.device_seconds()) is not None:
+            self._figures.step_parts["device"].observe(seconds)
         now = time.monotonic()
         for span, logprobs in step.fetch_prompt_logprobs():
             self._report_prompt(span.seq, logprobs)
@@ -269,6 +278,7 @@ class Engine:
         self.scheduler.retire(step.batch)
         if followed:
             self._constraints.follow(followed)
+        self._figures.step_parts["retire"].observe(time.monotonic() - begun)
 
     def _report_prompt(self, seq: Sequence, logprobs: PromptLogprobs | None) -> None:
         if seq.finished:

@@ -26,9 +26,10 @@ class PendingStep:
     Attributes:
         batch: what was launched.
         rows: the spans that sample, in the order of the results.
+        started: recorded when the device turned to it; None: not known.
     """
 
-    __slots__ = ("_event", "_sampled", "_scored", "batch", "rows")
+    __slots__ = ("_event", "_sampled", "_scored", "batch", "rows", "started")
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class PendingStep:
     ) -> None:
         self.batch = batch
         self.rows = rows
+        self.started: torch.cuda.Event | None = None
         self._event: torch.cuda.Event | None = None
         self._sampled = sampled
         self._scored = scored
@@ -56,13 +58,19 @@ class PendingStep:
                 None if sampled.top_logprobs_RK is None else _to_pinned(sampled.top_logprobs_RK),
             )
         # A step that samples nothing is waited for, too: the host must not run ahead of the device by more than one.
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event(enable_timing=True)
         self._event.record()
 
     @property
     def done(self) -> bool:
         """Whether the device has completed it."""
         return self._event is None or self._event.query()
+
+    def device_seconds(self) -> float | None:
+        """How long the device worked on it, after :meth:`fetch`; None where it has no clock."""
+        if self.started is None or self._event is None:
+            return None
+        return float(self.started.elapsed_time(self._event)) / 1e3
 
     def fetch(self) -> list[int]:
         """Wait for the device; the sampled token of each row, BROKEN or DEAD_END where none could be chosen."""
@@ -142,6 +150,15 @@ class Runner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
         """Start a batch. Steps complete in the order of their launches."""
+        started = None
+        if self._on_cuda:
+            started = torch.cuda.Event(enable_timing=True)
+            started.record()
+        step = self._launch(batch)
+        step.started = started
+        return step
+
+    def _launch(self, batch: Batch) -> PendingStep:
         if batch.leased:
             self._sampler.lease(batch.leased)
         replayed = self._restore(batch)

@@ -11,6 +11,7 @@ _SECONDS = (
     *(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0),
 )
 _SECONDS_PER_TOKEN = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
+_STEP_SECONDS = tuple(base * 10.0**exponent for exponent in range(-5, 1) for base in (1.0, 2.0, 5.0))
 _TOKENS = tuple(float(1 << exponent) for exponent in range(15))
 
 
@@ -48,6 +49,8 @@ class Figures:
         end_to_end: from a request's arrival to its choice's end.
         queue_time: from a request's arrival to the lease of a slot.
         tokens_per_step: tokens absorbed by a step.
+        step_parts: of a step: choosing its batch, launching it, the device's work on it, and retiring it, which
+            includes waiting for the device. Where the processor is the device, its work is part of the launch.
     """
 
     prompt_tokens: int = 0
@@ -60,3 +63,6 @@ class Figures:
     end_to_end: Histogram = field(default_factory=_seconds)
     queue_time: Histogram = field(default_factory=_seconds)
     tokens_per_step: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
+    step_parts: dict[str, Histogram] = field(
+        default_factory=lambda: {part: Histogram(_STEP_SECONDS) for part in ("schedule", "launch", "device", "retire")}
+    )

@@ -298,6 +298,7 @@ class ScriptedEngine:
             end_to_end=histogram,
             queue_time=histogram,
             tokens_per_step=histogram,
+            step_parts={"schedule": histogram},
         )
 
 

@@ -475,3 +475,15 @@ def test_sampling_defaults_come_from_the_checkpoint() -> None:
     auto = Engine(engine_config(CLASSICS, generation_config="auto"))
     assert auto.info.default_sampling == {"temperature": 0.8, "top_p": 0.95}
     assert Engine(engine_config(CLASSICS)).info.default_sampling == {}
+
+
+@ALL_MODES
+def test_the_parts_of_every_step_are_timed(mode: Mode) -> None:
+    driver = make_driver(mode=mode)
+    driver.submit([[1, 2, 3]], max_tokens=4, ignore_eos=True)
+    settle(driver)
+    parts = driver.engine.stats().step_parts
+    steps = {part: sum(histogram.counts) for part, histogram in parts.items()}
+    on_device = 4 if mode[0] == "cuda" else 0
+    assert steps == {"schedule": 4, "launch": 4, "device": on_device, "retire": 4}
+    assert all(0 < histogram.sum < 60 for histogram in parts.values() if sum(histogram.counts))

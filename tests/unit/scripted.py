@@ -112,6 +112,7 @@ class ScriptedEngine:
             end_to_end=empty,
             queue_time=empty,
             tokens_per_step=empty,
+            step_parts={"schedule": empty},
         )
 
     def _row(

@@ -110,6 +110,7 @@ def test_readme_lists_every_metric() -> None:
         end_to_end=histogram,
         queue_time=histogram,
         tokens_per_step=histogram,
+        step_parts={"schedule": histogram},
     )
     served = []
     registry = CollectorRegistry()

@@ -23,12 +23,17 @@ new_decoder = codecs.getincrementaldecoder("utf-8")
 """From bytes to characters, piece by piece."""
 
 
+def _entry(table: list[bytes] | None, token_id: int) -> bytes:
+    """A token's bytes; a model's vocabulary may be padded beyond its tokenizer's."""
+    return table[token_id] if table is not None and token_id < len(table) else b""
+
+
 class TokenNames:
     """How tokens are written in log-probabilities.
 
     Args:
         token_bytes: what each token adds to a text; None: the server has no tokenizer.
-        with_special: the same where special tokens are written, too.
+        with_special: the same where special tokens are written, too; by these they are named.
         as_ids: write ``token_id:7`` for every token.
     """
 
@@ -49,19 +54,17 @@ class TokenNames:
         if not job.tokens_as_ids and job.params.skip_special_tokens:
             return self
         table = self._token_bytes if job.params.skip_special_tokens else self._with_special
-        return TokenNames(table, as_ids=job.tokens_as_ids)
+        return TokenNames(table, self._with_special, as_ids=job.tokens_as_ids)
 
     def bytes(self, token_id: int) -> bytes:
         """The token's part of the text."""
-        table = self._token_bytes
-        # A model's vocabulary may be padded beyond its tokenizer's.
-        return table[token_id] if table is not None and token_id < len(table) else b""
+        return _entry(self._token_bytes, token_id)
 
     def text(self, token_id: int) -> str:
         """The token as text; ``bytes:\\xe2\\x80`` if it is none of its own; its id if ids are to be written."""
         if self._as_ids:
             return f"token_id:{token_id}"
-        data = self.bytes(token_id)
+        data = _entry(self._with_special or self._token_bytes, token_id)
         try:
             return data.decode()
         except UnicodeDecodeError:

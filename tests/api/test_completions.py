@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from server.api.deltas import TokenNames
 from server.api.schemas.completion import Completion
+from server.tokenizer import load_tokenizer
 from tests.api.scripted import (
     ALIAS,
     BOS,
@@ -21,6 +23,7 @@ from tests.api.scripted import (
     script_tokens,
     serve,
 )
+from tests.engine.driving import CLASSICS
 
 
 def stream(server: Server, **fields: Any) -> tuple[list[dict[str, Any]], str]:
@@ -377,6 +380,13 @@ def test_best_of_returns_the_likeliest_candidates() -> None:
 
 def test_no_logprobs_unless_asked_for(server: Server) -> None:
     assert server.complete().json()["choices"][0]["logprobs"] is None
+
+
+def test_special_tokens_have_names_and_no_text() -> None:
+    tokenizer = load_tokenizer(CLASSICS)
+    names = TokenNames.of(tokenizer)
+    assert [(names.text(token), names.bytes(token)) for token in (1, 2)] == [("<s>", b""), ("</s>", b"")]
+    assert (names.text(9000), names.bytes(9000)) == ("", b""), "beyond the tokenizer's vocabulary"
 
 
 def test_tokens_as_ids(server: Server) -> None:

@@ -110,6 +110,48 @@ def test_continue_the_final_message(client: openai.OpenAI, base_url: str) -> Non
     assert echoed.choices[0].message.content == "I have been " + plain
 
 
+# A model that knows no JSON goes on with white space, which JSON allows, until that becomes unlikely.
+STRUCTURED: dict[str, Any] = {
+    "model": MODEL,
+    "messages": MESSAGES,
+    "max_tokens": 300,
+    "temperature": 0,
+    "frequency_penalty": 2,
+}
+
+
+class Sighting(BaseModel):
+    """What the client asks for with `parse`."""
+
+    animal: Literal["whale", "shark"]
+    legs: int
+    names: list[str]
+
+
+def test_structured_answers(client: openai.OpenAI) -> None:
+    schema = Sighting.model_json_schema()
+    schema["properties"]["names"] |= {"maxItems": 2, "items": {"type": "string", "maxLength": 8}}
+    schema["additionalProperties"] = False
+    form: Any = {"type": "json_schema", "json_schema": {"name": "sighting", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(**STRUCTURED, response_format=form)
+    assert answer.choices[0].finish_reason == "stop"
+    Sighting.model_validate_json(answer.choices[0].message.content or "")
+    chosen = client.chat.completions.create(**STRUCTURED, extra_body={"structured_outputs": {"choice": ["aye", "nay"]}})
+    assert chosen.choices[0].message.content in ("aye", "nay")
+
+
+def test_the_clients_own_parsing(client: openai.OpenAI) -> None:
+    class Vote(BaseModel):
+        animal: Literal["whale", "shark"]
+        sure: bool
+
+    answer = client.chat.completions.parse(**STRUCTURED, response_format=Vote)
+    parsed = answer.choices[0].message.parsed
+    assert isinstance(parsed, Vote)
+    with client.chat.completions.stream(**STRUCTURED, response_format=Vote) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
+
+
 def test_an_answer_may_go_into_the_next_request_as_it_came(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(**GREEDY)
     messages: list[Any] = [*MESSAGES, answer.choices[0].message, {"role": "user", "content": "And then?"}]

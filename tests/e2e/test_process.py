@@ -191,6 +191,13 @@ def test_unknown_host_name() -> None:
     assert "--host: cannot resolve 'no such host'" in stderr
 
 
+def test_chat_template_that_is_none() -> None:
+    code, stderr = run_to_end("--port", "0", "--chat-template", "{% for %}")
+    assert code == 2
+    assert stderr.splitlines()[-1].startswith("gale serve: error: --chat-template: line 1: ")
+    assert "Traceback" not in stderr
+
+
 def test_folder_without_a_model(tmp_path: Path) -> None:
     code, stderr = run_to_end("--port", "0", str(tmp_path))
     assert (code, len(stderr.splitlines())) == (1, 1)

@@ -53,7 +53,9 @@ class ChatValidator(RequestValidator):
             request,
             prompts=[prompt],
             echoed=[_text(request) if request.echo else ""],
-            params=self._params(request, max_tokens=max_tokens, logprobs=logprobs),
+            params=self._params(
+                request, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs
+            ),
             role="assistant" if begins_answer(request) else request.messages[-1].role,
         )
 

@@ -72,7 +72,8 @@ class TokenNames:
 
     def decoded(self, token_id: int) -> str | None:
         """The token as text, with replacement characters for what is none; None if there is no tokenizer."""
-        return None if self._token_bytes is None else self.bytes(token_id).decode(errors="replace")
+        table = self._with_special or self._token_bytes
+        return None if table is None else _entry(table, token_id).decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)

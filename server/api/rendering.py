@@ -33,7 +33,8 @@ class AnswerForm(ABC):
         text_head: stands before a text in a chunk's choice.
         text_tail: stands after it.
         no_text: stands in a chunk's choice that has no text.
-        prompt_in_choice: whether the ids of a prompt stand in its choices, rather than in the answer.
+        prompt_in_choice: whether what is told of a prompt stands in its choices, rather than in the answer, which
+            then has one prompt only.
     """
 
     id_prefix: ClassVar[str]
@@ -129,8 +130,8 @@ def render_answer(
             deltas = [deltas[number] for number in _best_first(joined)[: job.n]]
         choices += [_choice(job, form, prompt, place, delta, part) for place, delta in enumerate(deltas)]
     answer = {**envelope.json(form.kind, job.model), "choices": choices, "usage": usage.json()}
-    if job.prompt_token_ids and not form.prompt_in_choice:
-        (answer["prompt_token_ids"],) = job.prompts
+    if not form.prompt_in_choice:
+        answer |= _of_prompt(job, 0, part)
     return to_json(answer)
 
 
@@ -185,13 +186,21 @@ def _choice(
         "finish_reason": delta.finish_reason,
         "stop_reason": delta.stop_reason,
     }
-    if part.detailed is not None:
-        choice["prompt_logprobs"] = part.detailed
-    if job.prompt_token_ids and form.prompt_in_choice:
-        choice["prompt_token_ids"] = job.prompts[prompt]
+    if form.prompt_in_choice:
+        choice |= _of_prompt(job, prompt, part)
     if job.token_ids:
         choice["token_ids"] = delta.token_ids
     return choice
+
+
+def _of_prompt(job: GenerationJob, prompt: int, part: _PromptPart) -> dict[str, Any]:
+    """What the request wants to know of a prompt."""
+    told: dict[str, Any] = {}
+    if part.detailed is not None:
+        told["prompt_logprobs"] = part.detailed
+    if job.prompt_token_ids:
+        told["prompt_token_ids"] = job.prompts[prompt]
+    return told
 
 
 class ChunkRenderer:

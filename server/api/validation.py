@@ -133,6 +133,7 @@ class RequestValidator(ABC):
             request_id=request.request_id,
             role=role,
             logprobs=params.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
         )
 
     def _check_request(
@@ -149,6 +150,9 @@ class RequestValidator(ABC):
         served_name(request.model, self._names)
         if request.stream_options is not None and not request.stream:
             raise invalid("stream_options", "is only allowed together with 'stream'")
+        self._check_logprobs("prompt_logprobs", request.prompt_logprobs)
+        if request.prompt_logprobs is not None and request.stream:
+            raise invalid("prompt_logprobs", "is not available in a stream")
         num_choices = num_prompts * (candidates or request.n or 1)
         most = self._info.max_request_choices
         if num_choices > most:
@@ -267,7 +271,6 @@ class CompletionValidator(RequestValidator):
         max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         self._check_combinations(request, n, candidates, max_tokens)
         self._check_logprobs("logprobs", request.logprobs)
-        self._check_logprobs("prompt_logprobs", request.prompt_logprobs)
         echoed_logprobs = request.logprobs if request.echo else None
         wanted = [number for number in (echoed_logprobs, request.prompt_logprobs) if number is not None]
         params = self._params(
@@ -289,7 +292,6 @@ class CompletionValidator(RequestValidator):
             candidates=candidates,
             logprobs=request.logprobs,
             echoes_logprobs=echoed_logprobs is not None,
-            prompt_logprobs=request.prompt_logprobs,
         )
 
     def _check_combinations(self, request: CompletionRequest, n: int, candidates: int, max_tokens: int) -> None:
@@ -297,8 +299,6 @@ class CompletionValidator(RequestValidator):
             raise invalid("best_of", f"must be at least 'n' ({n})")
         if candidates > n and request.stream:
             raise invalid("best_of", "must equal 'n' in a stream: which candidates are best shows only at the end")
-        if request.prompt_logprobs is not None and request.stream:
-            raise invalid("prompt_logprobs", "is not available in a stream; 'echo' with 'logprobs' is")
         if not max_tokens and not request.echo and request.prompt_logprobs is None:
             raise invalid("max_tokens", "may be 0 only with 'echo' or 'prompt_logprobs': nothing would be answered")
         if self._tokenizer is None and request.echo:

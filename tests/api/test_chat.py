@@ -217,6 +217,18 @@ def test_logprobs(server: Server) -> None:
     assert server.chat(max_tokens=1).json()["choices"][0]["logprobs"] is None
 
 
+def test_prompt_logprobs(server: Server) -> None:
+    fields: dict[str, Any] = {"prompt_logprobs": 1, "max_tokens": 2, "n": 2}
+    body = server.chat("ab", **fields).json()
+    ChatCompletion.model_validate(body)
+    prompt = [BOS, *b"u:ab", EOS, *b"a:"]
+    known = server.complete(prompt, **fields).json()["choices"][0]["prompt_logprobs"]
+    assert body["prompt_logprobs"] == known
+    assert [next(iter(entry)) for entry in known[1:]] == [str(token) for token in prompt[1:]]
+    assert known[prompt.index(EOS)][str(EOS)]["decoded_token"] == "</s>"
+    assert all("prompt_logprobs" not in choice for choice in body["choices"])
+
+
 def test_token_ids(server: Server) -> None:
     body = server.chat(n=2, max_tokens=5, return_token_ids=True).json()
     assert body["prompt_token_ids"] == [BOS, *b"u:abc", EOS, *b"a:"]
@@ -285,6 +297,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 1}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 6}, "top_logprobs"),
     ({"logprobs": 1}, "logprobs"),
+    ({"prompt_logprobs": 6}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),

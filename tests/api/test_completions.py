@@ -274,7 +274,7 @@ def test_echoed_logprobs(server: Server) -> None:
     (choice,) = server.complete(**fields).json()["choices"]
     assert choice["text"] == "aßaß!" + script_text(6, 0, 3)
     logprobs = choice["logprobs"]
-    assert logprobs["tokens"] == ["", "a", "bytes:\\xc3", "bytes:\\x9f", "aß", "!", *script_text(6, 0, 3)]
+    assert logprobs["tokens"] == ["<s>", "a", "bytes:\\xc3", "bytes:\\x9f", "aß", "!", *script_text(6, 0, 3)]
     assert logprobs["token_logprobs"] == [None, -0.125, -0.25, -0.375, -0.5, -0.625, -1.0, -1.0, -1.0]
     assert logprobs["text_offset"] == [0, 0, 1, 1, 2, 4, 5, 6, 7]
     assert logprobs["top_logprobs"][:3] == [None, {"aß": -0.5, "a": -0.125}, {"aß": -0.5, "bytes:\\xc3": -0.25}]
@@ -302,7 +302,7 @@ def test_echoed_offsets_of_a_tokenizer_that_puts_a_space_before_a_text() -> None
         for prompt in ("ab", [BOS, *b" ab"]):
             (choice,) = server.complete(prompt, echo=True, logprobs=0, max_tokens=1).json()["choices"]
             assert choice["text"] == "ab" + script_text(4, 0, 1)
-            assert choice["logprobs"]["tokens"][:4] == ["", " ", "a", "b"]
+            assert choice["logprobs"]["tokens"][:4] == ["<s>", " ", "a", "b"]
             assert choice["logprobs"]["text_offset"] == [0, 0, 0, 1, 2]
 
 

@@ -29,7 +29,7 @@ def test_without_special_tokens(server: Server) -> None:
 
 def test_the_text_of_every_token(server: Server) -> None:
     body = server.http.post("/tokenize", json={"prompt": "aï", "return_token_strs": True}).json()
-    assert body["token_strs"] == ["", "a", "bytes:\\xc3", "bytes:\\xaf"]
+    assert body["token_strs"] == ["<s>", "a", "bytes:\\xc3", "bytes:\\xaf"]
 
 
 def test_a_large_text_and_what_is_not_utf8(server: Server) -> None:

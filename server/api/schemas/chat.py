@@ -7,7 +7,15 @@ from pydantic import BaseModel, Field
 from server.api.schemas.base import Ignored, Unsupported
 from server.api.schemas.conversation import ConversationFields
 from server.api.schemas.fields import MAX_COUNT
-from server.api.schemas.generation import Fingerprint, FinishReason, GenerationFields, StopReason, TokenIds, Usage
+from server.api.schemas.generation import (
+    Fingerprint,
+    FinishReason,
+    GenerationFields,
+    PromptLogprobs,
+    StopReason,
+    TokenIds,
+    Usage,
+)
 
 
 class ChatCompletionRequest(ConversationFields, GenerationFields):
@@ -106,6 +114,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: Fingerprint
     choices: list[ChatChoice] = Field(description="`n` answers.")
     usage: Usage = Field(description="Token counts.")
+    prompt_logprobs: PromptLogprobs = None
     prompt_token_ids: list[int] | None = Field(None, description="The prompt's token ids, if asked for.")
 
 

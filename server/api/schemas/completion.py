@@ -6,7 +6,15 @@ from pydantic import BaseModel, Field
 
 from server.api.schemas.base import Unsupported
 from server.api.schemas.fields import MAX_COUNT, Prompt
-from server.api.schemas.generation import Fingerprint, FinishReason, GenerationFields, StopReason, TokenIds, Usage
+from server.api.schemas.generation import (
+    Fingerprint,
+    FinishReason,
+    GenerationFields,
+    PromptLogprobs,
+    StopReason,
+    TokenIds,
+    Usage,
+)
 
 
 class CompletionRequest(GenerationFields):
@@ -30,12 +38,6 @@ class CompletionRequest(GenerationFields):
         ge=0,
         description="Report the log-probability of every token, and of so many most likely alternatives at its "
         "position, up to the server's `--max-logprobs`. With `echo`, of the prompt's tokens too; the first has null.",
-    )
-    prompt_logprobs: int | None = Field(
-        None,
-        ge=0,
-        description="Add `prompt_logprobs` to each choice: of every token of the prompt the log-probability and rank, "
-        "and so many most likely alternatives, up to the server's `--max-logprobs`. Not in a stream.",
     )
     best_of: int | None = Field(
         None,
@@ -66,14 +68,6 @@ class Logprobs(BaseModel):
     text_offset: list[int] = Field(description="Where each token begins, in characters of the choice's text.")
 
 
-class PromptToken(BaseModel):
-    """What is known of a token at a position of the prompt."""
-
-    logprob: float = Field(description="Natural logarithm of its probability there.")
-    rank: int = Field(description="How many tokens were at least as likely, itself included.")
-    decoded_token: str | None = Field(description="Its text; null without a tokenizer.")
-
-
 class Choice(BaseModel):
     """One generated text, or a piece of it in a stream."""
 
@@ -82,11 +76,7 @@ class Choice(BaseModel):
     logprobs: Logprobs | None = Field(description="If asked for.")
     finish_reason: FinishReason
     stop_reason: StopReason = None
-    prompt_logprobs: list[dict[str, PromptToken] | None] | None = Field(
-        None,
-        description="If asked for, of each token of the prompt: the token itself, and the most likely ones, by token "
-        "id; null for the first, which nothing predicts.",
-    )
+    prompt_logprobs: PromptLogprobs = None
     token_ids: TokenIds = None
     prompt_token_ids: list[int] | None = Field(None, description="The prompt's token ids, if asked for.")
 

@@ -128,6 +128,12 @@ class GenerationFields(StructureFields):
     )
     ignore_eos: bool | None = Field(None, description="Go on after an end-of-sequence token. Default false.")
     n: int | None = Field(None, ge=1, description="Choices per prompt. Default 1.")
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        description="Add `prompt_logprobs` to the answer: of every token of the prompt the log-probability and rank, "
+        "and so many most likely alternatives, up to the server's `--max-logprobs`. Not in a stream.",
+    )
     stream: bool | None = Field(None, description="Answer with server-sent events, ended by `data: [DONE]`.")
     stream_options: StreamOptions | None = Field(None, description="Only together with `stream`.")
     return_token_ids: bool | None = Field(
@@ -179,7 +185,6 @@ class GenerationFields(StructureFields):
     kv_transfer_params: Annotated[object, Unsupported()] = None
     length_penalty: Annotated[object, Unsupported(1.0)] = None
     logits_processors: Annotated[object, Unsupported([])] = None
-    prompt_logprobs: Annotated[object, Unsupported()] = None
     spaces_between_special_tokens: Annotated[object, Unsupported(True, False)] = None
     typical_p: Annotated[object, Unsupported(1.0)] = None
     use_beam_search: Annotated[object, Unsupported(False)] = None
@@ -219,5 +224,22 @@ Fingerprint = Annotated[
         description="Names the checkpoint, the version of Gale and the data types: while it stays the same, so do the "
         "answers to requests with a seed.",
         examples=["fp_5f0c6d6c0f5b"],
+    ),
+]
+
+
+class PromptToken(BaseModel):
+    """What is known of a token at a position of the prompt."""
+
+    logprob: float = Field(description="Natural logarithm of its probability there.")
+    rank: int = Field(description="How many tokens were at least as likely, itself included.")
+    decoded_token: str | None = Field(description="Its text; null without a tokenizer.")
+
+
+PromptLogprobs = Annotated[
+    list[dict[str, PromptToken] | None] | None,
+    Field(
+        description="If asked for, of each token of the prompt: the token itself, and the most likely ones, by token "
+        "id; null for the first, which nothing predicts."
     ),
 ]

@@ -38,7 +38,7 @@ class Tokenization(BaseModel):
     tokens: list[int] = Field(description="Token ids.")
     token_strs: list[str] | None = Field(
         description="What each token adds to the text, as in log-probabilities: bytes that are no whole characters as "
-        "`bytes:\\xe2\\x80`; nothing for special tokens. Null if not asked for."
+        "`bytes:\\xe2\\x80`; special tokens by name. Null if not asked for."
     )
 
 

@@ -15,12 +15,22 @@ gale_slots_used                      gauge     state slots in use
 gale_slots_capacity                  gauge     state slots there are
 gale_prompt_tokens_total             counter   prompt tokens absorbed
 gale_generated_tokens_total          counter   tokens generated
+gale_prefix_hits_total               counter   prompts that began from a parked state
+gale_prefix_misses_total             counter   prompts that could have, had there been one
+gale_prefix_tokens_saved_total       counter   prompt tokens that were not absorbed therefore
+gale_states_evicted_total            counter   parked states given up for want of room
 gale_requests_finished_total         counter   choices ended, by ``reason``: stop, length, cancelled, error, abort
+gale_states_parked                   gauge     parked states, by ``tier``: device, host, disk
+gale_states_parked_bytes             gauge     their bytes, by ``tier``
 gale_time_to_first_token_seconds     histogram from a request's arrival to a choice's first token
 gale_time_per_output_token_seconds   histogram a choice's mean time between tokens after its first
 gale_request_duration_seconds        histogram from a request's arrival to the end of a choice
 gale_queue_time_seconds              histogram from a request's arrival to the lease of a slot
 gale_step_tokens                     histogram tokens absorbed in one engine step
+gale_state_restore_seconds           histogram copying a parked state to a slot
+gale_state_save_seconds              histogram copying a slot's state, to be parked
+gale_state_read_seconds              histogram reading and checking a parked state's file
+gale_state_write_seconds             histogram writing one
 gale_step_seconds                    histogram one engine step, by ``part``: schedule, launch, device, retire
 gale_http_requests_total             counter   HTTP requests ended, by ``method``, ``route``, ``status``
 gale_http_request_duration_seconds   histogram from a request's head to the end of its answer, by ``route``
@@ -55,6 +65,14 @@ _GAUGES: Final = (
 _COUNTERS: Final = (
     ("gale_prompt_tokens_total", "Prompt tokens absorbed.", "prompt_tokens"),
     ("gale_generated_tokens_total", "Tokens generated.", "generated_tokens"),
+    ("gale_prefix_hits_total", "Prompts that began from a parked state.", "prefix_hits"),
+    ("gale_prefix_misses_total", "Prompts that could have, had there been one.", "prefix_misses"),
+    ("gale_prefix_tokens_saved_total", "Prompt tokens that were not absorbed therefore.", "prefix_tokens_saved"),
+    ("gale_states_evicted_total", "Parked states given up for want of room.", "states_evicted"),
+)
+_TIERS: Final = (
+    ("gale_states_parked", "Parked states.", "states_parked"),
+    ("gale_states_parked_bytes", "Bytes of parked states.", "states_parked_bytes"),
 )
 _HISTOGRAMS: Final = (
     (
@@ -70,6 +88,10 @@ _HISTOGRAMS: Final = (
     ("gale_request_duration_seconds", "From a request's arrival to the end of a choice.", "end_to_end"),
     ("gale_queue_time_seconds", "From a request's arrival to the lease of a state slot.", "queue_time"),
     ("gale_step_tokens", "Tokens absorbed in one engine step.", "tokens_per_step"),
+    ("gale_state_restore_seconds", "Copying a parked state to a slot.", "state_restore"),
+    ("gale_state_save_seconds", "Copying a slot's state, to be parked.", "state_save"),
+    ("gale_state_read_seconds", "Reading and checking a parked state's file.", "state_read"),
+    ("gale_state_write_seconds", "Writing a parked state's file.", "state_write"),
 )
 
 
@@ -106,6 +128,11 @@ class EngineCollector(Collector):
         for reason, count in stats.finished.items():
             finished.add_metric([reason], count)
         yield finished
+        for name, text, field in _TIERS:
+            parked = GaugeMetricFamily(name, text, labels=["tier"])
+            for tier, value in getattr(stats, field).items():
+                parked.add_metric([tier], value)
+            yield parked
         for name, text, field in _HISTOGRAMS:
             yield _histogram(name, text, getattr(stats, field))
         steps = HistogramMetricFamily("gale_step_seconds", "One engine step, by part.", labels=["part"])

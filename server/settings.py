@@ -30,8 +30,29 @@ LogFormat: TypeAlias = Literal["text", "json"]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 """Scheme, host and perhaps port, as browsers write them: no path, no slash at the end (RFC 6454)."""
 
+_MAX_GIB = float(1 << 20)
+
 CHUNK = 64
 """Prompt chunks end on multiples of this many tokens, so a step must be able to take that many."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateCacheConfig:
+    """Where states that prompts can begin from may lie, and how much room they have.
+
+    Attributes:
+        gpu_bytes: on a CUDA device; None: a share of what is free.
+        host_bytes: in the host's memory; None: a share of what is free.
+        folder: for files; None: none are written.
+        disk_bytes: in the folder.
+        shared: whether all API keys share them.
+    """
+
+    gpu_bytes: int | None = 0
+    host_bytes: int | None = 0
+    folder: Path | None = None
+    disk_bytes: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +76,7 @@ class EngineConfig:
         generation_config: ``auto`` reads sampling defaults from the checkpoint's ``generation_config.json``.
         load_format: ``dummy`` fills the weights at random.
         seed: of dummy weights and of requests that bring no seed.
+        state_cache: for prefix reuse; without room anywhere, every prompt is absorbed from its beginning.
     """
 
     model_folder: Path
@@ -73,6 +95,7 @@ class EngineConfig:
     generation_config: GenerationConfigSource
     load_format: LoadFormat
     seed: int
+    state_cache: StateCacheConfig = StateCacheConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +271,47 @@ class Settings(BaseModel):
             "Default: unlimited.",
         ),
     ] = None
+    state_cache_gpu: Annotated[
+        float | None,
+        Field(ge=0, le=_MAX_GIB),
+        _flag(
+            _ENGINE,
+            "GiB of the GPU's memory for states that later prompts can begin from; 0: none. "
+            "Default: an eighth of what is left for states, at most 4.",
+            metavar="GIB",
+        ),
+    ] = None
+    state_cache_host: Annotated[
+        float | None,
+        Field(ge=0, le=_MAX_GIB),
+        _flag(
+            _ENGINE,
+            "The same in the host's memory, for what the GPU has no room for. "
+            "Default: an eighth of what is free, at most 4.",
+            metavar="GIB",
+        ),
+    ] = None
+    state_cache_dir: Annotated[
+        str | None,
+        _flag(
+            _ENGINE,
+            "Folder for states that memory has no room for; its own, and emptied at start and end. "
+            "Default: they are given up.",
+        ),
+    ] = None
+    state_cache_disk: Annotated[
+        float,
+        Field(ge=0, le=_MAX_GIB),
+        _flag(_ENGINE, "GiB that --state-cache-dir may take.", metavar="GIB"),
+    ] = 16.0
+    state_cache_shared: Annotated[
+        bool,
+        _flag(
+            _ENGINE,
+            "Let prompts begin from states of other API keys, who can then tell from the time of an answer what others "
+            "have asked.",
+        ),
+    ] = False
     seed: Annotated[
         int, Field(ge=0, lt=1 << 63), _flag(_ENGINE, "Seed of requests that bring none, and of dummy weights.")
     ] = 0
@@ -369,6 +433,19 @@ class Settings(BaseModel):
             generation_config=self.generation_config,
             load_format=self.load_format,
             seed=self.seed,
+            state_cache=self._state_cache(),
+        )
+
+    def _state_cache(self) -> StateCacheConfig:
+        def to_bytes(gib: float | None) -> int | None:
+            return None if gib is None else int(gib * (1 << 30))
+
+        return StateCacheConfig(
+            gpu_bytes=to_bytes(self.state_cache_gpu),
+            host_bytes=to_bytes(self.state_cache_host),
+            folder=None if self.state_cache_dir is None else Path(self.state_cache_dir),
+            disk_bytes=to_bytes(self.state_cache_disk) or 0,
+            shared=self.state_cache_shared,
         )
 
     def process_settings(self) -> ProcessSettings:

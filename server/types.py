@@ -185,6 +185,21 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_step: HistogramSnapshot
     step_parts: dict[str, HistogramSnapshot]
     """Seconds, by part: schedule, launch, device, retire."""
+    prefix_hits: int
+    """Prompts that began from a parked state."""
+    prefix_misses: int
+    """Prompts that could have, had there been one."""
+    prefix_tokens_saved: int
+    """Prompt tokens that were not absorbed therefore."""
+    states_evicted: int
+    """Parked states given up for want of room."""
+    states_parked: dict[str, int]
+    """Parked states by tier: device, host, disk."""
+    states_parked_bytes: dict[str, int]
+    state_restore: HistogramSnapshot
+    state_save: HistogramSnapshot
+    state_read: HistogramSnapshot
+    state_write: HistogramSnapshot
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):

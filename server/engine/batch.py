@@ -55,6 +55,8 @@ class Batch:
     forks: tuple[Fork, ...] = ()
     resumed: tuple[Span, ...] = ()
     """Spans of no tokens, whose logits an earlier step has held: they sample from these."""
+    saves: tuple[int, ...] = ()
+    """Indices of the prefills after which a snapshot is to be taken."""
 
     @property
     def num_tokens(self) -> int:

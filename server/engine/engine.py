@@ -11,17 +11,22 @@ import time
 from array import array
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
 
 from server.engine.config import GenerationConfig, GLAConfig
 from server.engine.constraints import Constraint, Constraints, Verdict
 from server.engine.detokenizer import StopMatcher
 from server.engine.identity import system_fingerprint
-from server.engine.memory import build_runner
+from server.engine.memory import BuiltRunner, build_runner
 from server.engine.outputs import Outbox
+from server.engine.pinned import ALIGNMENT, PinnedPieces
+from server.engine.prefix_cache import CacheFigures, Tier
+from server.engine.reuse import PrefixReuse
 from server.engine.runner import PendingStep
 from server.engine.sampler import DEAD_END
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.snapshot_store import SnapshotStore
 from server.engine.state_pool import SlotAllocator
 from server.engine.stats import Figures
 from server.settings import EngineConfig
@@ -78,6 +83,14 @@ class Engine:
         built = build_runner(config, model_config)
         self._runner = built.runner
         self._overlap = built.device.type == "cuda" if overlap is None else overlap
+        self._figures = Figures()
+        self._reuse: PrefixReuse | None = None
+        if any(built.cache_bytes.values()):
+            self._reuse = PrefixReuse(
+                self._snapshot_store(built, model_config, config.state_cache.folder),
+                built.cache_bytes,
+                shared=config.state_cache.shared,
+            )
         self.scheduler = Scheduler(
             SlotAllocator(built.num_slots),
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -86,6 +99,7 @@ class Engine:
             max_num_queued_reqs=config.max_num_queued_reqs,
             max_seqs_per_tenant=config.max_concurrent_seqs_per_key,
             several_tenants=config.several_keys,
+            reuse=self._reuse,
         )
         self.info = EngineInfo(
             vocab_size=model_config.vocab_size,
@@ -109,8 +123,15 @@ class Engine:
         self._seeds = random.Random(config.seed)
         self._requests: dict[tuple[bytes, int], list[Sequence]] = {}
         self._outbox = Outbox()
-        self._figures = Figures()
         self._pending: PendingStep | None = None
+
+    def _snapshot_store(self, built: BuiltRunner, model_config: GLAConfig, folder: Path | None) -> SnapshotStore:
+        pieces = None
+        if built.device.type == "cuda":
+            # A snapshot has less than ten tensors.
+            nbytes = built.state_bytes + 4 * model_config.vocab_size + 10 * ALIGNMENT
+            pieces = PinnedPieces(nbytes, built.cache_bytes[Tier.HOST])
+        return SnapshotStore(built.device, pieces, folder, self._figures.state_read, self._figures.state_write)
 
     def submit(self, client: bytes, request: GenerateRequest) -> None:
         """Queue all choices of a request, or refuse it; the next outputs say which.
@@ -200,6 +221,8 @@ class Engine:
             self._figures.tokens_per_step.observe(batch.num_tokens)
             for seq in batch.leased:
                 self._figures.queue_time.observe(seq.admitted - seq.arrived)
+            if self._reuse is not None:
+                self._reuse.launched(batch, launched.snapshots)
         idle = resumed is None and batch is None and self._pending is None
         if self._overlap:
             launched, self._pending = self._pending, launched
@@ -208,7 +231,13 @@ class Engine:
         if resumed is not None and self._overlap:
             self._retire(resumed)
         if idle:
-            wait(self._missing_masks(), timeout=_IDLE_WAIT_SECONDS, return_when=FIRST_COMPLETED)
+            reads = set() if self._reuse is None else self._reuse.reads
+            wait(self._missing_masks() | reads, timeout=_IDLE_WAIT_SECONDS, return_when=FIRST_COMPLETED)
+
+    def close(self) -> None:
+        """Remove what the engine keeps on disk for itself; it can no longer be stepped."""
+        if self._reuse is not None:
+            self._reuse.close()
 
     def _resume(self) -> PendingStep | None:
         """Sample the held rows whose masks are known, or will be before the device has nothing to do."""
@@ -237,7 +266,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The figures as they stand."""
-        figures = self._figures
+        figures, copies = self._figures, self._runner.copies
+        copies.collect()
+        cached = CacheFigures() if self._reuse is None else self._reuse.figures
+        parked = {} if self._reuse is None else self._reuse.usage()
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -252,6 +284,16 @@ class Engine:
             queue_time=figures.queue_time.snapshot(),
             tokens_per_step=figures.tokens_per_step.snapshot(),
             step_parts={part: histogram.snapshot() for part, histogram in figures.step_parts.items()},
+            prefix_hits=cached.hits,
+            prefix_misses=cached.misses,
+            prefix_tokens_saved=cached.tokens_saved,
+            states_evicted=cached.evictions,
+            states_parked={tier: count for tier, (count, _) in parked.items()},
+            states_parked_bytes={tier: nbytes for tier, (_, nbytes) in parked.items()},
+            state_restore=copies.restores.snapshot(),
+            state_save=copies.saves.snapshot(),
+            state_read=figures.state_read.snapshot(),
+            state_write=figures.state_write.snapshot(),
         )
 
     def _retire(self, step: PendingStep) -> None:
@@ -342,6 +384,12 @@ class Engine:
 
     def _finish(self, seq: Sequence, reason: FinishReason, now: float | None = None) -> None:
         now = time.monotonic() if now is None else now
+        if self._reuse is not None:
+            self._reuse.leave(seq)
+            is_answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
+            # With fewer tokens, the state is the one at the prompt's end.
+            if is_answered and seq.num_absorbed > len(seq.prompt):
+                self._reuse.keep_answer(seq, self._runner.snapshot(seq))
         self.scheduler.finish(seq, reason)
         self._figures.finished[reason.name.lower()] += 1
         self._figures.end_to_end.observe(now - seq.arrived)

@@ -8,7 +8,7 @@ import ctypes
 import logging
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,21 +21,26 @@ from server.engine.checkpoint import load_model
 from server.engine.config import GLAConfig
 from server.engine.constraints import mask_words
 from server.engine.model import GLAModel
+from server.engine.prefix_cache import Tier
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
 from server.engine.scoring import SCORED_ROWS, score_rows
+from server.engine.snapshot_store import MAX_LEAVING
 from server.engine.state_pool import NULL_SLOT, StateTensors, allocate_states, state_bytes
 from server.engine.step import StepModel
 from server.engine.step_shapes import MAX_ROWS, PromptLimit
 from server.errors import CheckpointError, SettingsError
 from server.kernels import STATE_DTYPES, RingRows
-from server.settings import EngineConfig
+from server.settings import EngineConfig, StateCacheConfig
 
 logger = logging.getLogger(__name__)
 
 _MiB = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROFILE_SLOTS = 4
+_CACHE_BYTES = 4 << 30
+_CACHE_SHARE = 8
+"""Parked states take at most one in so many bytes of free memory, unless a flag says how many."""
 _SHORT_STEP = 2
 """Tokens of a step whose products are kernels of their own, and not the matrix library's."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -54,6 +59,7 @@ class BuiltRunner:
         device_name: for people.
         prompt_limits: how many prompt tokens a step should absorb; empty: no such limits.
         ring_size: tokens of a state's ring, 0: there are no rings.
+        cache_bytes: room for parked states, by tier.
     """
 
     runner: Runner
@@ -64,6 +70,7 @@ class BuiltRunner:
     device_name: str
     prompt_limits: tuple[PromptLimit, ...]
     ring_size: int
+    cache_bytes: dict[Tier, int] = field(default_factory=dict)
 
 
 def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
@@ -113,6 +120,9 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         available -= graph_bytes(probe, max_rows=max_rows, max_tokens=config.max_num_batched_tokens, stream=stream)
         del probe
     del profile
+    cache_bytes = _cache_bytes(config.state_cache, device, available)
+    if cache_bytes[Tier.DEVICE]:
+        available -= cache_bytes[Tier.DEVICE] + MAX_LEAVING * (per_state + 4 * model_config.vocab_size)
     # The null slot takes memory too.
     num_slots = min(config.max_num_seqs, available // per_slot - 1)
     if num_slots < 1:
@@ -146,8 +156,34 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         available // per_slot - 1,
     )
     return BuiltRunner(
-        Runner(step, graphs), device, num_slots, per_state, dtype_name, device_name, prompt_limits, states.ring_size
+        runner=Runner(step, graphs),
+        device=device,
+        num_slots=num_slots,
+        state_bytes=per_state,
+        dtype=dtype_name,
+        device_name=device_name,
+        prompt_limits=prompt_limits,
+        ring_size=states.ring_size,
+        cache_bytes=cache_bytes,
     )
+
+
+def _cache_bytes(config: StateCacheConfig, device: torch.device, available: int) -> dict[Tier, int]:
+    """Room for parked states, by tier. A CPU has no memory but the host's.
+
+    Args:
+        available: what states may take on the device.
+    """
+    gpu, host = config.gpu_bytes, config.host_bytes
+    if gpu is None:
+        gpu = min(_CACHE_BYTES, available // _CACHE_SHARE)
+    if host is None:
+        host = min(_CACHE_BYTES, _free_host_bytes() // _CACHE_SHARE)
+    return {
+        Tier.DEVICE: gpu if device.type == "cuda" else 0,
+        Tier.HOST: host,
+        Tier.DISK: 0 if config.folder is None else config.disk_bytes,
+    }
 
 
 def _resolve_device(name: str) -> torch.device:

@@ -123,3 +123,4 @@ def serve(context: ChildContext, engine: "Engine", channel: EngineChannel, heart
     while not loop.turn():
         pass
     channel.close()
+    engine.close()

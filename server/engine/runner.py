@@ -4,6 +4,7 @@ On CUDA ``launch`` returns before the device has finished; ``PendingStep.fetch``
 sampled tokens stay on the device as the next step's input, so the next batch can be launched first.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from server.engine.batch import Batch, Span
 from server.engine.columns import Columns, pack
+from server.engine.copy_clock import CopyClock
 from server.engine.graphs import StepGraphs
 from server.engine.sampler import Sampled, SamplePlan, has_bias, has_penalties, is_filtered, is_greedy, redirect_done
 from server.engine.scoring import ScorePlan, Scores, pack_scores, plan_scores, score_rows
 from server.engine.sequence import Sequence
-from server.engine.snapshot import Snapshot, fork_slot, restore_snapshot, take_snapshot
+from server.engine.snapshot import Snapshot, fold_slot, fork_slot, restore_snapshot, take_snapshot, to_host
 from server.engine.step import StepModel
 from server.types import PromptLogprobs, TokenLogprobs
 
@@ -26,10 +28,11 @@ class PendingStep:
     Attributes:
         batch: what was launched.
         rows: the spans that sample, in the order of the results.
+        snapshots: of the prefills that ``batch.saves`` names, in order.
         started: recorded when the device turned to it; None: not known.
     """
 
-    __slots__ = ("_event", "_sampled", "_scored", "batch", "rows", "started")
+    __slots__ = ("_event", "_sampled", "_scored", "batch", "rows", "snapshots", "started")
 
     def __init__(
         self,
@@ -37,12 +40,14 @@ class PendingStep:
         rows: list[Span],
         sampled: Sampled | None,
         scored: tuple[ScorePlan, Scores] | None = None,
+        snapshots: Iterable[Snapshot] = (),
         *,
         on_cuda: bool,
     ) -> None:
         self.batch = batch
         self.rows = rows
         self.started: torch.cuda.Event | None = None
+        self.snapshots = tuple(snapshots)
         self._event: torch.cuda.Event | None = None
         self._sampled = sampled
         self._scored = scored
@@ -138,6 +143,9 @@ class Runner:
     Args:
         step: the three of them.
         graphs: captured steps of them; None: every batch is launched kernel by kernel, as one that no graph holds is.
+
+    Attributes:
+        copies: times copies of states.
     """
 
     def __init__(self, step: StepModel, graphs: StepGraphs | None = None) -> None:
@@ -146,6 +154,7 @@ class Runner:
         self._sampler = step.sampler
         self._states = step.states
         self._device = step.device
+        self.copies = CopyClock(step.device)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
@@ -166,15 +175,16 @@ class Runner:
         logits = _LogitRows.of(batch, span_of_row)
         score_plan = plan_scores(batch)
         graphs = self._graphs
-        shape = graphs.find(batch.shape) if graphs is not None and score_plan is None else None
+        shape = graphs.find(batch.shape) if graphs is not None and score_plan is None and batch.num_tokens else None
         scored = None
         if graphs is not None and shape is not None:
             pending, folding = self._advance_rings(batch, every_token=graphs.folds_every_token(shape))
             graphs.absorb(shape, batch, logits.spans, pending, folding)
-            if logits.of_row is None:
-                sampled = graphs.sample(shape, plan) if rows else None
-                return PendingStep(batch, rows[: plan.num_sampled], sampled, on_cuda=self._on_cuda)
             logits_UV, slots_R, positions_R = graphs.rows(len(logits.spans))
+            if logits.of_row is None:
+                snapshots = self._save(batch, logits_UV, logits.spans)
+                sampled = graphs.sample(shape, plan) if rows else None
+                return PendingStep(batch, rows[: plan.num_sampled], sampled, snapshots=snapshots, on_cuda=self._on_cuda)
         else:
             pending, folding = self._advance_rings(batch, every_token=False)
             x_TD, slots_R1, columns = self._absorb(batch, logits.spans, pending, folding)
@@ -183,6 +193,7 @@ class Runner:
             wanted = len(logits.spans)
             logits_UV = self._step.model.logits(x_TD, columns.logit_rows[:wanted]) if rows else x_TD
             slots_R, positions_R = slots_R1[columns.order_R[:wanted]], columns.positions_R[:wanted]
+        snapshots = self._save(batch, logits_UV, logits.spans)
         sampled = None
         if rows:
             self._fork(batch, logits_UV, logits.spans)
@@ -192,7 +203,17 @@ class Runner:
                 logits_UV = torch.cat((logits_UV, *replayed)).index_select(0, places_R)
                 slots_R = redirect_done(slots_R, self._sampler.done_S)
             sampled = self._sampler.sample(logits_UV, slots_R, positions_R, plan)
-        return PendingStep(batch, rows[: plan.num_sampled], sampled, scored, on_cuda=self._on_cuda)
+        return PendingStep(batch, rows[: plan.num_sampled], sampled, scored, snapshots, on_cuda=self._on_cuda)
+
+    @torch.inference_mode()
+    def snapshot(self, seq: Sequence) -> Snapshot:
+        """The state of a sequence that has ended and still has its slot, for prompts to go on from."""
+        assert seq.slot is not None
+        num_tokens = seq.num_absorbed
+        # A launched decode that did not count did not fold the ring either.
+        num_folded = seq.num_folded if num_tokens == seq.num_launched else seq.num_folded_before
+        with self.copies.time(self.copies.saves):
+            return take_snapshot(self._states, seq.slot, None, num_tokens=num_tokens, num_folded=num_folded)
 
     @property
     def _on_cuda(self) -> bool:
@@ -230,12 +251,19 @@ class Runner:
         for seq in batch.leased:
             if seq.snapshot is not None:
                 leased.setdefault(seq.snapshot, []).append(seq)
-                seq.num_folded = seq.snapshot.num_folded
         logits: dict[Sequence, Tensor] = {}
         for snapshot, sequences in leased.items():
-            logits_V = restore_snapshot(self._states, snapshot, [seq.slot for seq in sequences if seq.slot is not None])
+            slots = [seq.slot for seq in sequences if seq.slot is not None]
+            with self.copies.time(self.copies.restores):
+                logits_V = restore_snapshot(self._states, snapshot, slots)
+                num_pending = snapshot.num_tokens - snapshot.num_folded
+                if self._states.ring_size and num_pending:
+                    for slot in slots:
+                        fold_slot(self._states, slot, num_pending)
             for seq in sequences:
-                logits[seq] = logits_V[None]
+                if logits_V is not None:
+                    logits[seq] = logits_V[None]
+                seq.num_folded = snapshot.num_tokens
                 seq.snapshot = None
         return [logits[span.seq] for span in batch.replays]
 
@@ -255,16 +283,24 @@ class Runner:
                 branch.seq.num_folded = leader.num_folded
             if not fork.waiting:
                 continue
-            snapshot = take_snapshot(
-                self._states,
-                source.slot,
-                logits_UV[spans.index(len(batch.decodes) + fork.source)],
-                num_tokens=len(leader.prompt),
-                num_folded=leader.num_folded,
-                on_host=True,
-            )
+            snapshot = to_host(self._take(batch, fork.source, logits_UV, spans))
             for seq in fork.waiting:
                 seq.snapshot = snapshot
+
+    def _save(self, batch: Batch, logits_UV: Tensor, spans: list[int]) -> list[Snapshot]:
+        """The snapshots that the batch asks for."""
+        snapshots = []
+        for index in batch.saves:
+            with self.copies.time(self.copies.saves):
+                snapshots.append(self._take(batch, index, logits_UV, spans))
+        return snapshots
+
+    def _take(self, batch: Batch, index: int, logits_UV: Tensor, spans: list[int]) -> Snapshot:
+        """What a prefill of the batch has led to; with the last position's logits where it samples."""
+        span = batch.prefills[index]
+        logits_V = logits_UV[spans.index(len(batch.decodes) + index)] if span.samples else None
+        num_tokens = span.start + span.length
+        return take_snapshot(self._states, span.slot, logits_V, num_tokens=num_tokens, num_folded=span.seq.num_folded)
 
     def _to_device(self, host: Tensor) -> Tensor:
         return host.pin_memory().to(self._device, non_blocking=True) if self._on_cuda else host
@@ -282,6 +318,7 @@ class Runner:
         for row, span in enumerate(batch.decodes):
             seq, start = span.seq, span.start
             pending.append(start - seq.num_folded)
+            seq.num_folded_before = seq.num_folded
             if every_token or (start + 1) % size == 0:
                 folding.append(row)
                 seq.num_folded = start + 1

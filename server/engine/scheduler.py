@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import islice
 from operator import attrgetter
+from typing import Protocol
 
 from server.engine.batch import Batch, Fork, Span
 from server.engine.queue import WaitingQueue, in_turns
@@ -28,6 +29,19 @@ PREFILL_GRID = CHUNK
 """Prompt pieces end at multiples of this position (the kernels' chunk), or at the prompt's end."""
 
 
+class Reuse(Protocol):
+    """What the scheduler asks of prefix reuse; see :class:`server.engine.reuse.PrefixReuse`."""
+
+    def admit(self, seq: Sequence) -> bool:
+        """Decide where a waiting sequence begins; False: it should wait for a snapshot that is on its way."""
+
+    def withdraw(self, seq: Sequence) -> None:
+        """An admitted sequence did not get a slot after all."""
+
+    def is_wanted(self, seq: Sequence) -> bool:
+        """Whether to take a snapshot where the newest launched piece of a prompt ends."""
+
+
 class Scheduler:
     """Owns every sequence from submission to the release of its slot.
 
@@ -41,6 +55,7 @@ class Scheduler:
         prompt_limits: in ascending order, the first without decodes. Larger batches are limited like the last; empty:
             prompts get what decodes leave.
         ring_size: tokens of a state's ring: at multiples of this position it is folded, which takes time.
+        reuse: lets prompts begin from snapshots; None: every prompt is absorbed from its beginning.
     """
 
     def __init__(
@@ -53,8 +68,10 @@ class Scheduler:
         several_tenants: bool = False,
         prompt_limits: tuple[PromptLimit, ...] = (),
         ring_size: int = 0,
+        reuse: Reuse | None = None,
     ) -> None:
         self.allocator = allocator
+        self._reuse = reuse
         self._prompt_limits = prompt_limits
         self._ring_size = ring_size
         self._token_budget = max_num_batched_tokens
@@ -132,11 +149,16 @@ class Scheduler:
                 (prompts if seq.prompt_remaining else ready).append(seq)
         prefills: list[Span] = []
         leased: list[Sequence] = []
-        for seq, length in _share(in_turns(prompts)[: limit.prompts], limit.tokens).items():
+        saves: list[int] = []
+        pieces, replayed = self._share(in_turns(prompts), limit)
+        for seq, length in pieces.items():
             if seq.slot is None:
                 self._lease(seq, now)
                 leased.append(seq)
             prefills.append(self._launch(seq, length))
+            if self._reuse is not None and self._reuse.is_wanted(seq):
+                saves.append(len(prefills) - 1)
+        ready += replayed
         forks = [
             self._fork(index, span.seq, candidates, now)
             for index, span in enumerate(prefills)
@@ -148,7 +170,46 @@ class Scheduler:
         if not decodes and not prefills and not ready:
             return None
         replays = tuple(self._launch(seq, 0) for seq in ready)
-        return Batch(tuple(decodes), tuple(prefills), tuple(leased), replays, tuple(forks))
+        return Batch(tuple(decodes), tuple(prefills), tuple(leased), replays, tuple(forks), saves=tuple(saves))
+
+    def _share(self, prompts: list[Sequence], limit: PromptLimit) -> tuple[dict[Sequence, int], list[Sequence]]:
+        """Tokens of each prompt to absorb in a step, for those that get any, in order.
+
+        Each prompt in turn may take half of what is left, and what the others do not need goes to the first again:
+        short prompts are absorbed in order, and a long one does not hold up those behind it.
+
+        Args:
+            prompts: sequences with prompt tokens left, the one to be served first first.
+            limit: most tokens in all, at least PREFILL_GRID, and most prompts.
+
+        Returns:
+            The tokens by sequence, and the sequences that turn out to have a snapshot of their whole prompt.
+        """
+        granted: dict[Sequence, int] = {}
+        replayed: list[Sequence] = []
+        left = limit.tokens
+        for seq in prompts:
+            if len(granted) == limit.prompts:
+                break
+            is_new = seq.slot is None and self._reuse is not None
+            if self._reuse is not None and is_new and not self._reuse.admit(seq):
+                continue
+            if not seq.prompt_remaining:
+                replayed.append(seq)
+                continue
+            length = _piece(seq, 0, min(left, max(left // 2, PREFILL_GRID)))
+            if not length:
+                # First come, first served: the shorter piece of a later prompt must not overtake this one.
+                if self._reuse is not None and is_new:
+                    self._reuse.withdraw(seq)
+                break
+            granted[seq] = length
+            left -= length
+        for seq, length in granted.items():
+            more = _piece(seq, length, left)
+            granted[seq] += more
+            left -= more
+        return granted, replayed
 
     def _lease(self, seq: Sequence, now: float) -> None:
         self.waiting.start(seq)
@@ -239,34 +300,10 @@ class Scheduler:
             seq.slot = None
 
 
-def _share(prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
-    """Tokens of each prompt to absorb in a step, for those that get any, in order.
-
-    Each prompt in turn may take half of what is left, and what the others do not need goes to the first again: short
-    prompts are absorbed in order, and a long one does not hold up those behind it.
-
-    Args:
-        prompts: sequences with prompt tokens left, the one to be served first first; see :func:`in_turns`.
-        budget: most tokens in all, at least PREFILL_GRID.
-    """
-    granted: dict[Sequence, int] = {}
-    left = budget
-    for fraction in (2, 1):
-        for seq in prompts:
-            length = _piece(seq, granted.get(seq, 0), min(left, max(left // fraction, PREFILL_GRID)))
-            if length:
-                granted[seq] = granted.get(seq, 0) + length
-                left -= length
-            elif seq not in granted:
-                # First come, first served: the shorter piece of a later prompt must not overtake this one.
-                break
-    return granted
-
-
 def _piece(seq: Sequence, granted: int, limit: int) -> int:
-    """The longest further piece of a prompt within a limit that ends on the grid, or with the prompt."""
-    remaining = seq.prompt_remaining - granted
+    """The longest further piece of a prompt within a limit that ends on the grid, or where the prompt has to stop."""
+    start = seq.num_launched + granted
+    remaining = seq.prompt_stop - start
     if remaining <= limit:
         return remaining
-    start = seq.num_launched + granted
     return max(0, (start + limit) // PREFILL_GRID * PREFILL_GRID - start)

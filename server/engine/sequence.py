@@ -2,13 +2,14 @@
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from server.engine.constraints import Constraint
 from server.engine.detokenizer import StopMatcher
 from server.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
+    from server.engine.prefix_cache import Ticket
     from server.engine.snapshot import Snapshot
 
 
@@ -48,10 +49,14 @@ class Sequence:
     """Whose leader this is; empty once the prompt has been absorbed."""
     snapshot: "Snapshot | None" = None
     """What the slot is to hold when this waiting sequence gets one: its first ``num_launched`` tokens."""
+    ticket: "Ticket[Any] | None" = None
+    """Its dealings with the prefix cache, while its prompt is absorbed."""
     slot: int | None = None
     num_launched: int = 0
     num_folded: int = 0
     """Of these, the tokens that the state itself has absorbed; the others wait in its ring."""
+    num_folded_before: int = 0
+    """``num_folded`` before the newest launched decode, which may turn out not to have counted."""
     num_sampled: int = 0
     """Samplings launched, or held until the constraint's mask is known."""
     in_flight: int = 0
@@ -72,3 +77,20 @@ class Sequence:
     def prompt_remaining(self) -> int:
         """Prompt tokens not yet given to a launched step."""
         return max(0, len(self.prompt) - self.num_launched)
+
+    @property
+    def prompt_stop(self) -> int:
+        """Where the next piece of the prompt must end at the latest: where a snapshot is to be taken, or its end."""
+        if self.ticket is not None and self.ticket.points:
+            return self.ticket.points[0]
+        return len(self.prompt)
+
+    @property
+    def num_absorbed(self) -> int:
+        """Tokens of the transcript that the state has absorbed, of a sequence that has ended.
+
+        A step launched before a stop token was known did not count, whereas after a stop string it did.
+        """
+        if self.outputs and self.outputs[-1] in self.stop_ids:
+            return min(self.num_launched, len(self.prompt) + len(self.outputs) - 1)
+        return self.num_launched

@@ -16,7 +16,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from server.engine.pinned import ALIGNMENT, PinnedPiece
 from server.engine.state_pool import StateTensors
+from server.kernels import LayerState
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,22 +27,29 @@ class Snapshot:
 
     Attributes:
         parts: by name as in :class:`StateTensors`, [layers, ...] each; on the pool's device, or on the host.
-        logits_V: float32 [vocab_size], of the last token; on the same device as the parts.
+        logits_V: float32 [vocab_size], of the last token; on the same device as the parts. None: they were not at hand,
+            and whoever begins here has to absorb something first.
         num_tokens: tokens of the transcript that the slot has absorbed.
         num_folded: of these, those that the recurrent state holds; the others are in the ring.
         copied: recorded when the parts are on the host; None: copied in the order of the stream.
+        piece: the memory that the parts lie in, if it is to be given back.
     """
 
     parts: Mapping[str, Tensor]
-    logits_V: Tensor
+    logits_V: Tensor | None
     num_tokens: int
     num_folded: int
     copied: torch.cuda.Event | None
+    piece: PinnedPiece | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it takes."""
-        return self.logits_V.nbytes + sum(part.nbytes for part in self.parts.values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts, and the logits as one more of them."""
+        return dict(self.parts) if self.logits_V is None else {**self.parts, "logits": self.logits_V}
 
     def wait(self) -> None:
         """Return once the host may read the parts of a snapshot on the host."""
@@ -49,45 +58,102 @@ class Snapshot:
 
 
 def take_snapshot(
-    states: StateTensors, slot: int, logits_V: Tensor, *, num_tokens: int, num_folded: int, on_host: bool
+    states: StateTensors, slot: int, logits_V: Tensor | None, *, num_tokens: int, num_folded: int
 ) -> Snapshot:
-    """Copy what a slot holds.
+    """Copy what a slot holds, on the pool's device.
 
     Args:
         states: the pool.
         slot: which slot.
-        logits_V: float32 [vocab_size], of the slot's last token, on the pool's device.
+        logits_V: float32 [vocab_size], of the slot's last token, on the pool's device; None: not at hand.
         num_tokens, num_folded: as in :class:`Snapshot`.
-        on_host: copy to the host (pinned memory for a CUDA pool), else to the pool's device.
     """
     copies = {name: part_LS[:, slot].clone() for name, part_LS in states.parts.items()}
-    logits_V = logits_V.clone()
-    if not on_host or logits_V.device.type == "cpu":
-        return Snapshot(copies, logits_V, num_tokens, num_folded, None)
-    device = logits_V.device
+    return Snapshot(copies, None if logits_V is None else logits_V.clone(), num_tokens, num_folded, None)
+
+
+def to_host(snapshot: Snapshot, piece: PinnedPiece | None = None) -> Snapshot:
+    """A copy in pinned memory of a snapshot on a CUDA device; one on the host is returned as it is.
+
+    Args:
+        snapshot: to be copied.
+        piece: memory that holds its tensors, each aligned; None: new memory.
+    """
+    device = snapshot.parts["recurrent"].device
+    if device.type == "cpu":
+        return snapshot
     stream = _host_copies(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        hosts = {name: _to_pinned(copy, stream) for name, copy in copies.items()}
-        logits_V = _to_pinned(logits_V, stream)
+        tensors = snapshot.tensors()
+        hosts = (
+            _carve(piece.memory, tensors)
+            if piece is not None
+            else {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for name, tensor in tensors.items()
+            }
+        )
+        for name, tensor in tensors.items():
+            hosts[name].copy_(tensor, non_blocking=True)
+            # It was made on another stream, whose later work must not get its memory before it has left.
+            tensor.record_stream(stream)
         copied = torch.cuda.Event()
         copied.record(stream)
-    return Snapshot(hosts, logits_V, num_tokens, num_folded, copied)
+    return Snapshot(hosts, hosts.pop("logits", None), snapshot.num_tokens, snapshot.num_folded, copied, piece)
 
 
-def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[int]) -> Tensor:
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _carve(memory: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Places for tensors of these types and shapes."""
+    places = {}
+    start = 0
+    for name, tensor in tensors.items():
+        places[name] = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        start += _aligned(tensor.nbytes)
+    return places
+
+
+def to_device(snapshot: Snapshot, device: torch.device) -> Snapshot:
+    """A copy on a device of a snapshot on the host; one on the device is returned as it is."""
+    if snapshot.copied is not None:
+        torch.cuda.current_stream(device).wait_event(snapshot.copied)
+    copies = {name: part.to(device, non_blocking=True) for name, part in snapshot.tensors().items()}
+    return Snapshot(copies, copies.pop("logits", None), snapshot.num_tokens, snapshot.num_folded, None)
+
+
+def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[int]) -> Tensor | None:
     """Let slots hold what the snapshot does.
 
     Returns:
-        The snapshot's logits, float32 [vocab_size], on the pool's device.
+        The snapshot's logits, if it has them, float32 [vocab_size], on the pool's device.
     """
     device = states.recurrent_LSGKV.device
-    if snapshot.copied is not None:
-        torch.cuda.current_stream(device).wait_event(snapshot.copied)
+    snapshot = to_device(snapshot, device)
     slots_N = _upload(slots, device)
     for name, part_LS in states.parts.items():
-        _spread(part_LS, slots_N, snapshot.parts[name].to(device, non_blocking=True))
-    return snapshot.logits_V.to(device, non_blocking=True)
+        _spread(part_LS, slots_N, snapshot.parts[name])
+    return snapshot.logits_V
+
+
+def fold_slot(states: StateTensors, slot: int, num_pending: int) -> None:
+    """Let a slot's recurrent state absorb the tokens that wait in its ring, of which there are ``num_pending``.
+
+    A prompt is absorbed by the recurrent state alone, so whoever goes on with one needs an empty ring. The formula is
+    that of :mod:`server.kernels.buffered`, of which this is a fold without a new token, of all layers at once.
+    """
+    parts = {name: part_LS[:, slot] for name, part_LS in states.parts.items()}
+    keys_LGPK, values_LGPV, decays_LGPK = (
+        parts[f"ring_{name}"][:, :, :num_pending].float() for name in ("keys", "values", "decays")
+    )
+    total_LGK = decays_LGPK[:, :, -1]
+    keys_LGPK = keys_LGPK * (total_LGK.unsqueeze(2) - decays_LGPK).exp()
+    state = LayerState(parts["recurrent"], parts.get("scales"))
+    layers = torch.arange(len(total_LGK), device=total_LGK.device)
+    states_LGKV = state.load(layers).mul_(total_LGK.exp().unsqueeze(-1))
+    state.store(layers, states_LGKV.add_(keys_LGPK.transpose(2, 3) @ values_LGPV))
 
 
 def fork_slot(states: StateTensors, source: int, targets: Sequence[int]) -> None:
@@ -105,14 +171,6 @@ def _spread(part_LS: Tensor, slots_N: Tensor, value_L: Tensor) -> None:
 def _upload(slots: Sequence[int], device: torch.device) -> Tensor:
     host = torch.tensor(slots, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
-
-
-def _to_pinned(copy: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    host = torch.empty(copy.shape, dtype=copy.dtype, pin_memory=True)
-    host.copy_(copy, non_blocking=True)
-    # The copy was made on another stream, whose later work must not get its memory before it has left.
-    copy.record_stream(stream)
-    return host
 
 
 @cache

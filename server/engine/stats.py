@@ -51,6 +51,8 @@ class Figures:
         tokens_per_step: tokens absorbed by a step.
         step_parts: of a step: choosing its batch, launching it, the device's work on it, and retiring it, which
             includes waiting for the device. Where the processor is the device, its work is part of the launch.
+        state_read: reading and checking a state's file.
+        state_write: writing one.
     """
 
     prompt_tokens: int = 0
@@ -66,3 +68,5 @@ class Figures:
     step_parts: dict[str, Histogram] = field(
         default_factory=lambda: {part: Histogram(_STEP_SECONDS) for part in ("schedule", "launch", "device", "retire")}
     )
+    state_read: Histogram = field(default_factory=_seconds)
+    state_write: Histogram = field(default_factory=_seconds)

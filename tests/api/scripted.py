@@ -299,6 +299,16 @@ class ScriptedEngine:
             queue_time=histogram,
             tokens_per_step=histogram,
             step_parts={"schedule": histogram},
+            prefix_hits=0,
+            prefix_misses=0,
+            prefix_tokens_saved=0,
+            states_evicted=0,
+            states_parked={"device": 0, "host": 0, "disk": 0},
+            states_parked_bytes={"device": 0, "host": 0, "disk": 0},
+            state_restore=histogram,
+            state_save=histogram,
+            state_read=histogram,
+            state_write=histogram,
         )
 
 

@@ -84,7 +84,12 @@ def test_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
                 reasons[piece.index] = piece.finish_reason
     assert texts == [choice.text for choice in whole.choices]
     assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
-    assert usage == whole.usage
+    assert usage is not None and whole.usage is not None
+    assert usage.total_tokens == whole.usage.total_tokens
+    assert usage.completion_tokens == whole.usage.completion_tokens
+    # The prompts are known from the first time.
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens
 
 
 def test_every_form_of_prompt_is_the_same_prompt(client: openai.OpenAI, tokenizer: Tokenizer) -> None:

@@ -62,6 +62,7 @@ class Answer:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass
@@ -143,6 +144,7 @@ class Driver:
                 answer.finish_reason = FinishReason(reason)
                 answer.stop_reason = message.stop_reasons.get(row)
                 answer.error = message.errors.get(row)
+                answer.cached_tokens += message.cached_tokens.get(row, 0)
                 if row in message.logprobs:
                     answer.logprobs.append(message.logprobs[row])
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from server.engine.config import GLAConfig
-from server.engine.snapshot import fork_slot, restore_snapshot, take_snapshot
+from server.engine.snapshot import fork_slot, restore_snapshot, take_snapshot, to_device, to_host
 from server.engine.state_pool import StateTensors, allocate_states, state_bytes
 from server.kernels import STATE_DTYPES
 from tests.engine.driving import FIXTURES
@@ -38,13 +38,18 @@ def copies(states: StateTensors) -> dict[str, Tensor]:
 
 @ON_EACH_DEVICE
 @ON_EACH_POOL
-@pytest.mark.parametrize("on_host", [True, False])
-def test_a_snapshot_is_what_the_slot_held(name: str, dtype: str, device: str, on_host: bool) -> None:
+@pytest.mark.parametrize("way", ["device", "host", "host and back"])
+def test_a_snapshot_is_what_the_slot_held(name: str, dtype: str, device: str, way: str) -> None:
     config, states = random_pool(FIXTURES / name, device, dtype)
     before = copies(states)
     logits_V = torch.randn(config.vocab_size, device=device)
     wanted = logits_V.clone()
-    snapshot = take_snapshot(states, 2, logits_V, num_tokens=70, num_folded=64, on_host=on_host)
+    snapshot = take_snapshot(states, 2, logits_V, num_tokens=70, num_folded=64)
+    if way != "device":
+        snapshot = to_host(snapshot)
+    on_host = way == "host"
+    if way == "host and back":
+        snapshot = to_device(snapshot, torch.device(device))
     # Whatever happens to the slot and the logits now, the snapshot keeps what they were.
     logits_V.fill_(torch.nan)
     for part in states.parts.values():
@@ -53,12 +58,12 @@ def test_a_snapshot_is_what_the_slot_held(name: str, dtype: str, device: str, on
     snapshot.wait()
     assert {part.device.type for part in snapshot.parts.values()} == {"cpu" if on_host else device}
     if on_host and device == "cuda":
-        assert all(part.is_pinned() for part in (*snapshot.parts.values(), snapshot.logits_V))
+        assert all(tensor.is_pinned() for tensor in snapshot.tensors().values())
     assert (snapshot.num_tokens, snapshot.num_folded) == (70, 64)
     size = state_bytes(config, on_cuda=device == "cuda", dtype=torch.bfloat16, state_dtype=STATE_DTYPES[dtype])
     assert snapshot.nbytes == size + 4 * config.vocab_size
     logits = restore_snapshot(states, snapshot, [1, 4])
-    assert torch.equal(logits, wanted) and logits.device.type == device
+    assert logits is not None and torch.equal(logits, wanted) and logits.device.type == device
     for part, tensor in states.parts.items():
         for slot in range(SLOTS + 1):
             expected = before[part][:, 2] if slot in (1, 4) else between[part][:, slot]

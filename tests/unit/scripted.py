@@ -77,6 +77,9 @@ class ScriptedEngine:
         self.cancel(client, [key[1] for key in self.running if key[0] == client])
         self._outputs.pop(client, None)
 
+    def close(self) -> None:
+        self.running.clear()
+
     def has_work(self) -> bool:
         return bool(self.running) and not self.hold.is_set()
 
@@ -113,6 +116,16 @@ class ScriptedEngine:
             queue_time=empty,
             tokens_per_step=empty,
             step_parts={"schedule": empty},
+            prefix_hits=0,
+            prefix_misses=0,
+            prefix_tokens_saved=0,
+            states_evicted=0,
+            states_parked={"device": 0, "host": 0, "disk": 0},
+            states_parked_bytes={"device": 0, "host": 0, "disk": 0},
+            state_restore=empty,
+            state_save=empty,
+            state_read=empty,
+            state_write=empty,
         )
 
     def _row(

@@ -37,6 +37,11 @@ GIVEN = {
     "gpu_memory_utilization": 0.5,
     "max_num_queued_reqs": 6,
     "max_concurrent_seqs_per_key": 5,
+    "state_cache_gpu": 0.5,
+    "state_cache_host": 1.0,
+    "state_cache_dir": "states",
+    "state_cache_disk": 2.0,
+    "state_cache_shared": True,
     "seed": 99,
     "shutdown_timeout": 3.5,
     "max_restarts": 2,
@@ -56,6 +61,13 @@ def test_engine_gets_its_part() -> None:
         "model_folder": Path("model"),
         "tokenizer_folder": Path("tokenizer"),
         "several_keys": True,
+        "state_cache": {
+            "gpu_bytes": 1 << 29,
+            "host_bytes": 1 << 30,
+            "folder": Path("states"),
+            "disk_bytes": 2 << 30,
+            "shared": True,
+        },
         **{name: GIVEN[name] for name in GIVEN if name in {field.name for field in dataclasses.fields(EngineConfig)}},
     }
 

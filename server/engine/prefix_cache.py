@@ -1,0 +1,398 @@
+"""Which states of which beginnings are kept, where, and for whom: the policy of prefix reuse. Torch-free.
+
+Unlike a KV cache, a recurrent state cannot be cut back to a shorter prefix: what can be reused is a snapshot taken at
+exactly some position. So the cache decides where on its way a prompt leaves snapshots:
+
+- at its end, with the logits there, so that the same prompt need not be absorbed at all;
+- where it leaves the path of an earlier prompt: what two have in common, a third is likely to have, too;
+- at positions that double, so that a prompt which leaves a long one's path finds at least half of what they share;
+- wherever the request says.
+
+A prompt whose beginning another one is just absorbing waits for that one's snapshot instead of absorbing it again.
+
+Snapshots live in tiers, each with a budget in bytes. A tier that is full hands its least recently used snapshot down to
+the next, and the last one drops it. Nothing is visible across scopes (the API keys' tenants).
+"""
+
+import enum
+import logging
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from server.engine.radix import TOKEN_BYTES, Node, RadixTree
+
+logger = logging.getLogger(__name__)
+
+P = TypeVar("P")
+
+LEAST_GAIN = 16
+"""Tokens below which a snapshot at a junction, or waiting for somebody else's, is not worth its copy."""
+FIRST_SPACING = 2048
+"""The first of the doubling positions: what a step of default size absorbs."""
+
+
+class Tier(enum.IntEnum):
+    """Where a snapshot lies, the fastest first."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
+class Store(Protocol[P]):
+    """What holds the bytes. None of these waits for the device or for a disk."""
+
+    def move(self, payload: P, tier: Tier) -> P | None:
+        """Bring a snapshot to another tier and give the old copy up; None: not now, and nothing has changed."""
+
+    def drop(self, payload: P) -> None:
+        """Give a snapshot up."""
+
+    def ready(self, payload: P) -> bool:
+        """Whether a snapshot can be restored without waiting; if not, it is being made so.
+
+        Raises:
+            SnapshotLostError: it cannot be read any more.
+        """
+
+
+class SnapshotLostError(Exception):
+    """A parked snapshot turned out to be unreadable; str() says why."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry(Generic[P]):
+    """One snapshot.
+
+    Attributes:
+        node: its place in the tree.
+        complete: whether it holds the logits of the last position, too.
+        nbytes: what it takes of its tier.
+        pins: as long as there are any, it is neither moved down nor dropped.
+    """
+
+    node: "Node[_Spot[P]]"
+    scope: str
+    complete: bool
+    nbytes: int
+    payload: P
+    tier: Tier
+    pins: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that its state has absorbed."""
+        return self.node.depth
+
+
+@dataclass(slots=True, eq=False)
+class _Spot(Generic[P]):
+    """What is known at one place of the tree: a snapshot, or who is about to take one."""
+
+    entry: Entry[P] | None = None
+    promised_by: "Ticket[P] | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class Ticket(Generic[P]):
+    """One prompt's dealings with the cache, from the queue to the end of its prefill.
+
+    Attributes:
+        tokens: the prompt, int32 bytes.
+        reuse: whether it may begin from a snapshot.
+        entry: the snapshot to begin from, pinned until :meth:`PrefixCache.started`; None: none.
+        start: tokens that need not be absorbed.
+        points: positions still ahead at which to take a snapshot, ascending. A step's piece must not cross one.
+    """
+
+    scope: str
+    tokens: bytes
+    checkpoints: tuple[int, ...]
+    reuse: bool
+    entry: Entry[P] | None = None
+    start: int = 0
+    points: list[int] = field(default_factory=list)
+    _promises: "dict[int, Node[_Spot[P]]]" = field(default_factory=dict)
+    _waits_for: "tuple[Ticket[P], int] | None" = None
+    _position: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the snapshot that this prompt waits for is still to come."""
+        return self._waits_for is not None and self._waits_for[1] in self._waits_for[0]._promises
+
+
+@dataclass(slots=True)
+class CacheFigures:
+    """What the cache counts since its start."""
+
+    hits: int = 0
+    misses: int = 0
+    tokens_saved: int = 0
+    evictions: int = 0
+
+
+class PrefixCache(Generic[P]):
+    """Snapshots by scope and tokens.
+
+    Args:
+        budgets: most bytes in each tier; without one, a tier is not used.
+        store: moves and drops the bytes.
+
+    Attributes:
+        figures: hits, misses and the like.
+    """
+
+    def __init__(self, budgets: Mapping[Tier, int], store: Store[P]) -> None:
+        self._budgets = {tier: budgets.get(tier, 0) for tier in Tier}
+        self._store = store
+        self._trees: dict[str, RadixTree[_Spot[P]]] = {}
+        self._entries: dict[Tier, OrderedDict[Entry[P], None]] = {tier: OrderedDict() for tier in Tier}
+        self._used = dict.fromkeys(Tier, 0)
+        self._active: dict[Ticket[P], None] = {}
+        self.figures = CacheFigures()
+
+    def usage(self, tier: Tier) -> tuple[int, int]:
+        """Snapshots in a tier, and their bytes."""
+        return len(self._entries[tier]), self._used[tier]
+
+    def entries(self) -> Iterator[Entry[P]]:
+        """Every snapshot, by tier, the least recently used first."""
+        for entries in self._entries.values():
+            yield from entries
+
+    # A prompt's way: admit, started, then advance and put as it is absorbed, close.
+
+    def admit(self, ticket: Ticket[P]) -> bool:
+        """Decide where a prompt begins and where it leaves snapshots; to be asked when it could start now.
+
+        Returns:
+            False if it should wait and ask again, because a snapshot that it can begin from is on its way.
+        """
+        if ticket.blocked:
+            return False
+        ticket._waits_for = None
+        tree = self._trees.get(ticket.scope)
+        while True:
+            found, shared = ([], 0) if tree is None else tree.walk(ticket.tokens)
+            entry = _longest(found, ticket) if ticket.reuse else None
+            start = 0 if entry is None else entry.num_tokens
+            if ticket.reuse and self._await_other(ticket, found, start, shared):
+                return False
+            if entry is None:
+                break
+            try:
+                if not self._store.ready(entry.payload):
+                    return False
+                break
+            except SnapshotLostError as error:
+                logger.warning("a parked state of %d tokens is lost: %s", entry.num_tokens, error)
+                self._drop(entry)
+        self._active[ticket] = None
+        if entry is not None:
+            self._use(ticket, entry)
+        for position in _points(ticket, shared):
+            self._promise(ticket, position)
+        return True
+
+    def started(self, ticket: Ticket[P]) -> None:
+        """The prompt is on its way: its snapshot has been read, or its reading is in the device's queue."""
+        self._unpin(ticket)
+        self.figures.hits += ticket.start > 0
+        self.figures.misses += ticket.reuse and ticket.start == 0
+        self.figures.tokens_saved += ticket.start
+
+    def advance(self, ticket: Ticket[P], position: int) -> bool:
+        """Note how far launched steps absorb a prompt; whether to take a snapshot there, and hand it to ``put``."""
+        ticket._position = position
+        return position in ticket._promises
+
+    def put(self, ticket: Ticket[P], payload: P, tier: Tier, nbytes: int, *, complete: bool) -> None:
+        """Take the snapshot of where a prompt stands, as wanted by ``advance``."""
+        node = ticket._promises.pop(ticket._position)
+        ticket.points.remove(ticket._position)
+        assert node.value is not None
+        node.value.promised_by = None
+        self._keep(ticket.scope, node, payload, tier, nbytes, complete=complete)
+
+    def close(self, ticket: Ticket[P]) -> None:
+        """The prompt has been absorbed, or never will be. May be called for a ticket that was never admitted."""
+        self._unpin(ticket)
+        self._active.pop(ticket, None)
+        for node in ticket._promises.values():
+            assert node.value is not None
+            node.value.promised_by = None
+            self._tidy(ticket.scope, node)
+        ticket._promises.clear()
+        ticket.points.clear()
+
+    def keep(self, scope: str, tokens: bytes, payload: P, tier: Tier, nbytes: int, *, complete: bool) -> None:
+        """Take a snapshot, of at least one token, that no prompt has promised: the end of an answer."""
+        node = self._trees.setdefault(scope, RadixTree()).insert(tokens)
+        if node.value is None:
+            node.value = _Spot()
+        self._keep(scope, node, payload, tier, nbytes, complete=complete)
+
+    def _await_other(self, ticket: Ticket[P], found: "list[Node[_Spot[P]]]", start: int, shared: int) -> bool:
+        """Whether another prompt in flight will leave a snapshot that saves this one enough; remembers which."""
+        if shared < ticket.length and shared - start >= LEAST_GAIN:
+            prefix = ticket.tokens[: shared * TOKEN_BYTES]
+            for other in self._active:
+                is_ahead = other.scope == ticket.scope and other._position < shared < other.length
+                if is_ahead and other.tokens.startswith(prefix):
+                    self._promise(other, shared)
+                    if shared in other._promises:
+                        ticket._waits_for = other, shared
+                        return True
+        for node in reversed(found):
+            assert node.value is not None
+            promiser, gain = node.value.promised_by, node.depth - start
+            if promiser is None or gain <= 0:
+                continue
+            # Only the snapshot at a prompt's end has the logits that another one which ends there needs.
+            is_end = node.depth == ticket.length
+            if (is_end and promiser.length == node.depth) or (not is_end and gain >= LEAST_GAIN):
+                ticket._waits_for = promiser, node.depth
+                return True
+        return False
+
+    def _use(self, ticket: Ticket[P], entry: Entry[P]) -> None:
+        """Let a prompt begin from a snapshot, which moves to the fastest tier that has room for it."""
+        ticket.entry, ticket.start, ticket._position = entry, entry.num_tokens, entry.num_tokens
+        entry.pins += 1
+        # Out of its tier meanwhile: those that have to make room for it may take its place there.
+        self._account(entry, -1)
+        for tier in Tier:
+            if tier < entry.tier and self._make_room(tier, entry.nbytes):
+                moved = self._store.move(entry.payload, tier)
+                if moved is not None:
+                    entry.payload, entry.tier = moved, tier
+                    break
+        self._account(entry, +1)
+
+    @staticmethod
+    def _unpin(ticket: Ticket[P]) -> None:
+        if ticket.entry is not None:
+            ticket.entry.pins -= 1
+            ticket.entry = None
+
+    def _promise(self, ticket: Ticket[P], position: int) -> None:
+        """Have a prompt take a snapshot at a position ahead of it, unless there is one or somebody else will."""
+        node = self._trees.setdefault(ticket.scope, RadixTree()).insert(ticket.tokens[: position * TOKEN_BYTES])
+        if node.value is None:
+            node.value = _Spot()
+        spot, entry = node.value, node.value.entry
+        enough = entry is not None and (entry.complete or position < ticket.length)
+        if enough or spot.promised_by is not None:
+            return
+        spot.promised_by = ticket
+        ticket._promises[position] = node
+        insort(ticket.points, position)
+
+    # Entries and their tiers.
+
+    def _keep(self, scope: str, node: "Node[_Spot[P]]", payload: P, tier: Tier, nbytes: int, *, complete: bool) -> None:
+        spot = node.value
+        assert spot is not None
+        old = spot.entry
+        if old is not None and (old.complete or not complete or old.pins):
+            self._entries[old.tier].move_to_end(old)
+            self._store.drop(payload)
+            return
+        if old is not None:
+            # Not by _drop, which would tidy the place away.
+            self._account(old, -1)
+            self._store.drop(old.payload)
+            spot.entry = None
+        for target in Tier:
+            if target >= tier and self._make_room(target, nbytes):
+                moved = payload if target is tier else self._store.move(payload, target)
+                if moved is not None:
+                    spot.entry = Entry(node, scope, complete, nbytes, moved, target)
+                    self._account(spot.entry, +1)
+                    return
+        self._store.drop(payload)
+        self._tidy(scope, node)
+
+    def _make_room(self, tier: Tier, nbytes: int) -> bool:
+        """Hand snapshots down until so many bytes fit; whether they do."""
+        if nbytes > self._budgets[tier]:
+            return False
+        while self._used[tier] + nbytes > self._budgets[tier]:
+            victim = next((entry for entry in self._entries[tier] if not entry.pins), None)
+            if victim is None:
+                return False
+            self._hand_down(victim)
+        return True
+
+    def _hand_down(self, entry: Entry[P]) -> None:
+        for tier in Tier:
+            if tier > entry.tier and self._make_room(tier, entry.nbytes):
+                moved = self._store.move(entry.payload, tier)
+                if moved is not None:
+                    self._account(entry, -1)
+                    entry.payload, entry.tier = moved, tier
+                    self._account(entry, +1)
+                    return
+        self.figures.evictions += 1
+        self._drop(entry)
+
+    def _drop(self, entry: Entry[P]) -> None:
+        self._account(entry, -1)
+        self._store.drop(entry.payload)
+        assert entry.node.value is not None
+        entry.node.value.entry = None
+        self._tidy(entry.scope, entry.node)
+
+    def _account(self, entry: Entry[P], sign: int) -> None:
+        """Enter a snapshot into its tier as the most recently used, or take it out."""
+        entries = self._entries[entry.tier]
+        if sign > 0:
+            entries[entry] = None
+        else:
+            del entries[entry]
+        self._used[entry.tier] += sign * entry.nbytes
+
+    def _tidy(self, scope: str, node: "Node[_Spot[P]]") -> None:
+        """Let the tree forget a place of which nothing is known any more."""
+        spot = node.value
+        assert spot is not None
+        if spot.entry is None and spot.promised_by is None:
+            tree = self._trees[scope]
+            tree.discard(node)
+            if not tree.root.children:
+                del self._trees[scope]
+
+
+def _longest(found: "list[Node[_Spot[P]]]", ticket: Ticket[P]) -> Entry[P] | None:
+    """The deepest snapshot that a prompt can go on from: one at its very end must have the logits."""
+    for node in reversed(found):
+        entry = None if node.value is None else node.value.entry
+        if entry is not None and (entry.complete or entry.num_tokens < ticket.length):
+            return entry
+    return None
+
+
+def _points(ticket: Ticket[P], shared: int) -> list[int]:
+    """Where an admitted prompt should leave snapshots, of what it has yet to absorb.
+
+    Args:
+        shared: tokens that it has in common with an earlier prompt.
+    """
+    start, length = ticket.start, ticket.length
+    points = {length, *ticket.checkpoints}
+    if shared - start >= LEAST_GAIN:
+        points.add(shared)
+    spacing = FIRST_SPACING
+    while spacing < length:
+        points.add(spacing)
+        spacing *= 2
+    return sorted(point for point in points if start < point <= length)

@@ -1,0 +1,119 @@
+"""Lets sequences begin from snapshots of what others have absorbed, and takes these snapshots.
+
+:mod:`server.engine.prefix_cache` decides, :mod:`server.engine.snapshot_store` holds the bytes; this connects them with
+the sequences that the scheduler admits and the runner absorbs.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+
+from server.engine.batch import Batch
+from server.engine.prefix_cache import CacheFigures, PrefixCache, Ticket, Tier
+from server.engine.sequence import Sequence
+from server.engine.snapshot import Snapshot
+from server.engine.snapshot_store import Payload, SnapshotStore
+from server.types import pack_tokens
+
+
+class PrefixReuse:
+    """Prefix reuse for the sequences of one engine.
+
+    Args:
+        store: holds the snapshots.
+        budgets: most bytes in each tier.
+        shared: whether every tenant may begin from every other's snapshots.
+    """
+
+    def __init__(self, store: SnapshotStore, budgets: Mapping[Tier, int], *, shared: bool) -> None:
+        self._store = store
+        self._shared = shared
+        self._tier = Tier.HOST if store.device.type == "cpu" else Tier.DEVICE
+        self._cache: PrefixCache[Payload] = PrefixCache(budgets, store)
+
+    @property
+    def figures(self) -> CacheFigures:
+        """What the cache counts."""
+        return self._cache.figures
+
+    def usage(self) -> dict[str, tuple[int, int]]:
+        """By lower-case name of the tier: snapshots, and their bytes."""
+        return {tier.name.lower(): self._cache.usage(tier) for tier in Tier}
+
+    # The scheduler's side.
+
+    def admit(self, seq: Sequence) -> bool:
+        """Decide where a waiting sequence begins; False: it should wait for a snapshot that is on its way.
+
+        Afterwards its ``num_launched`` counts the tokens that its snapshot holds.
+        """
+        if seq.snapshot is not None:
+            return True  # it has a state to begin with
+        if seq.ticket is None:
+            # Who wants to know how likely the prompt is must absorb it.
+            reuse = seq.params.prompt_logprobs is None
+            seq.ticket = Ticket(self._scope(seq), seq.prompt.tobytes(), (), reuse)
+        if not self._cache.admit(seq.ticket):
+            return False
+        entry = seq.ticket.entry
+        if entry is not None:
+            seq.snapshot = self._store.take(entry.payload)
+            seq.num_launched = seq.cached_tokens = seq.ticket.start
+            if not seq.prompt_remaining:
+                # Nobody has to wait for the end of this prompt.
+                for follower in seq.followers:
+                    follower.leader, follower.snapshot, follower.num_launched = None, seq.snapshot, seq.num_launched
+                seq.followers = []
+        return True
+
+    def withdraw(self, seq: Sequence) -> None:
+        """An admitted sequence did not get a slot after all."""
+        if seq.ticket is not None:
+            self._cache.close(seq.ticket)
+            seq.ticket = seq.snapshot = None
+            seq.num_launched = seq.cached_tokens = 0
+
+    def is_wanted(self, seq: Sequence) -> bool:
+        """Whether to take a snapshot where the newest launched piece of a prompt ends."""
+        return seq.ticket is not None and self._cache.advance(seq.ticket, seq.num_launched)
+
+    # The engine's side.
+
+    def launched(self, batch: Batch, snapshots: Seq[Snapshot]) -> None:
+        """Take over the snapshots of a launched batch, in the order of its ``saves``."""
+        for seq in batch.leased:
+            if seq.ticket is not None:
+                self._cache.started(seq.ticket)
+        for index, snapshot in zip(batch.saves, snapshots, strict=True):
+            ticket = batch.prefills[index].seq.ticket
+            assert ticket is not None
+            complete = snapshot.logits_V is not None
+            self._cache.put(ticket, snapshot, self._tier, snapshot.nbytes, complete=complete)
+        for span in (*batch.prefills, *batch.replays):
+            if not span.seq.prompt_remaining:
+                self.leave(span.seq)
+
+    def leave(self, seq: Sequence) -> None:
+        """A sequence's prompt has been absorbed, or will not be."""
+        if seq.ticket is not None:
+            self._cache.close(seq.ticket)
+            seq.ticket = None
+
+    def keep_answer(self, seq: Sequence, snapshot: Snapshot) -> None:
+        """Take the state of a sequence that has ended."""
+        answer = pack_tokens(seq.outputs[: snapshot.num_tokens - len(seq.prompt)])
+        tokens = seq.prompt.tobytes() + answer
+        complete = snapshot.logits_V is not None
+        self._cache.keep(self._scope(seq), tokens, snapshot, self._tier, snapshot.nbytes, complete=complete)
+
+    @property
+    def reads(self) -> "set[Future[None]]":
+        """What sequences wait for that begin from a file."""
+        return self._store.reads
+
+    def close(self) -> None:
+        """Give everything up."""
+        self._store.close()
+
+    def _scope(self, seq: Sequence) -> str:
+        return "" if self._shared else seq.tenant

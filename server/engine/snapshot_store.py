@@ -1,0 +1,236 @@
+"""Where parked snapshots lie: on the device, on the host, on a disk. Moves them without holding the engine up.
+
+Between device and host, copies take their place in the device's queues. One thread writes files and another reads them:
+a snapshot on its way to the disk is served from memory until it is there, and if more of them queue up than the disk
+takes, the next ones are refused.
+"""
+
+import fcntl
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from server.engine.pinned import PinnedPieces
+from server.engine.prefix_cache import SnapshotLostError, Tier
+from server.engine.snapshot import Snapshot, to_device, to_host
+from server.engine.state_file import Part, StateFileError, read_state, write_state
+from server.engine.stats import Histogram
+from server.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+_MAX_WRITES = 4
+MAX_LEAVING = 4
+"""Snapshots on their way from the device to the host, beyond the budget of both."""
+_SUFFIX = ".safetensors"
+
+
+@dataclass(slots=True, eq=False)
+class FileSnapshot:
+    """A snapshot in a file, or on its way there.
+
+    Attributes:
+        path: of the file.
+        num_tokens, num_folded: as in :class:`Snapshot`.
+        layout: of its tensors.
+        source: the snapshot until it is written, and once it has been read again; set and cleared by the threads, too.
+        memory: the same, held for whoever has been told that it is ready.
+        reading: the read that was asked for.
+        lost: why there is no file.
+    """
+
+    path: Path
+    num_tokens: int
+    num_folded: int
+    layout: dict[str, Part]
+    source: Snapshot | None
+    memory: Snapshot | None = None
+    reading: "Future[None] | None" = None
+    lost: str | None = None
+
+
+Payload: TypeAlias = Snapshot | FileSnapshot
+
+
+@dataclass(slots=True)
+class SnapshotStore:
+    """Holds what :class:`server.engine.prefix_cache.PrefixCache` decides on; its ``Store``.
+
+    Args:
+        device: where snapshots of the tier DEVICE lie.
+        pieces: pinned memory for snapshots of the tier HOST that come from a CUDA device; None: there are none.
+        folder: for files; None: there is no disk tier. Files of an earlier run are removed.
+        read_seconds, write_seconds: time that files take is entered there.
+
+    Raises:
+        SettingsError: the folder cannot be used, or another server uses it.
+    """
+
+    device: torch.device
+    pieces: PinnedPieces | None
+    folder: Path | None
+    read_seconds: Histogram
+    write_seconds: Histogram
+    _writer: ThreadPoolExecutor = field(init=False)
+    _reader: ThreadPoolExecutor = field(init=False)
+    _writes: set["Future[None]"] = field(default_factory=set)
+    _reads: set["Future[None]"] = field(default_factory=set)
+    _leaving: "deque[torch.cuda.Event]" = field(default_factory=deque)
+    _number: int = 0
+    _lock: int | None = None
+
+    def __post_init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot-writer")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="snapshot-reader")
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in self.folder.glob(f"*{_SUFFIX}*"):
+                path.unlink()
+        except BlockingIOError:
+            raise SettingsError(f"--state-cache-dir: {self.folder} is in use by another server") from None
+        except OSError as error:
+            raise SettingsError(f"--state-cache-dir: {self.folder}: {error.strerror}") from None
+
+    # The cache's side; see Store.
+
+    def move(self, payload: Payload, tier: Tier) -> Payload | None:
+        """Bring a snapshot to another tier; None: there is enough under way already."""
+        if tier is Tier.DISK:
+            assert isinstance(payload, Snapshot)
+            return self._write(payload)
+        if isinstance(payload, FileSnapshot):
+            snapshot = payload.memory
+            assert snapshot is not None, "moved before it was ready"
+            self.drop(payload)
+        else:
+            snapshot = payload
+        return self._to_host(snapshot) if tier is Tier.HOST else to_device(snapshot, self.device)
+
+    def drop(self, payload: Payload) -> None:
+        """Give a snapshot up; memory is freed with the last reference."""
+        if isinstance(payload, FileSnapshot):
+            payload.source = payload.memory = None
+            self._writer.submit(payload.path.unlink, missing_ok=True)
+
+    def ready(self, payload: Payload) -> bool:
+        """Whether a snapshot is in memory; if it is not, it is being read.
+
+        Raises:
+            SnapshotLostError: it could not be written or read.
+        """
+        if isinstance(payload, Snapshot):
+            return True
+        payload.memory = payload.source
+        if payload.memory is not None:
+            return True
+        if payload.lost is not None:
+            raise SnapshotLostError(payload.lost)
+        if payload.reading is None:
+            payload.reading = self._submit(self._reader, self._reads, self._read_file, payload)
+        return False
+
+    # The engine's side.
+
+    def take(self, payload: Payload) -> Snapshot:
+        """The snapshot of a payload that is ready."""
+        if isinstance(payload, Snapshot):
+            return payload
+        snapshot = payload.memory
+        assert snapshot is not None, "taken before it was ready"
+        payload.memory = None
+        if payload.reading is not None:
+            # Read for this one use: its place is on the disk.
+            payload.source = payload.reading = None
+        return snapshot
+
+    @property
+    def reads(self) -> "set[Future[None]]":
+        """Files being read."""
+        return set(self._reads)
+
+    def close(self) -> None:
+        """Remove the files; nothing can be moved any more."""
+        self._reader.shutdown(cancel_futures=True)
+        self._writer.shutdown(cancel_futures=True)
+        if self._lock is not None and self.folder is not None:
+            for path in self.folder.glob(f"*{_SUFFIX}*"):
+                path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def _to_host(self, snapshot: Snapshot) -> Snapshot | None:
+        if snapshot.parts["recurrent"].device.type == "cpu":
+            return snapshot
+        while self._leaving and self._leaving[0].query():
+            self._leaving.popleft()
+        # What a copy that has not left yet frees on the device cannot be used again: this bounds how much that is.
+        piece = None if self.pieces is None or len(self._leaving) >= MAX_LEAVING else self.pieces.take()
+        if piece is None:
+            return None
+        copy = to_host(snapshot, piece)
+        assert copy.copied is not None
+        self._leaving.append(copy.copied)
+        return copy
+
+    def _write(self, snapshot: Snapshot) -> FileSnapshot | None:
+        if len(self._writes) >= _MAX_WRITES or self.folder is None:
+            return None
+        self._number += 1
+        layout = {name: Part(tensor.dtype, tuple(tensor.shape)) for name, tensor in snapshot.tensors().items()}
+        path = self.folder / f"{self._number}{_SUFFIX}"
+        host = self._to_host(snapshot)
+        if host is None:
+            return None
+        file = FileSnapshot(path, snapshot.num_tokens, snapshot.num_folded, layout, host)
+        self._submit(self._writer, self._writes, self._write_file, file)
+        return file
+
+    @staticmethod
+    def _submit(
+        thread: ThreadPoolExecutor,
+        futures: set["Future[None]"],
+        work: Callable[[FileSnapshot], None],
+        file: FileSnapshot,
+    ) -> "Future[None]":
+        future = thread.submit(work, file)
+        futures.add(future)
+        future.add_done_callback(futures.discard)
+        return future
+
+    def _write_file(self, file: FileSnapshot) -> None:
+        snapshot = file.source
+        if snapshot is None:
+            return  # dropped before its turn
+        start = time.perf_counter()
+        try:
+            snapshot.wait()
+            write_state(file.path, snapshot.tensors(), {})
+        except OSError as error:
+            file.lost = f"{file.path}: {error.strerror}"
+            logger.warning("a snapshot was not written: %s", file.lost)
+        else:
+            self.write_seconds.observe(time.perf_counter() - start)
+        file.source = None
+
+    def _read_file(self, file: FileSnapshot) -> None:
+        start = time.perf_counter()
+        try:
+            tensors, _ = read_state(file.path, file.layout)
+        except StateFileError as error:
+            file.lost = f"{file.path}: {error}"
+            return
+        self.read_seconds.observe(time.perf_counter() - start)
+        logits_V = tensors.pop("logits", None)
+        file.source = Snapshot(tensors, logits_V, file.num_tokens, file.num_folded, None)

@@ -1,0 +1,333 @@
+"""Sequences that begin from parked states say what they would have said from the beginning, and absorb less."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.engine import Engine
+from server.engine.prefix_cache import Ticket
+from server.engine.snapshot import Snapshot, fold_slot, restore_snapshot
+from server.engine.snapshot_store import Payload
+from server.engine.state_pool import NULL_SLOT
+from server.settings import StateCacheConfig
+from server.types import FinishReason, pack_tokens
+from tests.engine.driving import CLASSICS, FIXTURES, Answer, Driver, engine_config, random_prompt
+
+VOCAB = 512
+ROOMY = StateCacheConfig(gpu_bytes=256 << 20, host_bytes=256 << 20)
+NONE = StateCacheConfig()
+GREEDY: dict[str, object] = {"temperature": 0.0, "ignore_eos": True}
+Mode = tuple[str, bool]
+ALL_MODES = pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(("cpu", False), id="cpu-in-step"),
+        pytest.param(("cpu", True), id="cpu-overlapped"),
+        pytest.param(("cuda", True), id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+KINDS = pytest.mark.parametrize(
+    ("name", "state_dtype"), [("base", "float32"), ("conv", "float32"), ("gqa", "bfloat16"), ("base", "int8")]
+)
+"""Checkpoints, and pools with and without rings."""
+
+
+def make_driver(
+    folder: Path = FIXTURES / "base", *, mode: Mode = ("cpu", False), cache: StateCacheConfig = ROOMY, **changes: object
+) -> Driver:
+    device, overlap = mode
+    config = engine_config(folder, device=device, state_cache=cache, **changes)  # type: ignore[arg-type]
+    return Driver(Engine(config, overlap=overlap))
+
+
+def absorbed_by(driver: Driver, prompt: list[int], **params: object) -> tuple[Answer, int]:
+    """A prompt's answer, and how many prompt tokens were absorbed for it."""
+    before = driver.engine.stats().prompt_tokens
+    answer = driver.complete(prompt, **(GREEDY | params))
+    absorbed = driver.engine.stats().prompt_tokens - before
+    assert answer.cached_tokens == len(prompt) - absorbed
+    return answer, absorbed
+
+
+@ALL_MODES
+@KINDS
+def test_the_same_prompt_again_absorbs_nothing(name: str, state_dtype: str, mode: Mode) -> None:
+    driver = make_driver(FIXTURES / name, mode=mode, state_dtype=state_dtype)
+    prompt = random_prompt(70, VOCAB, 1)
+    first, absorbed = absorbed_by(driver, prompt, max_tokens=20, logprobs=3)
+    assert absorbed == 70
+    again, absorbed = absorbed_by(driver, prompt, max_tokens=20, logprobs=3)
+    assert absorbed == 0
+    assert again.token_ids == first.token_ids
+    assert again.logprobs == first.logprobs
+    # Others join in, with parameters of their own.
+    request = driver.submit([prompt], n=4, temperature=0.9, seed=5, max_tokens=9)
+    driver.run()
+    assert driver.engine.stats().prompt_tokens == 70
+    assert [driver.answers[request, choice].cached_tokens for choice in range(4)] == [70, 0, 0, 0], "counted once"
+    alone = make_driver(FIXTURES / name, mode=mode, state_dtype=state_dtype, cache=NONE)
+    expected = alone.submit([prompt], n=4, temperature=0.9, seed=5, max_tokens=9)
+    alone.run()
+    for choice in range(4):
+        assert driver.answers[request, choice].token_ids == alone.answers[expected, choice].token_ids
+
+
+ENDS = pytest.mark.parametrize("end", ["length", "stop token", "stop string"])
+
+
+def end_after(free: Answer, length: int, end: str) -> dict[str, object]:
+    """Parameters with which an answer ends near this length, like the free one until then."""
+    if end == "stop token":
+        return {"max_tokens": 99, "stop_token_ids": (free.token_ids[length],)}
+    if end == "stop string":
+        return {"max_tokens": 99, "stop": (free.text[2 * length : 2 * length + 6].decode(errors="ignore"),)}
+    return {"max_tokens": length}
+
+
+@ALL_MODES
+@ENDS
+@pytest.mark.parametrize("name", ["base", "conv"])
+def test_a_conversation_absorbs_only_what_is_new(name: str, end: str, mode: Mode) -> None:
+    is_string = end == "stop string"
+    folder, vocab = (CLASSICS, 8192) if is_string else (FIXTURES / name, VOCAB)
+    driver = make_driver(folder, mode=mode, tokenizer=is_string)
+    cold = make_driver(folder, mode=mode, tokenizer=is_string, cache=NONE)
+    transcript = random_prompt(30, vocab, 2)
+    known = 0
+    for turn in range(4):
+        free = cold.complete(transcript, max_tokens=40, **GREEDY)
+        before = driver.engine.stats().prompt_tokens
+        answer = driver.complete(transcript, **(GREEDY | end_after(free, 17 + turn, end)))
+        assert driver.engine.stats().prompt_tokens - before == len(transcript) - known
+        assert answer.finish_reason is (FinishReason.LENGTH if end == "length" else FinishReason.STOP)
+        length = len(answer.token_ids)
+        assert answer.token_ids == free.token_ids[:length]
+        # A step launched ahead has absorbed the token that completes a stop string, and it is kept.
+        known = len(transcript) + length - (0 if is_string and mode[1] else 1)
+        transcript = transcript + answer.token_ids + random_prompt(10 + turn, vocab, 50 + turn)
+
+
+@ALL_MODES
+@ENDS
+@pytest.mark.parametrize(
+    ("state_dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-3), ("int8", 2e-2)], ids=lambda value: str(value)
+)
+def test_an_answers_state_is_that_of_its_tokens(state_dtype: str, tolerance: float, end: str, mode: Mode) -> None:
+    """However the answer ended and whatever then waited in its ring."""
+    tokenizer = end == "stop string"
+    folder, vocab = (CLASSICS, 8192) if tokenizer else (FIXTURES / "base", VOCAB)
+    driver = make_driver(folder, mode=mode, state_dtype=state_dtype, tokenizer=tokenizer)
+    reference = make_driver(folder, state_dtype="float32")
+    for length in (15, 16, 17, 30):
+        prompt = random_prompt(20, vocab, length)
+        free = driver.complete(prompt, tenant="free", max_tokens=60, **GREEDY)
+        answer = driver.complete(prompt, tenant="ended", **(GREEDY | end_after(free, length, end)))
+        kept = len(answer.token_ids) - (0 if tokenizer and mode[1] else 1)
+        tokens = prompt + answer.token_ids[:kept]
+        reference.complete(tokens, max_tokens=1, **GREEDY)
+        ours, expected = (parked_state(one, scope, tokens) for one, scope in ((driver, "ended"), (reference, "")))
+        error = float((ours - expected).norm() / expected.norm())
+        assert error < tolerance, f"{length} tokens"
+
+
+@torch.inference_mode()
+def parked_state(driver: Driver, scope: str, tokens: list[int]) -> torch.Tensor:
+    """What a slot holds that begins with these tokens' parked state, float32 [layers, kv_heads, head_k, head_v]."""
+    cache, states = driver.engine._reuse._cache, driver.engine._runner._states  # type: ignore[union-attr]
+    ticket: Ticket[Payload] = Ticket(scope, pack_tokens([*tokens, 1]), (), reuse=True)
+    assert cache.admit(ticket) and ticket.start == len(tokens)
+    assert ticket.entry is not None and isinstance(ticket.entry.payload, Snapshot)
+    snapshot = ticket.entry.payload
+    cache.close(ticket)
+    restore_snapshot(states, snapshot, [NULL_SLOT])
+    if states.ring_size and snapshot.num_folded < snapshot.num_tokens:
+        fold_slot(states, NULL_SLOT, snapshot.num_tokens - snapshot.num_folded)
+    slot = torch.tensor([NULL_SLOT], device=states.recurrent_LSGKV.device)
+    return torch.cat([layer.load(slot) for layer in states.layers]).cpu()
+
+
+@ALL_MODES
+def test_prompts_with_a_common_beginning(mode: Mode) -> None:
+    driver, cold = make_driver(mode=mode), make_driver(mode=mode, cache=NONE)
+    system = random_prompt(101, VOCAB, 3)
+    questions = [system + random_prompt(20 + i, VOCAB, 10 + i) for i in range(4)]
+    expected = [cold.complete(question, max_tokens=8, **GREEDY).token_ids for question in questions]
+    counts = []
+    for question, tokens in zip(questions, expected, strict=True):
+        answer, absorbed = absorbed_by(driver, question, max_tokens=8)
+        assert answer.token_ids == tokens
+        counts.append(absorbed)
+    assert counts == [121, 122, 22, 23], "the second prompt leaves the state that the third begins from"
+
+
+@ALL_MODES
+def test_prompts_in_flight_absorb_their_common_beginning_once(mode: Mode) -> None:
+    driver, cold = make_driver(mode=mode), make_driver(mode=mode, cache=NONE)
+    system = random_prompt(150, VOCAB, 3)
+    questions = [system + random_prompt(20 + i, VOCAB, 10 + i) for i in range(4)] + [random_prompt(77, VOCAB, 7)] * 5
+    expected = [cold.complete(question, max_tokens=8, **GREEDY).token_ids for question in questions]
+    request = driver.submit(questions, max_tokens=8, **GREEDY)
+    driver.run()
+    assert [driver.answers[request, i].token_ids for i in range(len(questions))] == expected
+    assert driver.engine.stats().prompt_tokens == 150 + 20 + 21 + 22 + 23 + 77
+
+
+def test_who_waits_for_a_cancelled_prompt_goes_on() -> None:
+    driver = make_driver()
+    prompt = random_prompt(1000, VOCAB, 1)
+    first = driver.submit([prompt], max_tokens=4, **GREEDY)
+    second = driver.submit([prompt], max_tokens=4, **GREEDY)
+    for _ in range(3):
+        driver.step()
+    assert driver.engine.stats().running == 1
+    driver.cancel(first)
+    driver.run()
+    assert len(driver.answers[second, 0].token_ids) == 4
+
+
+def test_long_prompts_leave_states_on_their_way() -> None:
+    driver, cold = make_driver(max_num_batched_tokens=1024), make_driver(cache=NONE)
+    prompt = random_prompt(5000, VOCAB, 1)
+    assert absorbed_by(driver, prompt, max_tokens=1)[1] == 5000
+    other = prompt[:4500] + random_prompt(10, VOCAB, 2)
+    answer, absorbed = absorbed_by(driver, other, max_tokens=8)
+    assert absorbed == 4510 - 4096
+    assert answer.token_ids == cold.complete(other, max_tokens=8, **GREEDY).token_ids
+
+
+def test_tenants_share_only_on_purpose() -> None:
+    prompt = random_prompt(50, VOCAB, 1)
+    for shared, expected in ((False, 100), (True, 50)):
+        cache = StateCacheConfig(host_bytes=256 << 20, shared=shared)
+        driver = make_driver(cache=cache)
+        for tenant in ("a", "b", "a", "b"):
+            driver.submit([prompt], tenant=tenant, max_tokens=2, **GREEDY)
+            driver.run()
+        assert driver.engine.stats().prompt_tokens == expected
+
+
+def test_an_evaluation_is_the_same_cold_and_warm() -> None:
+    driver = make_driver()
+    prompts = [random_prompt(40, VOCAB, i) for i in range(3)]
+
+    def evaluate() -> tuple[list[list[float]], list[list[int]]]:
+        scored = driver.submit(prompts, max_tokens=0, prompt_logprobs=1)
+        generated = driver.submit(prompts, max_tokens=12, **GREEDY)
+        driver.run()
+        return (
+            [driver.prompts[scored, i].logprobs for i in range(3)],
+            [driver.answers[generated, i].token_ids for i in range(3)],
+        )
+
+    cold = evaluate()
+    absorbed = driver.engine.stats().prompt_tokens
+    assert evaluate() == cold
+    assert driver.engine.stats().prompt_tokens == absorbed + 120, "log-probabilities of a prompt need its every token"
+
+
+def test_figures() -> None:
+    driver = make_driver()
+    prompt = random_prompt(50, VOCAB, 1)
+    for _ in range(3):
+        driver.complete(prompt, max_tokens=5, **GREEDY)
+    stats = driver.engine.stats()
+    assert (stats.prefix_hits, stats.prefix_misses, stats.prefix_tokens_saved) == (2, 1, 100)
+    assert stats.states_parked == {"device": 0, "host": 2, "disk": 0}, "the prompt's end and the answer's"
+    logits = 4 * VOCAB
+    assert stats.states_parked_bytes["host"] == 2 * driver.engine.info.state_bytes + logits
+    assert sum(stats.state_restore.counts) == 2
+    assert sum(stats.state_save.counts) == 4
+
+
+def disk_cache(folder: Path, states: float, driver_bytes: int) -> StateCacheConfig:
+    """Room for one state in memory and some on disk."""
+    one = driver_bytes + 4 * VOCAB
+    return StateCacheConfig(host_bytes=one, folder=folder, disk_bytes=int(states * one))
+
+
+def test_states_come_back_from_disk(tmp_path: Path) -> None:
+    size = make_driver(cache=NONE).engine.info.state_bytes
+    driver, cold = make_driver(cache=disk_cache(tmp_path / "states", 100, size)), make_driver(cache=NONE)
+    prompts = [random_prompt(40, VOCAB, i) for i in range(3)]
+    expected = [cold.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts]
+    for _ in range(3):
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            assert driver.complete(prompt, max_tokens=8, **GREEDY).token_ids == tokens
+            driver.engine._reuse._store._writer.submit(int).result()  # type: ignore[union-attr]
+    stats = driver.engine.stats()
+    assert stats.prompt_tokens == 120
+    assert stats.states_parked["disk"] == 5 and sum(stats.state_write.counts) >= 5
+    assert sum(stats.state_read.counts) >= 5
+    driver.engine.close()
+    assert os.listdir(tmp_path / "states") == ["lock"]
+
+
+def test_a_damaged_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
+    size = make_driver(cache=NONE).engine.info.state_bytes
+    driver = make_driver(cache=disk_cache(tmp_path, 100, size))
+    prompts = [random_prompt(40, VOCAB, i) for i in range(3)]
+    expected = [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts]
+    driver.engine._reuse._store._writer.submit(int).result()  # type: ignore[union-attr]
+    damaged = 0
+    for path in tmp_path.glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1000] ^= 1
+        path.write_bytes(content)
+        damaged += 1
+    assert damaged >= 4
+    assert [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts] == expected
+    assert driver.engine.stats().prompt_tokens > 120
+    driver.engine.close()
+
+
+@ALL_MODES
+@pytest.mark.parametrize("seed", range(3))
+def test_random_traces_say_what_they_would_have_said_alone(seed: int, mode: Mode, tmp_path: Path) -> None:
+    """Conversations that grow, branch and begin alike, from several tenants, cancelled now and then, under budgets that
+    hold a few states: whatever was evicted, handed down or restored, the answers are those of cold runs."""
+    rng = random.Random(seed)
+    cold = make_driver(mode=mode, cache=NONE)
+    one = cold.engine.info.state_bytes + 4 * VOCAB
+    cache = StateCacheConfig(
+        gpu_bytes=3 * one, host_bytes=4 * one, folder=tmp_path, disk_bytes=8 * one, shared=seed == 2
+    )
+    driver = make_driver(mode=mode, cache=cache, max_num_seqs=3)
+    beginnings = [random_prompt(rng.randrange(1, 200), VOCAB, 100 * seed + i) for i in range(4)]
+    transcripts = list(beginnings)
+    open_requests: dict[int, tuple[list[int], int]] = {}
+    expected: dict[tuple[int, ...], list[int]] = {}
+    finished = 0
+    while finished < 50:
+        if len(open_requests) < 6 and rng.random() < 0.5:
+            prompt = rng.choice(transcripts) + random_prompt(rng.choice([0, 1, 5, 40]), VOCAB, rng.randrange(20))
+            n = rng.choice([1, 1, 3])
+            tenant = rng.choice("ab")
+            request = driver.submit([prompt], n=n, tenant=tenant, max_tokens=rng.randrange(1, 30), **GREEDY)
+            open_requests[request] = prompt, n
+        if open_requests and rng.random() < 0.03:
+            driver.cancel(rng.choice(list(open_requests)))
+        driver.step()
+        for request, (prompt, n) in list(open_requests.items()):
+            answers = [driver.answers.get((request, choice)) for choice in range(n)]
+            if any(answer is None or not answer.finish_reason for answer in answers):
+                continue
+            del open_requests[request]
+            finished += 1
+            key = tuple(prompt)
+            if key not in expected:
+                expected[key] = cold.complete(prompt, max_tokens=30, **GREEDY).token_ids
+            for answer in answers:
+                assert answer is not None
+                assert answer.token_ids == expected[key][: len(answer.token_ids)]
+                assert answer.finish_reason in (FinishReason.LENGTH, FinishReason.CANCELLED)
+            if len(prompt) < 600:
+                transcripts.append(prompt + expected[key][: rng.randrange(30)])
+    driver.run()
+    stats = driver.engine.stats()
+    assert stats.prefix_hits > 5 and stats.states_evicted > 0
+    assert not driver.engine._reuse._cache._active  # type: ignore[union-attr]
+    assert all(entry.pins == 0 for entry in driver.engine._reuse._cache.entries())  # type: ignore[union-attr]
+    driver.engine.close()

@@ -242,6 +242,8 @@ class ChatTemplate:
                 size += len(piece)
                 _check_size(size)
                 pieces.append(piece)
+            text = "".join(pieces)
+            text.encode()  # a template may write half a character, which no tokenizer takes
         except MemoryError:
             raise
         except Exception as error:  # a template may fail in any way that Python code can
@@ -249,7 +251,7 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"Invalid 'messages': the chat template cannot render them: {reason[:400]}", param="messages"
             ) from None
-        return "".join(pieces)
+        return text
 
     def _content(self, content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
         """The content in the form that the template expects."""

@@ -29,6 +29,31 @@ EITHER = (
     "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for part in m.content %}[{{ part['text'] }}]{% endfor %}{% endif %};{% endfor %}"
 )
+THINKING = """
+{%- macro shown(content) %}{{ content | trim }}{%- endmacro %}
+{%- set ns = namespace(last=messages|length - 1, open=true) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.open and message.role == 'user' and not (message.content.startswith('<tool>')) %}
+        {%- set ns.open = false %}{%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- if messages[0]['role'] == 'system' %}
+    {{- '<|sys|>' ~ messages[0].content }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is not none else '' %}
+    {%- if '</think>' in content %}
+        {%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- if loop.last or loop.index0 % 2 == 0 %}{{ '<think>%s</think>' % thought }}{% endif %}
+    {%- endif %}
+    {{- '<|' + message.role|upper + '|>' }}
+    {{ shown(content) }}{{ [message.role, ns.last] | tojson }}
+    {%- if not loop.last %}{{ '\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt is defined and add_generation_prompt %}{{- '<|ASSISTANT|>\n' }}{% endif %}"""
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -144,6 +169,7 @@ def test_variables_that_the_template_reads() -> None:
         ("{{ gale_budget.__init__.__globals__ }}", "unsafe"),
         ("{% include 'x' %}", "loader"),
         ("{{ nothing.role }}", "undefined"),
+        (r"{{ '\ud800' }}", "surrogate"),
         ("{{ 1 / 0 }}", "division"),
         ("{{ raise_exception('No system messages.') }}", "No system messages."),
     ],
@@ -216,10 +242,12 @@ def test_a_broken_template_is_named(value: Any, tmp_path: Path) -> None:
 def test_transformers_renders_the_same() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    for source in (CHATML, MISTRAL, PARTS, EITHER):
+    for source in (CHATML, MISTRAL, PARTS, EITHER, THINKING):
         template = ChatTemplate(source, TOKENS)
         takes_parts = source in (PARTS, EITHER)
-        for messages in (turns("Hi"), turns("Hi  ", " <b>Hello</b> ", "ünï\n\n")):
+        for messages in (turns("Hi"), turns("Hi  ", "<think>\nhm\n</think>\n <b>Hello</b> ", "ünï\n\n")):
+            if source == THINKING:
+                messages = [{"role": "system", "content": "Be brief."}, *messages]
             if takes_parts:
                 messages = [message | {"content": parts(message["content"])} for message in messages]
             for begin in (False, True):

@@ -251,6 +251,11 @@ def test_null_means_not_given(server: Server) -> None:
     assert response.json()["usage"]["completion_tokens"] == 16
 
 
+def test_refusals_say_what_to_do_instead(server: Server) -> None:
+    assert "at its end only" in server.complete(suffix="b").json()["error"]["message"]
+    assert "structured_outputs" in server.complete(guided_json={}).json()["error"]["message"]
+
+
 def test_prompt_is_required(server: Server) -> None:
     error = server.http.post("/v1/completions", json={"max_tokens": 1}).json()["error"]
     assert error["param"] == "prompt"

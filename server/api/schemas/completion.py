@@ -48,7 +48,7 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = Field(None, description="Begin each choice's text with its prompt. Default false.")
 
     prompt_embeds: Annotated[object, Unsupported()] = None
-    suffix: Annotated[object, Unsupported("")] = None
+    suffix: Annotated[object, Unsupported("", hint="; a text is continued at its end only")] = None
 
 
 class Logprobs(BaseModel):

@@ -44,7 +44,8 @@ def _content(value: object) -> str | list[dict[str, str]]:
 
 
 Content: TypeAlias = Annotated[
-    str | list[dict[str, str]], PlainValidator(_content, json_schema_input_type=str | list[TextPart])
+    str | list[dict[str, str]],
+    PlainValidator(_content, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)]),
 ]
 
 

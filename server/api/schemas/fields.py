@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated, Final
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 MAX_STOP_STRINGS: Final = 32
@@ -134,4 +134,7 @@ BadWords = Annotated[tuple[str, ...] | None, PlainValidator(_bad_words, json_sch
 LogitBias = Annotated[
     dict[int, float] | None, PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)
 ]
-RequestId = Annotated[str | None, PlainValidator(_request_id, json_schema_input_type=str | None)]
+RequestId = Annotated[
+    str | None,
+    PlainValidator(_request_id, json_schema_input_type=Annotated[str, Field(pattern=f"^{REQUEST_ID.pattern}$")] | None),
+]

@@ -53,19 +53,26 @@ class GrammarVocabulary:
         self._tokenizer = LLTokenizer(_Vocabulary(tokenizer, vocab_size, eos_token_id))  # type: ignore[arg-type]
 
     def check(self, grammar: str) -> None:
-        """Raise GrammarError unless the grammar can be followed.
+        """Raise GrammarError unless the grammar can be followed, at least to its first token.
+
+        It takes milliseconds, of the worst grammars seconds, in which other threads can run.
 
         Args:
             grammar: made by one of this module's functions.
         """
         try:
             failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+            if failed:
+                raise GrammarError(_one_line(messages[0]))
+            # Some limits of size are met only here.
+            matcher = self.matcher(grammar)
+            matcher.compute_bitmask()
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # Rust's; it has no name that could be imported
                 raise
             raise GrammarError(_one_line(f"llguidance fails on it: {error}")) from None
-        if failed:
-            raise GrammarError(_one_line(messages[0]))
+        if matcher.is_error():
+            raise GrammarError(_one_line(matcher.get_error().partition("\n")[0]))
 
     def matcher(self, grammar: str) -> LLMatcher:
         """A matcher at the grammar's beginning. It raises nothing: what is wrong with it, it says when asked."""

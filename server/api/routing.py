@@ -18,6 +18,9 @@ Answer = TypeVar("Answer")
 OFFLOAD_BYTES: Final = 16 * 1024
 """Bodies from this size on are parsed and tokenized in a thread, so that streams do not stall meanwhile."""
 
+_SLOW_FIELDS: Final = ("response_format", "structured_outputs")
+"""Bodies with these are worked on in a thread: checking what a text must look like can take seconds."""
+
 ERRORS: Final[dict[int, str]] = {
     400: "The request can never succeed as it is; `param` names the field at fault.",
     401: "No API key, or a wrong one.",
@@ -56,7 +59,7 @@ def ready_info(client: EngineClient) -> EngineInfo:
 
 
 async def read_json(request: Request, limit: int, work: Callable[[dict[str, Any]], Answer]) -> Answer:
-    """What becomes of the request's JSON body; large ones are worked on in a thread.
+    """What becomes of the request's JSON body; large ones, and slow ones, are worked on in a thread.
 
     Args:
         request: its body has not been read yet.
@@ -69,5 +72,8 @@ async def read_json(request: Request, limit: int, work: Callable[[dict[str, Any]
     """
     body = await read_body(request, limit)
     if len(body) < OFFLOAD_BYTES:
-        return work(parse_json(body))
+        fields = parse_json(body)
+        if fields.keys().isdisjoint(_SLOW_FIELDS):
+            return work(fields)
+        return await asyncio.to_thread(work, fields)
     return await asyncio.to_thread(lambda: work(parse_json(body)))

@@ -10,7 +10,10 @@ from server.api.schemas.structured import ResponseFormat, StructuredOutputs, Str
 from server.grammar import GrammarError, GrammarVocabulary
 from server.tokenizer import Tokenizer
 
-_CACHED: Final = 256
+MAX_GRAMMAR_LENGTH: Final = 1 << 20
+"""Characters of a grammar as the engine gets it, mostly those of the request."""
+
+_CACHED: Final = 64
 
 
 class Grammars:
@@ -46,6 +49,8 @@ class Grammars:
             rule = make()
         except ValueError as error:
             raise invalid(param, f"cannot be followed: {error}") from None
+        if len(rule) > MAX_GRAMMAR_LENGTH:
+            raise invalid(param, f"is too large: {len(rule)} characters as a grammar, at most {MAX_GRAMMAR_LENGTH}")
         if complaint := self._check(rule):
             raise invalid(param, f"cannot be followed: {complaint}")
         return rule

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _SEED_BITS = 63
 _BUSY_WAIT_SECONDS = 0.0005
 """How often to see whether the device is still busy."""
-_IDLE_WAIT_SECONDS = 0.05
+_IDLE_WAIT_SECONDS = 0.005
 """How often to see whether somebody wants something."""
 
 

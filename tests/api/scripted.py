@@ -38,6 +38,7 @@ from server.types import (
     PromptLogprobs,
     Refusal,
     RefusalReason,
+    SamplingParams,
     StepOutput,
     TokenLogprobs,
     unpack_tokens,
@@ -197,7 +198,7 @@ class ScriptedEngine:
         for choice in range(request.num_choices):
             prompt = unpack_tokens(request.prompts[choice // request.n])
             tokens = script(len(prompt), choice % request.n)
-            matcher = StopMatcher(request.params.stop) if request.params.stop else None
+            matcher = self._matcher(request.params)
             self.running[request.request_id, choice] = Running(request, choice, matcher, tokens)
         self._receive([StepOutput(accepted=[request.request_id])])
         if idle:
@@ -210,6 +211,10 @@ class ScriptedEngine:
         if self.max_per_tenant is not None and own + request.num_choices > self.max_per_tenant:
             return Refusal(RefusalReason.TENANT_LIMIT, "too much of this key's is running")
         return None
+
+    @staticmethod
+    def _matcher(params: SamplingParams) -> StopMatcher | None:
+        return StopMatcher(params.stop, include=params.include_stop_str_in_output) if params.stop else None
 
     def _tick(self) -> None:
         if self.running:

@@ -1,7 +1,9 @@
 """What a text must look like: what is refused before generation, and by which name; what reaches the engine."""
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -178,3 +180,40 @@ def test_constraints_reach_the_engine() -> None:
 def test_a_legacy_field_says_what_to_use(server: Server) -> None:
     for field in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
         assert "structured_outputs" in server.complete(**{field: "a"}).json()["error"]["message"]
+
+
+def test_nobody_waits_while_a_grammar_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    checking, go_on = threading.Event(), threading.Event()
+
+    def check(vocabulary: GrammarVocabulary, rule: str) -> None:
+        checking.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(GrammarVocabulary, "check", check)
+    with serve() as server, ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(server.complete, "a", **outputs(regex="slow"))
+        try:
+            assert checking.wait(30)
+            assert server.complete("a").status_code == 200
+            assert not slow.done()
+        finally:
+            go_on.set()
+        assert slow.result().status_code == 200
+
+
+def test_a_grammar_is_bounded_in_size() -> None:
+    with serve(max_body_bytes=4_000_000) as server:
+        error = server.complete("a", **outputs(regex="a" * 1_100_000)).json()["error"]
+    assert error["param"] == "structured_outputs.regex"
+    assert "too large" in error["message"]
+
+
+def test_the_stop_string_is_in_the_text_where_asked_for(chatty: Server) -> None:
+    fields = {"prompt": "abc", "stop": ["n"], "max_tokens": 40, "include_stop_str_in_output": True}
+    (choice,) = chatty.complete(**fields).json()["choices"]
+    without = chatty.complete(**fields | {"include_stop_str_in_output": False}).json()["choices"][0]
+    assert choice["text"] == without["text"] + "n"
+    assert choice["stop_reason"] == without["stop_reason"] == "n"
+    lines = chatty.complete(**fields, stream=True).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]

@@ -82,6 +82,8 @@ def test_a_grammar_may_name_special_tokens() -> None:
         (grammar.from_json_schema({"$ref": "https://example.com/x"}), "example.com"),
         (grammar.from_grammar("start: nothing"), "nothing"),
         (grammar.from_grammar("start: <nothing>"), "nothing"),
+        # Valid, but beyond the library's limits at the first token.
+        (grammar.from_grammar("start: X\nX: /[a-z]{0,300}/ & ~/.*foo.*/ & ~/.*bar.*/"), "too many expressions"),
     ],
 )
 def test_refused_in_one_line_that_says_why(rule: str, words: str) -> None:
@@ -109,7 +111,7 @@ values: st.SearchStrategy[Any] = st.recursive(
 
 
 @given(text=letters | st.text(max_size=20), value=values)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_whatever_is_asked_for_is_followed_or_refused(text: str, value: Any) -> None:
     sources = [
         lambda: grammar.from_regex(text),
@@ -126,7 +128,7 @@ def test_whatever_is_asked_for_is_followed_or_refused(text: str, value: Any) -> 
         except GrammarError as error:
             assert str(error)
         else:
-            vocabulary().matcher(rule).compute_bitmask()
+            assert not vocabulary().matcher(rule).is_error()
 
 
 def test_needs_neither_torch_nor_numpy() -> None:

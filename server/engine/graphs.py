@@ -154,8 +154,8 @@ class StepGraphs:
     def _run_model(self, shape: StepShape) -> None:
         step, columns, rows = self._step, self._columns(shape), shape.rows
         every_token = self.folds_every_token(shape)
-        x_TD, slots_R1 = step.absorb(columns, shape, every_token=every_token)
-        step.model.logits(x_TD, columns.logit_rows, out_RV=self._logits_RV[:rows])
+        hidden, slots_R1 = step.absorb(columns, shape, every_token=every_token)
+        step.model.logits(hidden, columns.logit_rows, out_RV=self._logits_RV[:rows])
         self._slots_R[:rows] = slots_R1[columns.order_R]
         if shape.decodes and step.states.ring_size and not every_token:
             join_folds(step.device)

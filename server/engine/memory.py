@@ -20,7 +20,7 @@ from server.engine.capture import capture_steps, graph_bytes
 from server.engine.checkpoint import load_model
 from server.engine.config import GLAConfig
 from server.engine.constraints import mask_words
-from server.engine.model import GLAModel
+from server.engine.model import GLAModel, Hidden
 from server.engine.prefix_cache import Tier
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
@@ -41,8 +41,10 @@ _PROFILE_SLOTS = 4
 _CACHE_BYTES = 4 << 30
 _CACHE_SHARE = 8
 """Parked states take at most one in so many bytes of free memory, unless a flag says how many."""
-_SHORT_STEP = 2
-"""Tokens of a step whose products are kernels of their own, and not the matrix library's."""
+_SHORT_STEPS = (2, 17, 33)
+"""Tokens of steps whose products are kernels of their own, not the matrix library's: one for each kind of them."""
+_MANY_DECODES = 65
+"""More decodes than their kernels count as few, whatever the model."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 _MALLOC_KEEP = 1 << 30
@@ -232,7 +234,8 @@ def _run_worst_case(
         (1, (num_tokens - 1,), rows),
     ]
     if on_cuda:
-        steps.append((0, (_SHORT_STEP,), rows[:1].repeat(_SHORT_STEP)))
+        steps += [(0, (length,), rows[:1].repeat(length)) for length in _SHORT_STEPS]
+        steps.append((_MANY_DECODES, (1,), rows[:1]))
         # Prompts few to many: the tiles of prefill depend on their number, and so does the memory for float32 copies of
         # smaller states, which is largest beside a full budget of tokens.
         most = min(num_rows, num_tokens)
@@ -268,9 +271,9 @@ def _run_worst_case(
         sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
         masks = torch.full((len(step_rows), mask_words(vocab_size)), -1, dtype=torch.int32, device=device)
         sampler.sample(logits, torch.ones_like(step_rows), torch.zeros_like(step_rows), plan, masks)
-    x_TD = torch.zeros((num_tokens, model.config.hidden_size), dtype=model.dtype, device=device)
+    hidden = Hidden(torch.zeros((num_tokens, model.config.hidden_size), dtype=model.dtype, device=device))
     scored = torch.arange(num_tokens, device=device)[:SCORED_ROWS]
-    score_rows(model, x_TD, scored, torch.zeros_like(scored), config.max_logprobs)
+    score_rows(model, hidden, scored, torch.zeros_like(scored), config.max_logprobs)
 
 
 def _available_bytes(device: torch.device, utilization: float) -> int:

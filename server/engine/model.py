@@ -1,5 +1,7 @@
 """The GLA language model, for inference over a step's packed tokens."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,10 +12,10 @@ from server.engine.layers import FEATURE_MAP_FUNCTIONS, ConvIndex, Projection, s
 from server.engine.state_pool import StateTensors
 from server.kernels import (
     LayerState,
+    LowRankGate,
     gla_decode,
     gla_prefill,
     linear_add_,
-    log_decay,
     norm_gate,
     norm_linear,
     norm_swiglu,
@@ -21,6 +23,19 @@ from server.kernels import (
 
 _GATE_RANK = 16
 _GATE_NORMALIZER = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Hidden states after the last layer, before the norm.
+
+    Attributes:
+        x_TD: [T, hidden_size].
+        addends_STD: what is still to be added to them, float32 [S, T, hidden_size], or None.
+    """
+
+    x_TD: Tensor
+    addends_STD: Tensor | None = None
 
 
 class GLAModel:
@@ -70,6 +85,7 @@ class GLAModel:
             for projection in (layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj):
                 projection.pack()
 
+    @torch.inference_mode()
     def forward(self, inputs: ModelInputs, state: StateTensors, *, out_RV: Tensor | None = None) -> Tensor:
         """Absorb a step's tokens into the states, and return logits of the wanted rows.
 
@@ -84,8 +100,8 @@ class GLAModel:
         return self.logits(self.absorb(inputs, state), inputs.output_rows_R, out_RV=out_RV)
 
     @torch.inference_mode()
-    def absorb(self, inputs: ModelInputs, state: StateTensors) -> Tensor:
-        """The first part of :meth:`forward`: the hidden states of all rows, [T, hidden_size]."""
+    def absorb(self, inputs: ModelInputs, state: StateTensors) -> Hidden:
+        """The first part of :meth:`forward`: the hidden states of all rows."""
         conv_index = None
         if self.config.use_short_conv:
             conv_index = ConvIndex.build(
@@ -98,18 +114,25 @@ class GLAModel:
             )
         x_TD = F.embedding(inputs.token_ids_T, self.embeddings)
         conv_states = [None] * len(self.layers) if state.conv_LSWD is None else state.conv_LSWD.unbind()
+        addends: Tensor | None = None
         for layer, layer_state, conv_SWD in zip(self.layers, state.layers, conv_states, strict=True):
-            layer.forward(x_TD, inputs, layer_state, conv_SWD, conv_index)
-        return x_TD
+            addends = layer.forward(x_TD, addends, inputs, layer_state, conv_SWD, conv_index)
+        return Hidden(x_TD, addends)
 
     @torch.inference_mode()
-    def logits(self, x_TD: Tensor, rows_R: Tensor, *, out_RV: Tensor | None = None) -> Tensor:
-        """The second part of :meth:`forward`: logits of some rows of the hidden states, float32 [R, vocab_size]."""
-        # A single row needs no selection, and is spared the launch.
-        x_RD = x_TD if x_TD.shape[0] == rows_R.shape[0] == 1 else x_TD.index_select(0, rows_R)
+    def logits(self, hidden: Hidden, rows_R: Tensor, *, out_RV: Tensor | None = None) -> Tensor:
+        """The second part of :meth:`forward`: logits of some rows, float32 [R, vocab_size]."""
         if out_RV is None:
-            out_RV = x_RD.new_empty((x_RD.shape[0], self.config.vocab_size), dtype=torch.float32)
-        return norm_linear(x_RD, self.norm, self.lm_head.matrix, eps=self.config.norm_eps, out_TN=out_RV)
+            out_RV = hidden.x_TD.new_empty((rows_R.shape[0], self.config.vocab_size), dtype=torch.float32)
+        # A single row needs no selection, and is spared the launch.
+        single = hidden.x_TD.shape[0] == rows_R.shape[0] == 1
+        return norm_linear(
+            *(hidden.x_TD, self.norm, self.lm_head.matrix),
+            eps=self.config.norm_eps,
+            addends_STD=hidden.addends_STD,
+            rows_R=None if single else rows_R,
+            out_RN=out_RV,
+        )
 
 
 class GLALayer:
@@ -174,31 +197,33 @@ class GLALayer:
     def forward(
         self,
         x_TD: Tensor,
+        addends: Tensor | None,
         inputs: ModelInputs,
         state: LayerState,
         conv_SWD: Tensor | None,
         conv_index: ConvIndex | None,
-    ) -> None:
-        """Add the layer's outputs to ``x_TD`` [T, hidden_size], in place, and update the layer's states."""
+    ) -> Tensor | None:
+        """Add the layer's outputs to ``x_TD`` [T, hidden_size], in place, and update the layer's states.
+
+        Args:
+            addends: what the layer before has left to be added to ``x_TD``.
+
+        Returns:
+            What this layer has.
+        """
         eps = self.config.norm_eps
-        projected = norm_linear(x_TD, self.attn_norm, self.in_proj.matrix, eps=eps)
+        projected = norm_linear(x_TD, self.attn_norm, self.in_proj.matrix, eps=eps, addends_STD=addends)
         qkv, low_rank, gate = projected.split(self.in_sizes, dim=1)
         if conv_index is not None and conv_SWD is not None:
             qkv = short_conv(qkv, self.conv_weight, self.conv_bias, conv_SWD, conv_index)
-        o_THV = self._attend(qkv, self._log_decay(low_rank), inputs, state)
+        decays = LowRankGate(low_rank, self.decay_proj, self.decay_bias, _GATE_NORMALIZER, self.config.clamp_min)
+        o_THV = self._attend(qkv, decays, inputs, state)
         o_TE = norm_gate(o_THV, self.head_norm, gate if self.config.use_output_gate else None, eps=eps)
-        linear_add_(x_TD, o_TE, self.out_proj.matrix)
-        h_TI = norm_swiglu(x_TD, self.mlp_norm, self.gate_up_proj.matrix, eps=eps)
-        linear_add_(x_TD, h_TI, self.down_proj.matrix)
+        addends = linear_add_(x_TD, o_TE, self.out_proj.matrix)
+        h_TI = norm_swiglu(x_TD, self.mlp_norm, self.gate_up_proj.matrix, eps=eps, addends_STD=addends)
+        return linear_add_(x_TD, h_TI, self.down_proj.matrix)
 
-    def _log_decay(self, low_rank: Tensor) -> Tensor:
-        """Log of the decay per key channel, float32 [T, kv_heads, head_k], all <= 0."""
-        g = log_decay(
-            low_rank, self.decay_proj, self.decay_bias, normalizer=_GATE_NORMALIZER, clamp_min=self.config.clamp_min
-        )
-        return g.view(-1, self.config.num_kv_heads, self.config.head_k)
-
-    def _attend(self, qkv: Tensor, g_TGK: Tensor, inputs: ModelInputs, state: LayerState) -> Tensor:
+    def _attend(self, qkv: Tensor, decays: LowRankGate, inputs: ModelInputs, state: LayerState) -> Tensor:
         """The recurrence over a step's spans: what each token reads, [T, heads, head_v]."""
         q, k, v = qkv.split(self.qkv_sizes, dim=1)
         if self.feature_map is not None:
@@ -210,17 +235,17 @@ class GLALayer:
         slots, from_zero = inputs.slots_N, inputs.from_zero_N
         if not inputs.longest_prefill:
             return gla_decode(
-                *(q_THK, k_TGK, v_TGV, g_TGK, state, slots, from_zero), scale=self.scale, rows=inputs.ring_rows
+                *(q_THK, k_TGK, v_TGV, decays, state, slots, from_zero), scale=self.scale, rows=inputs.ring_rows
             )
         o_prefill = gla_prefill(
-            *(q_THK[d:], k_TGK[d:], v_TGV[d:], g_TGK[d:], state, slots[d:], from_zero[d:], inputs.cu_seqlens),
+            *(q_THK[d:], k_TGK[d:], v_TGV[d:], decays[d:], state, slots[d:], from_zero[d:], inputs.cu_seqlens),
             scale=self.scale,
             max_length=inputs.longest_prefill,
         )
         if not d:
             return o_prefill
         o_decode = gla_decode(
-            *(q_THK[:d], k_TGK[:d], v_TGV[:d], g_TGK[:d], state, slots[:d], from_zero[:d]),
+            *(q_THK[:d], k_TGK[:d], v_TGV[:d], decays[:d], state, slots[:d], from_zero[:d]),
             scale=self.scale,
             rows=inputs.ring_rows,
         )

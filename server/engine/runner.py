@@ -14,6 +14,7 @@ from server.engine.batch import Batch, Span
 from server.engine.columns import Columns, pack
 from server.engine.copy_clock import CopyClock
 from server.engine.graphs import StepGraphs
+from server.engine.model import Hidden
 from server.engine.sampler import Sampled, SamplePlan, has_bias, has_penalties, is_filtered, is_greedy, redirect_done
 from server.engine.scoring import ScorePlan, Scores, pack_scores, plan_scores, score_rows
 from server.engine.sequence import Sequence
@@ -187,11 +188,11 @@ class Runner:
                 return PendingStep(batch, rows[: plan.num_sampled], sampled, snapshots=snapshots, on_cuda=self._on_cuda)
         else:
             pending, folding = self._advance_rings(batch, every_token=False)
-            x_TD, slots_R1, columns = self._absorb(batch, logits.spans, pending, folding)
+            hidden, slots_R1, columns = self._absorb(batch, logits.spans, pending, folding)
             if score_plan is not None:
-                scored = score_plan, self._score(score_plan, x_TD)
+                scored = score_plan, self._score(score_plan, hidden)
             wanted = len(logits.spans)
-            logits_UV = self._step.model.logits(x_TD, columns.logit_rows[:wanted]) if rows else x_TD
+            logits_UV = self._step.model.logits(hidden, columns.logit_rows[:wanted]) if rows else hidden.x_TD
             slots_R, positions_R = slots_R1[columns.order_R[:wanted]], columns.positions_R[:wanted]
         snapshots = self._save(batch, logits_UV, logits.spans)
         sampled = None
@@ -221,21 +222,21 @@ class Runner:
 
     def _absorb(
         self, batch: Batch, output_spans: list[int], pending: list[int], folding: list[int]
-    ) -> tuple[Tensor, Tensor, Columns]:
+    ) -> tuple[Hidden, Tensor, Columns]:
         """Absorb the batch's tokens, kernel by kernel; the hidden states of all rows, and the slots of its spans."""
         shape = batch.shape
         columns = Columns.cut(self._to_device(pack(batch, shape, output_spans, pending, folding)), shape)
         if not shape.rows:
-            return self._step.model.embeddings[:0], columns.slots_R1, columns
+            return Hidden(self._step.model.embeddings[:0]), columns.slots_R1, columns
         longest = max((span.length for span in batch.prefills), default=0)
-        x_TD, slots_R1 = self._step.absorb(columns, shape, every_token=False, longest_prefill=longest)
-        return x_TD, slots_R1, columns
+        hidden, slots_R1 = self._step.absorb(columns, shape, every_token=False, longest_prefill=longest)
+        return hidden, slots_R1, columns
 
-    def _score(self, plan: ScorePlan, x_TD: Tensor) -> Scores:
+    def _score(self, plan: ScorePlan, hidden: Hidden) -> Scores:
         """The log-probabilities of the batch's prompt tokens, as far as somebody wants them."""
         upload = self._to_device(torch.frombuffer(plan.rows + plan.targets, dtype=torch.int32))
         rows_N, targets_N = upload.long().chunk(2)
-        return score_rows(self._step.model, x_TD, rows_N, targets_N, plan.num_top)
+        return score_rows(self._step.model, hidden, rows_N, targets_N, plan.num_top)
 
     @torch.inference_mode()
     def resume(self, batch: Batch) -> PendingStep:

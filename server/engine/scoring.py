@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import Batch, Span
-from server.engine.model import GLAModel
+from server.engine.model import GLAModel, Hidden
 from server.types import PromptLogprobs
 
 SCORED_ROWS: Final = 256
@@ -77,13 +77,13 @@ def plan_scores(batch: Batch) -> ScorePlan | None:
     return ScorePlan(tuple(spans), rows, targets, num_top) if rows else None
 
 
-def score_rows(model: GLAModel, x_TD: Tensor, rows_N: Tensor, targets_N: Tensor, num_top: int) -> Scores:
+def score_rows(model: GLAModel, hidden: Hidden, rows_N: Tensor, targets_N: Tensor, num_top: int) -> Scores:
     """Score tokens by the hidden states of the rows that predict them.
 
     Args:
         model: whose head turns hidden states into logits.
-        x_TD: what :meth:`GLAModel.absorb` returned.
-        rows_N: int64, rows of ``x_TD``.
+        hidden: what :meth:`GLAModel.absorb` returned.
+        rows_N: int64, rows of ``hidden``.
         targets_N: int64, the tokens that came after them.
         num_top: K, alternatives to report.
 
@@ -91,7 +91,7 @@ def score_rows(model: GLAModel, x_TD: Tensor, rows_N: Tensor, targets_N: Tensor,
         On the model's device.
     """
     pieces = [
-        _score(model.logits(x_TD, rows_R), targets_R, num_top).columns
+        _score(model.logits(hidden, rows_R), targets_R, num_top).columns
         for rows_R, targets_R in zip(rows_N.split(SCORED_ROWS), targets_N.split(SCORED_ROWS), strict=True)
     ]
     return Scores(*map(torch.cat, zip(*pieces, strict=True)))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from server.engine.batch import ModelInputs
 from server.engine.columns import Columns
-from server.engine.model import GLAModel
+from server.engine.model import GLAModel, Hidden
 from server.engine.sampler import Sampler, redirect_done
 from server.engine.state_pool import StateTensors
 from server.engine.step_shapes import MAX_ROWS, StepShape
@@ -37,7 +37,7 @@ class StepModel:
 
     def absorb(
         self, columns: Columns, shape: StepShape, *, every_token: bool, longest_prefill: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Hidden, Tensor]:
         """Absorb a step's tokens, without waiting for the device.
 
         Args:

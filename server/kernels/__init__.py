@@ -12,7 +12,7 @@ at their first use.
 
 Letters in names and comments: T packed tokens, N spans or rows, S slots of the pool, H query heads, G kv heads,
 K channels of a key (head_k), V channels of a value (head_v), D = G * K, E = H * V, I inner channels of the MLP,
-R rank of the gate.
+R rank of the gate, or rows whose logits are wanted.
 """
 
 from types import ModuleType
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from server.kernels import reference
 from server.kernels.packed import PackedMatrix
-from server.kernels.state import STATE_DTYPES, LayerState, Ring, RingRows, ring_size
+from server.kernels.state import STATE_DTYPES, LayerState, LowRankGate, Ring, RingRows, ring_size
 
 __all__ = [
     "STATE_DTYPES",
     "LayerState",
+    "LowRankGate",
     "PackedMatrix",
     "Ring",
     "RingRows",
@@ -50,7 +51,7 @@ def gla_prefill(
     q_THK: Tensor,
     k_TGK: Tensor,
     v_TGV: Tensor,
-    g_TGK: Tensor,
+    gate: Tensor | LowRankGate,
     state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
@@ -71,7 +72,7 @@ def gla_prefill(
             contiguous last dimension.
         k_TGK: keys [T, G, K], of q's dtype.
         v_TGV: values [T, G, V], of q's dtype.
-        g_TGK: natural logarithms of the decay [T, G, K], float32, all <= 0.
+        gate: natural logarithms of the decay [T, G, K], float32, all <= 0; or what they are computed from.
         state: one layer of the pool. Updated in place; its rings must be empty. States held in float32 are computed
             on where they lie, others in a float32 copy of the N states.
         slots_N: int64 [N]. Slot 0 may occur several times, and then holds anything; any other slot at most once.
@@ -87,7 +88,7 @@ def gla_prefill(
         ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
             The contents of slots_N and cu_seqlens are not checked.
     """
-    _check(q_THK, k_TGK, v_TGV, g_TGK, state, slots_N, from_zero_N)
+    _check(q_THK, k_TGK, v_TGV, gate, state, slots_N, from_zero_N)
     _check_tensor("cu_seqlens", cu_seqlens, (slots_N.shape[0] + 1,), (torch.int32,), q_THK.device)
     if max_length < 0:
         raise ValueError(f"max_length: must not be negative, is {max_length}")
@@ -101,7 +102,7 @@ def gla_prefill(
     if copied:
         states_SGKV, places_N = state.load(slots_N), torch.arange(len(slots_N), device=slots_N.device)
     o_THV: Tensor = backend.gla_prefill(
-        *(q_THK, k_TGK, v_TGV, g_TGK, states_SGKV, places_N, from_zero_N, cu_seqlens),
+        *(q_THK, k_TGK, v_TGV, _log_decays(gate, k_TGK), states_SGKV, places_N, from_zero_N, cu_seqlens),
         scale=scale,
         max_length=max_length,
     )
@@ -114,7 +115,7 @@ def gla_decode(
     q_NHK: Tensor,
     k_NGK: Tensor,
     v_NGV: Tensor,
-    g_NGK: Tensor,
+    gate: Tensor | LowRankGate,
     state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
@@ -131,8 +132,10 @@ def gla_decode(
         q_NHK: queries [N, H, K]; this and all others as in :func:`gla_prefill`, with one token per row.
         k_NGK: keys [N, G, K].
         v_NGV: values [N, G, V].
-        g_NGK: natural logarithms of the decay [N, G, K], float32, all <= 0.
-        state: one layer of the pool. Updated in place.
+        gate: natural logarithms of the decay [N, G, K], float32, all <= 0; or what they are computed from.
+        state: one layer of the pool. Updated in place. On CUDA, states, rings and where they stand are read while the
+            kernels of this package launched before may still run: between two calls for the same slots, some operation
+            of PyTorch has to run on the stream, as it does at the beginning of a model's step.
         slots_N: int64 [N].
         from_zero_N: bool [N].
         scale: factor of the output.
@@ -145,27 +148,33 @@ def gla_decode(
     Raises:
         ValueError: as in :func:`gla_prefill`. The contents of rows are not checked.
     """
-    _check(q_NHK, k_NGK, v_NGV, g_NGK, state, slots_N, from_zero_N)
+    _check(q_NHK, k_NGK, v_NGV, gate, state, slots_N, from_zero_N)
     if slots_N.shape[0] != q_NHK.shape[0]:
         raise ValueError(f"slots: must have one slot per row of q, {q_NHK.shape[0]}, has {slots_N.shape[0]}")
-    inputs = (q_NHK, k_NGK, v_NGV, g_NGK)
     ring, pending_N = state.ring, None
     if ring is not None or rows is not None:
         ring, pending_N, folding = _check_ring(state, rows, q_NHK, v_NGV)
         if folding is not None:
             assert rows is not None
             if not q_NHK.is_cuda:
-                return reference.gla_decode_buffered(*inputs, state, slots_N, from_zero_N, rows, scale=scale)
+                return reference.gla_decode_buffered(
+                    *(q_NHK, k_NGK, v_NGV, _log_decays(gate, k_NGK), state, slots_N, from_zero_N, rows), scale=scale
+                )
             from server.kernels import buffered
 
-            return buffered.gla_decode(*inputs, state, slots_N, from_zero_N, rows, scale=scale)
+            return buffered.gla_decode(q_NHK, k_NGK, v_NGV, gate, state, slots_N, from_zero_N, rows, scale=scale)
     if q_NHK.is_cuda:
         from server.kernels import decode
 
         return decode.gla_decode(
-            *inputs, state.values_SGKV, slots_N, from_zero_N, scale=scale, ring=ring, pending_N=pending_N
+            *(q_NHK, k_NGK, v_NGV, gate, state.values_SGKV, slots_N, from_zero_N),
+            scale=scale,
+            ring=ring,
+            pending_N=pending_N,
         )
-    return reference.gla_decode(*inputs, state.values_SGKV, slots_N, from_zero_N, scale=scale)
+    return reference.gla_decode(
+        *(q_NHK, k_NGK, v_NGV, _log_decays(gate, k_NGK), state.values_SGKV, slots_N, from_zero_N), scale=scale
+    )
 
 
 def join_folds(device: torch.device) -> None:
@@ -183,10 +192,10 @@ def join_folds(device: torch.device) -> None:
 def folds_every_token(num_rows: int, values_SGKV: Tensor) -> bool:
     """Whether a batch of so many rows decodes fastest by updating states in place with every token.
 
-    Measured on an H200 with float32 states: up to 64 MiB of them, one kernel that reads and writes is faster than three
+    Measured on an H200 with float32 states: up to 8 MiB of them, one kernel that reads and writes is faster than three
     that mostly read. Smaller types are never updated so, since their rounding would add up.
     """
-    return values_SGKV.dtype == torch.float32 and num_rows * values_SGKV[0].numel() <= 2**24
+    return values_SGKV.dtype == torch.float32 and num_rows * values_SGKV[0].numel() <= 2**21
 
 
 def log_decay(
@@ -207,15 +216,8 @@ def log_decay(
     Raises:
         ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
     """
-    device = low_rank_TR.device
-    _check_dimensions("low_rank", low_rank_TR, 2)
-    _check_dimensions("weight", weight_DR, 2)
-    channels = weight_DR.shape[0]
-    _check_tensor("low_rank", low_rank_TR, (low_rank_TR.shape[0], weight_DR.shape[1]), _INPUT_DTYPES, device)
-    _check_tensor("weight", weight_DR, tuple(weight_DR.shape), (torch.float32,), device)
-    if not weight_DR.is_contiguous():
-        raise ValueError(f"weight: must be contiguous, strides are {weight_DR.stride()}")
-    _check_tensor("bias", bias_D, (channels,), (torch.float32,), device)
+    gate_arguments = LowRankGate(low_rank_TR, weight_DR, bias_D, normalizer, clamp_min)
+    _check_gate(gate_arguments, low_rank_TR.shape[0], weight_DR.shape[0], low_rank_TR.device)
     if low_rank_TR.is_cuda:
         from server.kernels import gate
 
@@ -255,44 +257,65 @@ def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *,
 
 
 def norm_linear(
-    x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor | PackedMatrix, *, eps: float, out_TN: Tensor | None = None
+    x_TD: Tensor,
+    norm_D: Tensor,
+    weight_ND: Tensor | PackedMatrix,
+    *,
+    eps: float,
+    addends_STD: Tensor | None = None,
+    rows_R: Tensor | None = None,
+    out_RN: Tensor | None = None,
 ) -> Tensor:
-    """RMSNorm of every row, then a projection.
+    """RMSNorm of every row, or of some, then a projection.
 
-    On CUDA, the rounding of a row's result depends on whether it is the only one (:mod:`server.kernels.linear`).
+    On CUDA, the rounding of a row's result depends on how many there are (:mod:`server.kernels.linear`).
 
     Args:
         x_TD: [T, D], float32, bfloat16 or float16; rows may be strided.
         norm_D: weight of the norm [D], of x's dtype.
         weight_ND: [N, D], of x's dtype; contiguous on CUDA. On the CPU it may be packed.
         eps: added to the mean square.
-        out_TN: where to write the result: contiguous, of x's dtype or float32; None: a new tensor of x's dtype.
+        addends_STD: float32 [S, T, D], contiguous, what :func:`linear_add_` has left to be added to x first. The sums
+            replace x, unless ``rows_R`` is given: then x stays as it is.
+        rows_R: int64 [R], the rows that are wanted, in this order; None: all.
+        out_RN: where to write the result: contiguous, of x's dtype or float32; None: a new tensor of x's dtype.
 
     Returns:
-        The result [T, N].
+        The result [R, N], or [T, N].
 
     Raises:
         ValueError: a shape, dtype, device or stride is not as above; the message names the argument.
     """
     _check_projection(x_TD, weight_ND, "x")
-    _check_tensor("norm", norm_D, tuple(x_TD.shape[1:]), (x_TD.dtype,), x_TD.device)
-    shape = (x_TD.shape[0], weight_ND.shape[0])
-    if out_TN is None:
-        out_TN = x_TD.new_empty(shape)
-    _check_tensor("out", out_TN, shape, (x_TD.dtype, torch.float32), x_TD.device)
-    if not out_TN.is_contiguous():
-        raise ValueError(f"out: must be contiguous, strides are {out_TN.stride()}")
+    _check_norm(x_TD, norm_D, addends_STD)
+    num_rows = x_TD.shape[0]
+    if rows_R is not None:
+        num_rows = rows_R.shape[0]
+        _check_tensor("rows", rows_R, (num_rows,), (torch.int64,), x_TD.device)
+    shape = (num_rows, weight_ND.shape[0])
+    if out_RN is None:
+        out_RN = x_TD.new_empty(shape)
+    _check_tensor("out", out_RN, shape, (x_TD.dtype, torch.float32), x_TD.device)
+    if not out_RN.is_contiguous():
+        raise ValueError(f"out: must be contiguous, strides are {out_RN.stride()}")
     if x_TD.is_cuda:
         from server.kernels import linear
 
         assert isinstance(weight_ND, Tensor)
-        linear.norm_linear(x_TD, norm_D, weight_ND, out_TN, eps=eps)
+        linear.norm_linear(x_TD, norm_D, weight_ND, out_RN, eps=eps, addends_STD=addends_STD, rows_R=rows_R)
     else:
-        reference.norm_linear(x_TD, norm_D, weight_ND, out_TN, eps=eps)
-    return out_TN
+        reference.norm_linear(x_TD, norm_D, weight_ND, out_RN, eps=eps, addends_STD=addends_STD, rows_R=rows_R)
+    return out_RN
 
 
-def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor | PackedMatrix, *, eps: float) -> Tensor:
+def norm_swiglu(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    weight_JD: Tensor | PackedMatrix,
+    *,
+    eps: float,
+    addends_STD: Tensor | None = None,
+) -> Tensor:
     """RMSNorm of every row, then the projections of a gated MLP and its activation, swish(gate) * up.
 
     Args:
@@ -300,6 +323,7 @@ def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor | PackedMatrix, 
         norm_D: [D].
         weight_JD: gate above up, [2 * I, D].
         eps: added to the mean square.
+        addends_STD: float32 [S, T, D] or None.
 
     Returns:
         [T, I] of x's dtype, contiguous.
@@ -308,24 +332,27 @@ def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor | PackedMatrix, 
         ValueError: as in :func:`norm_linear`, or weight has an odd number of rows.
     """
     _check_projection(x_TD, weight_JD, "x")
-    _check_tensor("norm", norm_D, tuple(x_TD.shape[1:]), (x_TD.dtype,), x_TD.device)
+    _check_norm(x_TD, norm_D, addends_STD)
     if weight_JD.shape[0] % 2:
         raise ValueError(f"weight: must have an even number of rows, has {weight_JD.shape[0]}")
     if x_TD.is_cuda:
         from server.kernels import linear
 
         assert isinstance(weight_JD, Tensor)
-        return linear.norm_swiglu(x_TD, norm_D, weight_JD, eps=eps)
-    return reference.norm_swiglu(x_TD, norm_D, weight_JD, eps=eps)
+        return linear.norm_swiglu(x_TD, norm_D, weight_JD, eps=eps, addends_STD=addends_STD)
+    return reference.norm_swiglu(x_TD, norm_D, weight_JD, eps=eps, addends_STD=addends_STD)
 
 
-def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor | PackedMatrix) -> None:
-    """Add a projection of ``o_TK`` to ``x_TN``, in place.
+def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor | PackedMatrix) -> Tensor | None:
+    """Add a projection of ``o_TK`` to ``x_TN``, in place, or leave it to the norm that follows.
 
     Args:
-        x_TN: [T, N], contiguous, of o's dtype. Updated.
+        x_TN: [T, N], contiguous, of o's dtype. Updated, unless something is returned.
         o_TK: [T, K]; it and the weight [N, K] as in :func:`norm_linear`.
         weight_NK: as there.
+
+    Returns:
+        None, or what is still to be added to x: float32 [S, T, N], for :func:`norm_linear` or :func:`norm_swiglu`.
 
     Raises:
         ValueError: as in :func:`norm_linear`.
@@ -338,9 +365,9 @@ def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor | PackedMatrix) ->
         from server.kernels import linear
 
         assert isinstance(weight_NK, Tensor)
-        linear.linear_add_(x_TN, o_TK, weight_NK)
-    else:
-        reference.linear_add_(x_TN, o_TK, weight_NK)
+        return linear.linear_add_(x_TN, o_TK, weight_NK)
+    reference.linear_add_(x_TN, o_TK, weight_NK)
+    return None
 
 
 def pick_greedy(
@@ -381,11 +408,33 @@ def pick_greedy(
     return reference.pick_greedy(logits_RV, slots_R, flags_SV, last_token_S, done_S, stop_flag=stop_flag)
 
 
+def _log_decays(gate: Tensor | LowRankGate, k_TGK: Tensor) -> Tensor:
+    """The gate's log decays, in the keys' shape."""
+    if isinstance(gate, Tensor):
+        return gate
+    g_TD = log_decay(
+        *(gate.low_rank_TR, gate.weight_DR, gate.bias_D), normalizer=gate.normalizer, clamp_min=gate.clamp_min
+    )
+    return g_TD.view(k_TGK.shape)
+
+
+def _check_gate(gate: LowRankGate, tokens: int, channels: int, device: torch.device) -> None:
+    """Raise ValueError unless the gate's tensors fit each other and so many tokens and channels."""
+    _check_dimensions("low_rank", gate.low_rank_TR, 2)
+    _check_dimensions("weight", gate.weight_DR, 2)
+    rank = gate.weight_DR.shape[1]
+    _check_tensor("low_rank", gate.low_rank_TR, (tokens, rank), _INPUT_DTYPES, device)
+    _check_tensor("weight", gate.weight_DR, (channels, rank), (torch.float32,), device)
+    if not gate.weight_DR.is_contiguous():
+        raise ValueError(f"weight: must be contiguous, strides are {gate.weight_DR.stride()}")
+    _check_tensor("bias", gate.bias_D, (channels,), (torch.float32,), device)
+
+
 def _check(
     q_THK: Tensor,
     k_TGK: Tensor,
     v_TGV: Tensor,
-    g_TGK: Tensor,
+    gate: Tensor | LowRankGate,
     state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
@@ -408,7 +457,10 @@ def _check(
     _check_tensor("q", q_THK, (tokens, heads, head_k), _INPUT_DTYPES, device)
     _check_tensor("k", k_TGK, (tokens, kv_heads, head_k), dtype, device)
     _check_tensor("v", v_TGV, (tokens, kv_heads, head_v), dtype, device)
-    _check_tensor("g", g_TGK, (tokens, kv_heads, head_k), (torch.float32,), device)
+    if isinstance(gate, Tensor):
+        _check_tensor("gate", gate, (tokens, kv_heads, head_k), (torch.float32,), device)
+    else:
+        _check_gate(gate, tokens, kv_heads * head_k, device)
     _check_tensor("state", state_SGKV, (slots, kv_heads, head_k, head_v), tuple(STATE_DTYPES.values()), device)
     if (state_SGKV.dtype == torch.uint8) != (state.scales_SGK is not None):
         raise ValueError("state: uint8 values, and no others, have scales")
@@ -459,6 +511,17 @@ def _check_projection(x_TK: Tensor, weight_NK: Tensor | PackedMatrix, name: str)
     _check_tensor("weight", weight_NK, shape, (x_TK.dtype,), x_TK.device)
     if x_TK.is_cuda and not weight_NK.is_contiguous():
         raise ValueError(f"weight: must be contiguous, strides are {weight_NK.stride()}")
+
+
+def _check_norm(x_TD: Tensor, norm_D: Tensor, addends_STD: Tensor | None) -> None:
+    """Raise ValueError unless a norm's weight and what is added before it fit ``x_TD``."""
+    _check_tensor("norm", norm_D, tuple(x_TD.shape[1:]), (x_TD.dtype,), x_TD.device)
+    if addends_STD is not None:
+        _check_dimensions("addends", addends_STD, 3)
+        shape = (addends_STD.shape[0], *x_TD.shape)
+        _check_tensor("addends", addends_STD, shape, (torch.float32,), x_TD.device)
+        if not addends_STD.is_contiguous():
+            raise ValueError(f"addends: must be contiguous, strides are {addends_STD.stride()}")
 
 
 def _check_dimensions(name: str, tensor: Tensor, dimensions: int) -> None:

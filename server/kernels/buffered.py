@@ -14,11 +14,10 @@ and those of the ring's (a); *read* sums the rows of both under their weights, o
 takes the time; *fold* rewrites the states of the rows that are due.
 """
 
-# Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
-# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# Triton's decorator has no types, and a kernel's arguments are pointers, integers of no Python type, growing tuples.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, assignment"
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,9 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.kernels.gate import GateArguments, log_decays_of
 from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import check_head_k, is_interpreted, next_power_of_2
-from server.kernels.state import LayerState, RingRows
+from server.kernels.state import LayerState, LowRankGate, RingRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +41,31 @@ class BufferedPlan:
     read_warps: int
     read_stages: int
     """Tiles on their way from memory."""
+    read_ahead: int
+    """Tiles that a program reads before the scores are there, in a batch of few heads."""
     fold_k: int
     fold_v: int
     fold_warps: int
-    score_c: int = 8
+    fold_programs: int
+    """Programs per multiprocessor, at most, which share the folds: few, so that they leave room for what runs beside
+    them. Their number is fixed when a graph is captured."""
+    score_c: int = 16
     """Entries of the ring that a program scores."""
-    score_warps: int = 2
+    score_warps: int = 4
 
 
 _COLUMNS = ["p_slots", "p_from_zero", "p_pending", "p_folding"]
 """Parts of one upload, aligned as the parts before them leave them: one variant of a kernel must do for all."""
-_FOLD_PROGRAMS = 8
-"""Programs per multiprocessor, at most, which share the folds: their number is fixed when a graph is captured."""
+FEW_HEADS = 64
+"""In a batch of up to so many heads, programs that read wait for their scores with most of their part of the state in
+registers. With more, there are not registers enough; no bit of a result depends on it."""
 
 
 def gla_decode(
     q_NHK: Tensor,
     k_NGK: Tensor,
     v_NGV: Tensor,
-    g_NGK: Tensor,
+    gate: Tensor | LowRankGate,
     state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
@@ -93,12 +99,16 @@ def gla_decode(
     slot_strides = [values.stride(0), 0 if scales is None else scales.stride(0)]
     ring_strides = [ring.keys_SGCK.stride(0), ring.values_SGCV.stride(0), ring.decays_SGCK.stride(0)]
     early = launches_early(q_NHK.device)
+    decays = GateArguments.of(gate)
+    few = num_rows * kv_heads <= FEW_HEADS
+    ahead = min(plan.read_ahead, triton.cdiv(head_k, plan.read_k)) if few else 0
+    _start_fold(q_NHK.device)
     with torch.cuda.device_of(q_NHK):
         score_kernel[(kv_heads, num_rows, triton.cdiv(ring.size, plan.score_c))](
             q_NHK,
             k_NGK,
             v_NGV,
-            g_NGK,
+            *decays.tensors,
             scales,
             ring.keys_SGCK,
             ring.values_SGCV,
@@ -108,13 +118,16 @@ def gla_decode(
             from_zero_N,
             rows.pending_N,
             scale,
+            *decays.scalars,
             *q_NHK.stride()[:2],
             *k_NGK.stride()[:2],
             *v_NGV.stride()[:2],
-            *g_NGK.stride()[:2],
+            *decays.strides,
             slot_strides[1],
             *ring_strides,
             **shape,
+            R=decays.rank,
+            BR=next_power_of_2(decays.rank) if decays.rank else 1,
             HAS_SCALES=scales is not None,
             REPEATS=repeats,
             BC=plan.score_c,
@@ -140,15 +153,18 @@ def gla_decode(
             BR=next_power_of_2(repeats),
             BK=plan.read_k,
             BV=plan.read_v,
+            AHEAD=ahead,
             STAGES=plan.read_stages,
             EARLY=early,
             num_warps=plan.read_warps,
             launch_pdl=early,
         )
-        # Nobody waits for a fold before the next step. In a graph it runs beside what follows in this one.
-        with _beside(q_NHK.device):
-            tiles = num_rows * kv_heads * triton.cdiv(head_k, plan.fold_k) * triton.cdiv(head_v, plan.fold_v)
-            fold_kernel[(min(tiles, _multiprocessors(q_NHK.device) * _FOLD_PROGRAMS),)](
+
+    def fold() -> None:
+        assert rows.folding is not None
+        tiles = num_rows * kv_heads * triton.cdiv(head_k, plan.fold_k) * triton.cdiv(head_v, plan.fold_v)
+        with torch.cuda.device_of(values):
+            fold_kernel[(min(tiles, _multiprocessors(values.device) * plan.fold_programs),)](
                 values,
                 scales,
                 ring.keys_SGCK,
@@ -165,29 +181,47 @@ def gla_decode(
                 G=kv_heads,
                 BK=plan.fold_k,
                 BV=plan.fold_v,
-                EXACT=q_NHK.dtype != torch.bfloat16 or is_interpreted(fold_kernel),
+                EXACT=ring.keys_SGCK.dtype != torch.bfloat16 or is_interpreted(fold_kernel),
                 num_warps=plan.fold_warps,
                 num_stages=1,
             )
+
+    if _is_captured(q_NHK.device):
+        _waiting_folds[q_NHK.device] = fold
+    else:
+        fold()
     return o_NHV
 
 
-@contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """While a graph is captured, work that only its end waits for (:func:`join_folds`)."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield
+_waiting_folds: dict[torch.device, Callable[[], None]] = {}
+"""Captured decodes whose folds are not captured yet.
+
+Nobody waits for a fold before the next step, so in a graph it runs beside what follows in this one. Not beside the
+matrix products, though: they occupy whole multiprocessors, and would not start until it has ended. It starts with the
+next layer's decode instead, which like the fold waits for memory alone.
+"""
+
+
+def _start_fold(device: torch.device) -> None:
+    """Capture the waiting fold, if there is one, beside what is captured next."""
+    fold = _waiting_folds.pop(device, None)
+    if fold is None:
         return
     stream = _fold_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        yield
+        fold()
 
 
 def join_folds(device: torch.device) -> None:
     """Make the stream that captures a graph wait for the folds captured beside it; must be called where it ends."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_captured(device):
+        _start_fold(device)
         torch.cuda.current_stream(device).wait_stream(_fold_stream(device))
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @cache
@@ -205,14 +239,15 @@ def plan_buffered(head_k: int, head_v: int, repeats: int, state_dtype: torch.dty
     """
     all_v = max(16, next_power_of_2(head_v))
     if repeats > 1:
-        read = (max(1, 16 // next_power_of_2(repeats)), min(all_v, 128), 1, 4)
+        read = (max(1, 16 // next_power_of_2(repeats)), min(all_v, 128), 1, 4, 6)
     elif state_dtype == torch.float32:
-        read = (32, min(all_v, 64), 2, 3)
+        read = (32, min(all_v, 64), 2, 3, 6)
     else:
-        read = (16, min(all_v, 128), 1, 4)
+        read = (16, min(all_v, 128), 1, 4, 6)
     if state_dtype == torch.uint8:
-        return BufferedPlan(*read, fold_k=16, fold_v=all_v, fold_warps=8 if all_v >= 512 else 4)
-    return BufferedPlan(*read, fold_k=16, fold_v=min(all_v, 128), fold_warps=2)
+        return BufferedPlan(*read, fold_k=16, fold_v=all_v, fold_warps=8 if all_v >= 512 else 4, fold_programs=1)
+    programs = 4 if state_dtype == torch.float32 else 8
+    return BufferedPlan(*read, fold_k=16, fold_v=min(all_v, 128), fold_warps=2, fold_programs=programs)
 
 
 @cache
@@ -227,7 +262,9 @@ def score_kernel(
     p_q,
     p_k,
     p_v,
-    p_g,
+    p_gate,
+    p_gate_weight,
+    p_gate_bias,
     p_scales,
     p_ring_k,
     p_ring_v,
@@ -237,6 +274,8 @@ def score_kernel(
     p_from_zero,
     p_pending,
     scale,
+    gate_factor,
+    clamp_min,
     stride_qn,
     stride_qh,
     stride_kn,
@@ -252,6 +291,8 @@ def score_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
+    R: tl.constexpr,
+    BR: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     REPEATS: tl.constexpr,
     BC: tl.constexpr,
@@ -261,33 +302,43 @@ def score_kernel(
 ):
     """Grid: (kv heads, rows, blocks of the ring)."""
     start_next(EARLY)
-    await_previous(EARLY)
     i_g, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_c = tl.program_id(2) * BC
+    o_c = i_c + tl.arange(0, BC)
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    # The ring, and where it stands, were complete before this step began: they need not be waited for.
     slot = tl.load(p_slots + i_n).to(tl.int64)
     from_zero = tl.load(p_from_zero + i_n) != 0
     pending = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32)
-    i_c = tl.program_id(2) * BC
-    if i_c > pending:
-        return
-    o_c = i_c + tl.arange(0, BC)
-    o_k = tl.arange(0, BK)
     m_c = o_c < pending
-    m_k = o_k < K
     m_ck = m_c[:, None] & m_k[None, :]
     p_keys = p_ring_k + slot * stride_ring_k + i_g * (C * K)
     p_decays = p_ring_g + slot * stride_ring_g + i_g * (C * K)
+    # The ring's newest entry has the sum of all gates since the last fold.
+    b_total = tl.load(p_decays + (pending - 1) * K + o_k, mask=m_k & (pending > 0), other=0.0)
+    b_ring_g = tl.load(p_decays + o_c[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+    b_ring_k = tl.load(p_keys + o_c[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+    if R > 0:
+        o_r = tl.arange(0, BR)
+        p_channels = p_gate_weight + (i_g * K + o_k[:, None]) * R + o_r[None, :]
+        b_gate_weight = tl.load(p_channels, mask=m_k[:, None] & (o_r < R)[None, :], other=0.0)
+        b_gate_bias = tl.load(p_gate_bias + i_g * K + o_k, mask=m_k, other=0.0)
+    await_previous(EARLY)
+    if i_c > pending:
+        return
+
+    if R > 0:
+        b_low_rank = tl.load(p_gate + i_n * stride_gn + o_r, mask=o_r < R, other=0.0).to(tl.float32)
+        b_total += log_decays_of(b_low_rank, b_gate_weight, b_gate_bias, gate_factor, clamp_min)
+    else:
+        b_total += tl.load(p_gate + i_n * stride_gn + i_g * stride_gg + o_k, mask=m_k, other=0.0)
     p_rows = p_weights + (i_n * tl.num_programs(0) + i_g) * (REPEATS * (K + C))
     p_q += i_n * stride_qn + i_g * (REPEATS * stride_qh)
-
-    b_total = tl.load(p_g + i_n * stride_gn + i_g * stride_gg + o_k, mask=m_k, other=0.0)
-    # The ring's newest entry has the sum of all gates since the last fold.
-    b_total += tl.load(p_decays + (pending - 1) * K + o_k, mask=m_k & (pending > 0), other=0.0)
-    b_ring_g = tl.load(p_decays + o_c[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-    b_ring_k = tl.load(p_keys + o_c[:, None] * K + o_k[None, :], mask=m_ck, other=0.0).to(tl.float32)
-    b_ring_k *= tl.exp(b_total[None, :] - b_ring_g)  # [BC, BK]
+    b_scored = b_ring_k.to(tl.float32) * tl.exp(b_total[None, :] - b_ring_g)  # [BC, BK]
     for i_r in tl.static_range(REPEATS):
         b_q = tl.load(p_q + i_r * stride_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_score = tl.sum(b_ring_k * b_q[None, :], axis=1) * scale
+        b_score = tl.sum(b_scored * b_q[None, :], axis=1) * scale
         tl.store(p_rows + i_r * (K + C) + K + o_c, b_score, mask=m_c)
     if i_c == 0:
         # The token itself: an entry of the ring, its score, and what its queries read of the state.
@@ -328,12 +379,12 @@ def read_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Grid: (value tiles, kv heads, rows)."""
     start_next(EARLY)
-    await_previous(EARLY)
     i_v, i_g, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = tl.load(p_slots + i_n).to(tl.int64)
     from_zero = tl.load(p_from_zero + i_n) != 0
@@ -349,15 +400,22 @@ def read_kernel(
     p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_k * V + o_v
     p_values = p_ring_v + slot * stride_ring_v + i_g * (C * V) + o_k * V + o_v
 
+    # The state was complete before this step began: its first tiles need not be waited for.
+    tiles = ()
+    for i in tl.static_range(AHEAD):
+        m_state = (i * BK + o_k < K) & m_v & (from_zero == 0)
+        tiles += (tl.load(p_tile + i * BK * V, mask=m_state, other=0),)
+    await_previous(EARLY)
+
     b_sum = tl.zeros((BR, BK, BV), dtype=tl.float32)
-    for i_k in tl.range(0, K, BK, num_stages=STAGES):
+    for i in tl.static_range(AHEAD):
+        b_weight = tl.load(p_rows + i * BK, mask=m_r & (i * BK + o_k < K), other=0.0)
+        b_sum += b_weight * _widened(tiles[i], HAS_SCALES)
+    for i_k in tl.range(AHEAD * BK, K, BK, num_stages=STAGES):
         m_k = i_k + o_k < K
         b_state = tl.load(p_tile + i_k * V, mask=m_k & m_v & (from_zero == 0), other=0)
-        if HAS_SCALES:
-            # 0x4B000000 is 2^23: the value becomes the last bits of a float32, and 2^23 + 128 is taken off again.
-            b_state = (b_state.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
         b_weight = tl.load(p_rows + i_k, mask=m_r & m_k, other=0.0)
-        b_sum += b_weight * b_state.to(tl.float32)
+        b_sum += b_weight * _widened(b_state, HAS_SCALES)
     for i_c in range(0, entries, BK):
         m_c = i_c + o_k < entries
         b_value = tl.load(p_values + i_c * V, mask=m_c & m_v, other=0.0)
@@ -365,6 +423,15 @@ def read_kernel(
         b_sum += b_weight * b_value.to(tl.float32)
     b_o = tl.sum(b_sum, axis=1, keep_dims=True)  # [BR, 1, BV]
     tl.store(p_o + (i_h + o_r) * V + o_v, b_o, mask=m_r & m_v)
+
+
+@triton.jit
+def _widened(b_state, HAS_SCALES: tl.constexpr):
+    """Values of a state as float32."""
+    if HAS_SCALES:
+        # 0x4B000000 is 2^23: the value becomes the last bits of a float32, and 2^23 + 128 is taken off again.
+        return (b_state.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    return b_state.to(tl.float32)
 
 
 @triton.jit(do_not_specialize_on_alignment=_COLUMNS)

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.kernels.gate import GateArguments, log_decays_of
 from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import check_head_k, next_power_of_2
-from server.kernels.state import Ring
+from server.kernels.state import LowRankGate, Ring
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def gla_decode(
     q_NHK: Tensor,
     k_NGK: Tensor,
     v_NGV: Tensor,
-    g_NGK: Tensor,
+    gate: Tensor | LowRankGate,
     state_SGKV: Tensor,
     slots_N: Tensor,
     from_zero_N: Tensor,
@@ -66,12 +67,13 @@ def gla_decode(
     plan = plan or plan_decode(head_k, head_v)
     grid = (triton.cdiv(head_v, plan.block_v), kv_heads, rows)
     early = launches_early(q_NHK.device)
+    decays = GateArguments.of(gate)
     with torch.cuda.device_of(q_NHK):
         decode_kernel[grid](
             q_NHK,
             k_NGK,
             v_NGV,
-            g_NGK,
+            *decays.tensors,
             state_SGKV,
             o_NHV,
             None if ring is None else ring.keys_SGCK,
@@ -81,15 +83,18 @@ def gla_decode(
             from_zero_N,
             pending_N,
             scale,
+            *decays.scalars,
             *q_NHK.stride()[:2],
             *k_NGK.stride()[:2],
             *v_NGV.stride()[:2],
-            *g_NGK.stride()[:2],
+            *decays.strides,
             state_SGKV.stride(0),
             0 if ring is None else ring.keys_SGCK.stride(0),
             0 if ring is None else ring.values_SGCV.stride(0),
             0 if ring is None else ring.decays_SGCK.stride(0),
             C=0 if ring is None else ring.size,
+            R=decays.rank,
+            BR=next_power_of_2(decays.rank) if decays.rank else 1,
             REPEATS=heads // kv_heads,
             K=head_k,
             V=head_v,
@@ -116,7 +121,9 @@ def decode_kernel(
     p_q,
     p_k,
     p_v,
-    p_g,
+    p_gate,
+    p_gate_weight,
+    p_gate_bias,
     p_state,
     p_o,
     p_ring_k,
@@ -126,6 +133,8 @@ def decode_kernel(
     p_from_zero,
     p_pending,
     scale,
+    gate_factor,
+    clamp_min,
     stride_qn,
     stride_qh,
     stride_kn,
@@ -139,6 +148,8 @@ def decode_kernel(
     stride_ring_v,
     stride_ring_g,
     C: tl.constexpr,
+    R: tl.constexpr,
+    BR: tl.constexpr,
     REPEATS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -155,13 +166,23 @@ def decode_kernel(
     m_kv = m_k[:, None] & m_v[None, :]
 
     start_next(EARLY)
-    await_previous(EARLY)
+    # States, rings and where they stand were complete before this step began: they need not be waited for.
     slot = tl.load(p_slots + i_n).to(tl.int64)
     continues = tl.load(p_from_zero + i_n) == 0
     p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_k[:, None] * V + o_v[None, :]  # [BK, BV]
     # A state that starts from zero is not read at all: whatever its slot holds, NaN included, cannot matter.
     b_state = tl.load(p_tile, mask=m_kv & continues, other=0.0).to(tl.float32)
-    b_g = tl.load(p_g + i_n * stride_gn + i_g * stride_gg + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if R > 0:
+        o_r = tl.arange(0, BR)
+        p_channels = p_gate_weight + (i_g * K + o_k[:, None]) * R + o_r[None, :]
+        b_gate_weight = tl.load(p_channels, mask=m_k[:, None] & (o_r < R)[None, :], other=0.0)
+        b_gate_bias = tl.load(p_gate_bias + i_g * K + o_k, mask=m_k, other=0.0)
+    await_previous(EARLY)
+    if R > 0:
+        b_low_rank = tl.load(p_gate + i_n * stride_gn + o_r, mask=o_r < R, other=0.0).to(tl.float32)
+        b_g = log_decays_of(b_low_rank, b_gate_weight, b_gate_bias, gate_factor, clamp_min)
+    else:
+        b_g = tl.load(p_gate + i_n * stride_gn + i_g * stride_gg + o_k, mask=m_k, other=0.0)
     b_k = tl.load(p_k + i_n * stride_kn + i_g * stride_kg + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_v = tl.load(p_v + i_n * stride_vn + i_g * stride_vg + o_v, mask=m_v, other=0.0).to(tl.float32)
     if C > 0:

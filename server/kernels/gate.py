@@ -1,10 +1,13 @@
-"""The low-rank gate, from its inner projection to log decays, as one Triton kernel.
+"""The low-rank gate, from its inner projection to log decays.
 
 The rank is 16, so the product is a handful of additions per channel: no work for tensor cores, and it stays float32.
+The kernels that decode do it themselves (:func:`log_decays_of`); for prompts it is a kernel.
 """
 
 # Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,8 +16,36 @@ from torch import Tensor
 
 from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import next_power_of_2
+from server.kernels.state import LowRankGate
 
 _BLOCK_D = 64
+
+
+@dataclass(frozen=True, slots=True)
+class GateArguments:
+    """What a decode kernel takes of the decays: themselves, or what they are computed from."""
+
+    tensors: tuple[Tensor, Tensor | None, Tensor | None]
+    """Decays [N, G, K], or the inner projection [N, R], its weight and its bias."""
+    strides: tuple[int, int]
+    """Of a row and a head."""
+    scalars: tuple[float, float]
+    """1 / normalizer, lower bound."""
+    rank: int
+    """0: the decays themselves."""
+
+    @classmethod
+    def of(cls, gate: Tensor | LowRankGate) -> "GateArguments":
+        """Of either form of the gate."""
+        if isinstance(gate, Tensor):
+            return cls((gate, None, None), (gate.stride(0), gate.stride(1)), (1.0, 0.0), 0)
+        clamp_min = -float("inf") if gate.clamp_min is None else gate.clamp_min
+        return cls(
+            (gate.low_rank_TR, gate.weight_DR, gate.bias_D),
+            (gate.low_rank_TR.stride(0), 0),
+            (1 / gate.normalizer, clamp_min),
+            gate.low_rank_TR.shape[1],
+        )
 
 
 def log_decay(
@@ -80,10 +111,16 @@ def log_decay_kernel(
     for i in range(BT):
         i_t = tl.program_id(1).to(tl.int64) * BT + i
         b_x = tl.load(p_x + i_t * stride_xt + o_r, mask=m_r & (i_t < tokens), other=0.0).to(tl.float32)
-        b_g = tl.sum(b_weight * b_x[None, :], axis=1) + b_bias  # [BD]
-        # logsigmoid(x) = min(x, 0) - log(1 + e), where e = exp(-|x|); a small e, lost in 1 + e, takes the series.
-        b_e = tl.exp(-tl.abs(b_g))
-        b_series = b_e * (1.0 - b_e * (1 / 2 - b_e * (1 / 3 - b_e * (1 / 4))))
-        b_log = tl.where(b_e < 0.03, b_series, tl.log(1.0 + b_e))
-        b_g = tl.maximum((tl.minimum(b_g, 0.0) - b_log) * factor, clamp_min, propagate_nan=tl.PropagateNan.ALL)
+        b_g = log_decays_of(b_x, b_weight, b_bias, factor, clamp_min)
         tl.store(p_g + i_t * D + o_d, b_g, mask=m_d & (i_t < tokens))
+
+
+@triton.jit
+def log_decays_of(b_x, b_weight, b_bias, factor, clamp_min):
+    """Log decays [BD] of one token's inner projection [BR], by weights [BD, BR] and a bias [BD], all float32."""
+    b_g = tl.sum(b_weight * b_x[None, :], axis=1) + b_bias
+    # logsigmoid(x) = min(x, 0) - log(1 + e), where e = exp(-|x|); a small e, lost in 1 + e, takes the series.
+    b_e = tl.exp(-tl.abs(b_g))
+    b_series = b_e * (1.0 - b_e * (1 / 2 - b_e * (1 / 3 - b_e * (1 / 4))))
+    b_log = tl.where(b_e < 0.03, b_series, tl.log(1.0 + b_e))
+    return tl.maximum((tl.minimum(b_g, 0.0) - b_log) * factor, clamp_min, propagate_nan=tl.PropagateNan.ALL)

@@ -4,7 +4,7 @@ One row is a product of the weights with a vector: reading the weights is all th
 of it that the start of each kernel counts. :func:`matvec_kernel` therefore requests all of its weights before it waits
 for the kernel before it (:mod:`server.kernels.pdl`), and norm, activation and addition are part of it. Some more rows
 are multiplied by :mod:`server.kernels.skinny`, others by the matrix library, with kernels around them. So the path,
-hence the rounding of a row's result, depends on the number of rows: 1, up to 8, or more.
+hence the rounding of a row's result, depends on the number of rows: 1, up to 64, or more.
 """
 
 # Triton's decorator has no types, and a kernel's arguments are pointers, integers of no Python type, growing tuples.
@@ -51,40 +51,54 @@ def plan_matvec(inputs: int, element_size: int, *, gated: bool) -> MatvecPlan:
     return MatvecPlan(block_n, min(num_warps * 512 // element_size, next_power_of_2(inputs)), num_warps)
 
 
-def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor, out_TN: Tensor, *, eps: float) -> None:
+def norm_linear(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    weight_ND: Tensor,
+    out_RN: Tensor,
+    *,
+    eps: float,
+    addends_STD: Tensor | None = None,
+    rows_R: Tensor | None = None,
+) -> None:
     """See :func:`server.kernels.norm_linear`, which has checked the arguments."""
-    if _is_vector(x_TD):
-        _matvec(x_TD, norm_D, weight_ND, out_TN, eps=eps)
+    if rows_R is not None and rows_R.shape[0] == 1 and addends_STD is None:
+        x_TD, rows_R = x_TD.index_select(0, rows_R), None
+    if rows_R is None and _is_vector(x_TD):
+        _matvec(x_TD, norm_D, weight_ND, out_RN, eps=eps)
         return
-    h_TD = norm.rms_norm(x_TD, norm_D, eps=eps)
-    if skinny.fits(h_TD, weight_ND):
-        skinny.linear(h_TD, weight_ND, out_TN)
-    elif out_TN.dtype == h_TD.dtype:
-        torch.mm(h_TD, weight_ND.t(), out=out_TN)
+    h_RD = norm.add_rms_norm(x_TD, addends_STD, norm_D, eps=eps, rows_R=rows_R)
+    if skinny.fits(h_RD, weight_ND):
+        skinny.linear(h_RD, weight_ND, out_RN)
+    elif out_RN.dtype == h_RD.dtype:
+        torch.mm(h_RD, weight_ND.t(), out=out_RN)
     else:
-        torch.mm(h_TD, weight_ND.t(), out_dtype=out_TN.dtype, out=out_TN)
+        torch.mm(h_RD, weight_ND.t(), out_dtype=out_RN.dtype, out=out_RN)
 
 
-def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float) -> Tensor:
+def norm_swiglu(
+    x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor, *, eps: float, addends_STD: Tensor | None = None
+) -> Tensor:
     """See :func:`server.kernels.norm_swiglu`, which has checked the arguments."""
     if _is_vector(x_TD):
         out_TI = x_TD.new_empty((1, weight_JD.shape[0] // 2))
         _matvec(x_TD, norm_D, weight_JD, out_TI, eps=eps, gated=True)
         return out_TI
-    h_TD = norm.rms_norm(x_TD, norm_D, eps=eps)
+    h_TD = norm.add_rms_norm(x_TD, addends_STD, norm_D, eps=eps)
     if skinny.fits(h_TD, weight_JD):
         return skinny.swiglu(h_TD, weight_JD)
     return mlp.swiglu(F.linear(h_TD, weight_JD))
 
 
-def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor) -> None:
+def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor) -> Tensor | None:
     """See :func:`server.kernels.linear_add_`, which has checked the arguments."""
     if _is_vector(o_TK):
         _matvec(o_TK, None, weight_NK, x_TN, eps=0.0, add=True)
-    elif skinny.fits(o_TK, weight_NK):
-        skinny.add_(x_TN, o_TK, weight_NK)
-    else:
-        x_TN.addmm_(o_TK, weight_NK.t())
+        return None
+    if skinny.fits(o_TK, weight_NK):
+        return skinny.linear_parts(o_TK, weight_NK)
+    x_TN.addmm_(o_TK, weight_NK.t())
+    return None
 
 
 def _is_vector(x_TK: Tensor) -> bool:

@@ -1,6 +1,6 @@
-"""RMSNorm over every head's output, times swish of the output gate, as one Triton kernel; a whole row is one head.
+"""RMSNorm over every head's output, times swish of the output gate, and RMSNorm of a residual with what is added to it.
 
-A program has one head of one token, so a row's result does not depend on its batch.
+A program has one head of one token, or one row of the residual, so a row's result does not depend on its batch.
 """
 
 # Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
@@ -15,9 +15,47 @@ from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import next_power_of_2
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm of every row [T, D], which may be strided, the mean square in float32; [T, D], contiguous."""
-    return norm_gate(x_TD.unsqueeze(1), weight_D, None, eps=eps)
+def add_rms_norm(
+    x_TD: Tensor, addends_STD: Tensor | None, weight_D: Tensor, *, eps: float, rows_R: Tensor | None = None
+) -> Tensor:
+    """RMSNorm of the rows of x plus addends, the mean square in float32.
+
+    Args:
+        x_TD: [T, D], rows may be strided. All rows of it being wanted, the sums replace it.
+        addends_STD: float32 [S, T, D], contiguous; None: nothing is added.
+        weight_D: of the norm [D], of x's dtype.
+        eps: added to the mean square.
+        rows_R: int64 [R], the rows that are wanted; None: all.
+
+    Returns:
+        [R, D] of x's dtype, contiguous.
+    """
+    tokens, channels = x_TD.shape
+    rows = tokens if rows_R is None else rows_R.shape[0]
+    out_RD = torch.empty((rows, channels), dtype=x_TD.dtype, device=x_TD.device)
+    if rows == 0:
+        return out_RD
+    block = next_power_of_2(channels)
+    early = launches_early(x_TD.device)
+    with torch.cuda.device_of(x_TD):
+        add_rms_norm_kernel[(rows,)](
+            x_TD,
+            addends_STD,
+            weight_D,
+            rows_R,
+            out_RD,
+            eps,
+            x_TD.stride(0),
+            tokens * channels,
+            ADDENDS=0 if addends_STD is None else addends_STD.shape[0],
+            HAS_ROWS=rows_R is not None,
+            D=channels,
+            BD=block,
+            EARLY=early,
+            num_warps=min(max(block // 256, 1), 8),
+            launch_pdl=early,
+        )
+    return out_RD
 
 
 def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *, eps: float) -> Tensor:
@@ -81,3 +119,41 @@ def norm_gate_kernel(
         b_gate = tl.load(p_gate + i_t * stride_gt + i_h * V + o_v, mask=m_v, other=0.0).to(tl.float32)
         b_o *= b_gate * tl.sigmoid(b_gate)
     tl.store(p_out + (i_t * tl.num_programs(1) + i_h) * V + o_v, b_o, mask=m_v)
+
+
+@triton.jit(do_not_specialize=["stride_addend"], do_not_specialize_on_alignment=["p_rows"])
+def add_rms_norm_kernel(
+    p_x,
+    p_addends,
+    p_weight,
+    p_rows,
+    p_out,
+    eps,
+    stride_x,
+    stride_addend,
+    ADDENDS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Grid: (rows)."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    start_next(EARLY)
+    b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    await_previous(EARLY)
+    i_t = tl.load(p_rows + i_r) if HAS_ROWS else i_r
+    p_row = p_x + i_t * stride_x + o_d
+    b_x = tl.load(p_row, mask=m_d, other=0.0).to(tl.float32)
+    if ADDENDS > 0:
+        b_sum = tl.load(p_addends + i_t * D + o_d, mask=m_d, other=0.0)
+        for i_s in tl.static_range(1, ADDENDS):
+            b_sum += tl.load(p_addends + i_s * stride_addend + i_t * D + o_d, mask=m_d, other=0.0)
+        b_x = (b_x + b_sum).to(p_x.dtype.element_ty)
+        if not HAS_ROWS:
+            tl.store(p_row, b_x, mask=m_d)
+        b_x = b_x.to(tl.float32)
+    b_x *= tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
+    tl.store(p_out + i_r * D + o_d, b_x * b_weight, mask=m_d)

@@ -308,26 +308,52 @@ def _scores_of_pairs(q_XRIK: Tensor, k_XIK: Tensor, g_XIK: Tensor) -> Tensor:
     return torch.cat(scores)
 
 
-def norm_linear(x_TD: Tensor, norm_D: Tensor, weight_ND: Tensor | PackedMatrix, out_TN: Tensor, *, eps: float) -> None:
+def norm_linear(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    weight_ND: Tensor | PackedMatrix,
+    out_RN: Tensor,
+    *,
+    eps: float,
+    addends_STD: Tensor | None = None,
+    rows_R: Tensor | None = None,
+) -> None:
     """See :func:`server.kernels.norm_linear`."""
-    h_TD = rms_norm(x_TD, norm_D, eps=eps)
-    if isinstance(weight_ND, Tensor) and out_TN.dtype == h_TD.dtype:
-        torch.mm(h_TD, weight_ND.t(), out=out_TN)
+    if rows_R is not None:
+        x_TD = x_TD.index_select(0, rows_R)
+        addends_STD = None if addends_STD is None else addends_STD.index_select(1, rows_R)
+    _add_(x_TD, addends_STD)
+    h_RD = rms_norm(x_TD, norm_D, eps=eps)
+    if isinstance(weight_ND, Tensor) and out_RN.dtype == h_RD.dtype:
+        torch.mm(h_RD, weight_ND.t(), out=out_RN)
     else:
-        out_TN.copy_(_multiply(h_TD, weight_ND))
+        out_RN.copy_(_multiply(h_RD, weight_ND))
 
 
-def norm_swiglu(x_TD: Tensor, norm_D: Tensor, weight_JD: Tensor | PackedMatrix, *, eps: float) -> Tensor:
+def norm_swiglu(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    weight_JD: Tensor | PackedMatrix,
+    *,
+    eps: float,
+    addends_STD: Tensor | None = None,
+) -> Tensor:
     """See :func:`server.kernels.norm_swiglu`."""
+    _add_(x_TD, addends_STD)
     return swiglu(_multiply(rms_norm(x_TD, norm_D, eps=eps), weight_JD))
 
 
 def linear_add_(x_TN: Tensor, o_TK: Tensor, weight_NK: Tensor | PackedMatrix) -> None:
-    """See :func:`server.kernels.linear_add_`."""
+    """See :func:`server.kernels.linear_add_`; here, nothing is left to be added."""
     if isinstance(weight_NK, Tensor):
         x_TN.addmm_(o_TK, weight_NK.t())
     else:
         x_TN.add_(weight_NK.multiply(o_TK))
+
+
+def _add_(x_TD: Tensor, addends_STD: Tensor | None) -> None:
+    if addends_STD is not None:
+        x_TD.copy_(x_TD.float() + addends_STD.sum(0))
 
 
 def _multiply(x_TD: Tensor, weight_ND: Tensor | PackedMatrix) -> Tensor:

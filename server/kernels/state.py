@@ -1,6 +1,7 @@
-"""What one layer remembers of every slot: its recurrent state, and the tokens waiting to be absorbed into it."""
+"""What one layer remembers of every slot: its recurrent state, and the tokens waiting to be absorbed into it. And what
+decides how fast it forgets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,31 @@ _LARGEST = 127.0
 def ring_size(dtype: torch.dtype) -> int:
     """Tokens between two folds, C, for states held in this type; it divides the chunk of prefill, 64."""
     return _RING_SIZES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankGate:
+    """What T tokens' log decays [T, D] are computed from.
+
+    They are max(logsigmoid(weight @ low_rank + bias) / normalizer, clamp_min).
+
+    Attributes:
+        low_rank_TR: the gate's inner projection, float32, bfloat16 or float16; rows may be strided.
+        weight_DR: float32, contiguous.
+        bias_D: float32.
+        normalizer: > 0.
+        clamp_min: <= 0; None: no bound.
+    """
+
+    low_rank_TR: Tensor
+    weight_DR: Tensor
+    bias_D: Tensor
+    normalizer: float
+    clamp_min: float | None
+
+    def __getitem__(self, tokens: slice) -> "LowRankGate":
+        """Those of some tokens."""
+        return replace(self, low_rank_TR=self.low_rank_TR[tokens])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from server.engine import scoring
 from server.engine.engine import Engine
+from server.engine.model import Hidden
 from server.types import FinishReason
 from tests.engine.driving import FIXTURES, Driver, engine_config, random_prompt
 from tests.engine.oracle import oracle_logits
@@ -123,9 +124,9 @@ def test_a_long_prompt_is_scored_in_constant_memory(monkeypatch: pytest.MonkeyPa
     rows: list[int] = []
     logits = driver.engine._runner._step.model.logits
 
-    def counted(x_TD: torch.Tensor, rows_R: torch.Tensor, **rest: object) -> torch.Tensor:
+    def counted(hidden: Hidden, rows_R: torch.Tensor, **rest: object) -> torch.Tensor:
         rows.append(len(rows_R))
-        return logits(x_TD, rows_R, **rest)  # type: ignore[arg-type]
+        return logits(hidden, rows_R, **rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(driver.engine._runner._step.model, "logits", counted)
     request = driver.submit([random_prompt(5000, VOCAB, 1)], max_tokens=1, prompt_logprobs=1)

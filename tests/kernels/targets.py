@@ -112,12 +112,18 @@ def _calls(ops: Any, model: str) -> Iterator[Callable[[], object]]:
     inner = hidden * 11 // 4
     bf16 = torch.bfloat16
 
-    def tokens(count: int) -> dict[str, torch.Tensor]:
+    def tokens(count: int) -> dict[str, Any]:
         return {
             "q_%sK": torch.zeros((count, heads, head_k), dtype=bf16),
             "k_%sK": torch.zeros((count, kv_heads, head_k), dtype=bf16),
             "v_%sV": torch.zeros((count, kv_heads, head_v), dtype=bf16),
-            "g_%sK": torch.zeros((count, kv_heads, head_k)),
+            "gate_%s": ops.LowRankGate(
+                torch.zeros((count, 16), dtype=bf16),
+                torch.zeros((kv_heads * head_k, 16)),
+                torch.zeros(kv_heads * head_k),
+                normalizer=16.0,
+                clamp_min=None,
+            ),
         }
 
     def state(dtype: torch.dtype, with_ring: bool) -> Any:
@@ -149,11 +155,15 @@ def _calls(ops: Any, model: str) -> Iterator[Callable[[], object]]:
                 yield lambda i=(q, k, v, g), s=dtype, n=slots, z=from_zero, r=ring_rows: ops.gla_decode(
                     *i, state(s, True), n, z, scale=1.0, rows=r
                 )
-    for rows in (1, 2, 8, 40):
+    for rows in (1, 2, 40, 100, 200, 300):
         x, norm_weight = torch.zeros((rows, hidden), dtype=bf16), torch.ones(hidden, dtype=bf16)
         weight, packed = torch.zeros((hidden, hidden), dtype=bf16), torch.zeros((2 * inner, hidden), dtype=bf16)
         down, h = torch.zeros((hidden, inner), dtype=bf16), torch.zeros((rows, inner), dtype=bf16)
-        yield lambda x=x, n=norm_weight, w=weight: ops.norm_linear(x, n, w, eps=1e-6)
+        parts, wanted = torch.zeros((4, rows, hidden)), torch.zeros(rows, dtype=torch.int64)
+        for addends in (None, parts):
+            yield lambda x=x, n=norm_weight, w=weight, p=addends, r=wanted: ops.norm_linear(
+                x, n, w, eps=1e-6, addends_STD=p, rows_R=r
+            )
         yield lambda x=x, n=norm_weight, w=packed: ops.norm_swiglu(x, n, w, eps=1e-6)
         yield lambda x=x, h=h, w=down: ops.linear_add_(x, h, w)
         o = torch.zeros((rows, heads, head_v), dtype=bf16)

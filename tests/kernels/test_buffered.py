@@ -1,10 +1,13 @@
 """Decoding with rings against the float64 recurrence, on both backends: token by token, folds at absolute positions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from server.kernels import STATE_DTYPES, LayerState, Ring, RingRows, reference, ring_size
+from server.kernels import STATE_DTYPES, LayerState, LowRankGate, Ring, RingRows, reference, ring_size
 from tests.kernels.cases import GATES, TRITON_DEVICE, Case, gla_recurrence, make_case, poisoned_memory, relative_error
 
 OUTPUT_TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "int8": 2e-2}
@@ -47,8 +50,8 @@ class Rows:
         self.folded = positions[:]
         self.size = size
 
-    def step(self, backend: str, index: int, *, in_place: bool = False) -> Tensor:
-        """Token ``index`` of every span: what it reads."""
+    def step(self, backend: str, index: int, *, in_place: bool = False, gate: LowRankGate | None = None) -> Tensor:
+        """Token ``index`` of every span: what it reads. The gate, if there is one, is of all tokens."""
         case = self.case
         row = case.cu_seqlens[:-1].long() + index
         from_zero = case.from_zero_N if index == 0 else torch.zeros_like(case.from_zero_N)
@@ -65,7 +68,8 @@ class Rows:
 
         count = len(self.positions)
         rows = RingRows(tensor(pending), tensor([len(folding), *folding] + [count] * (count - len(folding))))
-        inputs = (case.q_THK[row], case.k_TGK[row], case.v_TGV[row], case.g_TGK[row])
+        decays = case.g_TGK[row] if gate is None else replace(gate, low_rank_TR=gate.low_rank_TR[row])
+        inputs = (case.q_THK[row], case.k_TGK[row], case.v_TGV[row], decays)
         with poisoned_memory():
             if in_place:
                 from server.kernels import decode
@@ -155,6 +159,25 @@ def test_16_bit_inputs(backend: str, inputs: torch.dtype) -> None:
     outputs = [rows.step(backend, i) for i in range(40)]
     assert outputs[0].dtype == inputs
     rows.check(outputs, 4e-3)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("clamp_min", [None, -0.05])
+@pytest.mark.parametrize(("kv_heads", "head_k"), [(2, 16), (1, 20)])
+def test_the_kernels_compute_the_gate(kv_heads: int, head_k: int, clamp_min: float | None, in_place: bool) -> None:
+    """From a part of one projection's columns, as in the model."""
+    case = make_case([20] * 3, heads=2, kv_heads=kv_heads, head_k=head_k, device=TRITON_DEVICE)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(TRITON_DEVICE)
+
+    weight, bias = random(kv_heads * head_k, 16), random(kv_heads * head_k)
+    gate = LowRankGate(random(60, 40)[:, 8:24], weight, bias, normalizer=16, clamp_min=clamp_min)
+    logits = gate.low_rank_TR.double() @ weight.double().T + bias.double()
+    decays = (F.logsigmoid(logits) / 16).clamp_min(-torch.inf if clamp_min is None else clamp_min)
+    case.g_TGK.copy_(decays.view(-1, kv_heads, head_k))
+    rows = Rows(case, "float32", [0, 5, 11])
+    rows.check([rows.step("triton", i, in_place=in_place, gate=gate) for i in range(20)], 1e-5)
 
 
 def test_folding_every_token_takes_over_a_ring_that_waits() -> None:

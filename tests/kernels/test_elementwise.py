@@ -22,7 +22,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, backend: str = "trit
 
 def run(backend: str, op: str, *args: Any, **options: Any) -> Tensor:
     module = (
-        {"log_decay": gate, "norm_gate": norm, "rms_norm": norm, "swiglu": mlp}[op]
+        {"log_decay": gate, "norm_gate": norm, "add_rms_norm": norm, "swiglu": mlp}[op]
         if backend == "triton"
         else reference
     )
@@ -83,15 +83,34 @@ def test_norm_gate(
 
 @BACKENDS
 @DTYPES
-@pytest.mark.parametrize(("tokens", "channels"), [(1, 2048), (5, 100), (0, 16)])
-def test_rms_norm(backend: str, dtype: torch.dtype, tokens: int, channels: int) -> None:
+@pytest.mark.parametrize("parts", [0, 1, 4])
+@pytest.mark.parametrize("rows", [None, [3, 0]])
+@pytest.mark.parametrize(("tokens", "channels"), [(4, 2048), (5, 100), (0, 16)])
+def test_rms_norm(
+    backend: str, dtype: torch.dtype, tokens: int, channels: int, parts: int, rows: list[int] | None
+) -> None:
+    """Of x plus what is still to be added to it, which then is in x."""
+    if rows is not None and not tokens:
+        return
     x = random(tokens, channels + 5, dtype=dtype, backend=backend)[:, :channels]
     weight = random(channels, dtype=dtype, backend=backend, seed=1)
-    out = run(backend, "rms_norm", x, weight, eps=1e-6)
-    truth = F.rms_norm(x.double(), (channels,), weight.double(), 1e-6)
+    addends = random(parts, tokens, channels, backend=backend, seed=2) if parts else None
+    wanted = None if rows is None else torch.tensor(rows, device=x.device)
+    total = x.double() if addends is None else x.double() + addends.double().sum(0)
+    truth = F.rms_norm(total, (channels,), weight.double(), 1e-6)
+    truth = truth if wanted is None else truth[wanted]
+    if backend == "triton":
+        out = run(backend, "add_rms_norm", x, addends, weight, eps=1e-6, rows_R=wanted)
+    else:
+        identity = torch.eye(channels, dtype=dtype)
+        out = torch.full_like(truth, torch.nan, dtype=dtype)
+        reference.norm_linear(x, weight, identity, out, eps=1e-6, addends_STD=addends, rows_R=wanted)
     assert (out.shape, out.dtype, out.is_contiguous()) == (truth.shape, dtype, True)
     if tokens:
-        assert relative_error(out, truth) < TOLERANCE[dtype]
+        # The sum is rounded, as x is.
+        assert relative_error(out, truth) < TOLERANCE[dtype] * (2 if parts else 1)
+        if rows is None:
+            assert relative_error(x, total) < TOLERANCE[dtype]
 
 
 @BACKENDS

@@ -21,16 +21,28 @@ from tests.kernels.cases import (
 
 
 def prefill_arguments(case: Case) -> dict[str, Any]:
-    names = ("q_THK", "k_TGK", "v_TGV", "g_TGK", "slots_N", "from_zero_N", "cu_seqlens")
-    state = {"state": kernels.LayerState(case.state_SGKV.clone())}
-    others = {"scale": case.scale, "max_length": max(case.lengths)}
-    return {name: getattr(case, name) for name in names} | state | others
+    names = ("q_THK", "k_TGK", "v_TGV", "slots_N", "from_zero_N", "cu_seqlens")
+    others = {
+        "gate": case.g_TGK,
+        "state": kernels.LayerState(case.state_SGKV.clone()),
+        "scale": case.scale,
+        "max_length": max(case.lengths),
+    }
+    return {name: getattr(case, name) for name in names} | others
 
 
 def decode_arguments(case: Case) -> dict[str, Any]:
     arguments = prefill_arguments(case)
     del arguments["cu_seqlens"], arguments["max_length"]
     return {name.replace("_T", "_N"): value for name, value in arguments.items()}
+
+
+def low_rank_gate(tokens: int, channels: int, rank: int = 16, columns: int | None = None) -> kernels.LowRankGate:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+    low_rank = random(tokens, rank if columns is None else columns)
+    return kernels.LowRankGate(low_rank, random(channels, rank), random(channels), normalizer=16, clamp_min=-0.04)
 
 
 def with_values(state: kernels.LayerState, change: Callable[[torch.Tensor], torch.Tensor]) -> kernels.LayerState:
@@ -47,6 +59,21 @@ def test_prefill_and_decode_compute() -> None:
         check_against_recurrence(case, kernels.gla_decode(**arguments), arguments["state"].values_SGKV)
 
 
+def test_the_gate_may_be_what_decays_are_computed_from() -> None:
+    for device in {"cpu", TRITON_DEVICE}:
+        for lengths, op in (([3, 20], kernels.gla_prefill), ([1, 1], kernels.gla_decode)):
+            case = make_case(lengths, heads=4, kv_heads=2, device=device)
+            gate = low_rank_gate(sum(lengths), 2 * 16)
+            tensors = (getattr(gate, name).to(device) for name in ("low_rank_TR", "weight_DR", "bias_D"))
+            gate = kernels.LowRankGate(*tensors, gate.normalizer, gate.clamp_min)
+            decays = kernels.log_decay(
+                gate.low_rank_TR, gate.weight_DR, gate.bias_D, normalizer=gate.normalizer, clamp_min=gate.clamp_min
+            )
+            case.g_TGK.copy_(decays.view(case.k_TGK.shape))
+            arguments = prefill_arguments(case) if op == kernels.gla_prefill else decode_arguments(case)
+            check_against_recurrence(case, op(**arguments | {"gate": gate}), arguments["state"].values_SGKV)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -57,8 +84,10 @@ def test_prefill_and_decode_compute() -> None:
         ("k", lambda x: x.bfloat16(), "k: must be torch.float32, is torch.bfloat16"),
         ("v", lambda x: x[:1], "v: must have shape"),
         ("v", lambda x: x.mT.contiguous().mT, "v: its last dimension must be contiguous, its stride is 2"),
-        ("g", lambda x: x.half(), "g: must be torch.float32, is torch.float16"),
-        ("g", lambda x: x.to("meta"), "g: must be on cpu as q is, is on meta"),
+        ("gate", lambda x: x.half(), "gate: must be torch.float32, is torch.float16"),
+        ("gate", lambda x: x.to("meta"), "gate: must be on cpu as q is, is on meta"),
+        ("gate", lambda x: low_rank_gate(x.shape[0], 2 * 16, rank=x.shape[0], columns=8), "low_rank: must have shape"),
+        ("gate", lambda x: low_rank_gate(x.shape[0], 16), "weight: must have shape"),
         ("state", lambda x: with_values(x, lambda v: v[0]), "state: must have 4 dimensions"),
         ("state", lambda x: with_values(x, torch.Tensor.double), "state: must be .* is torch.float64"),
         ("state", lambda x: with_values(x, torch.Tensor.byte), "state: uint8 values, and no others, have scales"),

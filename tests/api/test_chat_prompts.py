@@ -1,0 +1,69 @@
+"""The token ids of a conversation are those that transformers gives, for a checkpoint as people publish them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+
+from server.api.chat_template import load_chat_template
+from server.api.conversation import Conversations
+from server.api.schemas.conversation import ConversationFields
+from server.tokenizer import load_tokenizer
+from tests.api.test_chat_template import CHATML, MISTRAL, THINKING
+
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "Hi"}],
+    [
+        {"role": "user", "content": "What is <|im_start|> for?"},
+        {"role": "assistant", "content": "It begins a message; </s> ends a text."},
+        {"role": "user", "content": "Grüße,\n  世界 🌊 "},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer that puts a BOS before texts, as most do."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the user and the assistant say what they begin and what it ends"] * 9, trainer)
+    backend.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made = tmp_path_factory.mktemp("checkpoint")
+    backend.save(str(made / "tokenizer.json"))
+    return made
+
+
+@pytest.mark.parametrize("source", [CHATML, MISTRAL, THINKING], ids=["chatml", "mistral", "thinking"])
+def test_prompts_are_those_of_transformers(source: str, folder: Path) -> None:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
+        "chat_template": source,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    conversations = Conversations(tokenizer, load_chat_template(None, folder, tokenizer.special_tokens))
+    for messages in CONVERSATIONS:
+        for begin in (True, False):
+            request = ConversationFields.model_validate({"messages": messages, "add_generation_prompt": begin})
+            ids = conversations.token_ids(request, add_special_tokens=False)
+            expected = theirs.apply_chat_template(messages, add_generation_prompt=begin, return_dict=False)
+            assert ids == expected
+            assert ids.count(0) == (source == MISTRAL), "a BOS where the template writes one, and no other"
+        begun = [*messages, {"role": "assistant", "content": "They say"}]
+        request = ConversationFields.model_validate({"messages": begun, "continue_final_message": True})
+        expected = theirs.apply_chat_template(begun, continue_final_message=True, return_dict=False)
+        assert conversations.token_ids(request, add_special_tokens=False) == expected

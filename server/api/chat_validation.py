@@ -47,6 +47,8 @@ class ChatValidator(RequestValidator):
         prompt = self._conversations.token_ids(request, add_special_tokens=bool(request.add_special_tokens))
         prompt = self._truncated(prompt, request.truncate_prompt_tokens, asked or 1)
         self._check_prompts("messages", [prompt])
+        if request.prompt_logprobs is not None:
+            self._check_num_scores("prompt_logprobs", [prompt], [request.prompt_logprobs], 1)
         limit = self._info.max_model_len
         max_tokens = asked or (DEFAULT_MAX_TOKENS if limit is None else limit - len(prompt))
         return self._job(

@@ -119,13 +119,13 @@ def render_answer(
     """
     usage = UsageCounter(job)
     choices: list[dict[str, Any]] = []
-    for prompt in range(len(job.prompts)):
+    parts = [_prompt_part(job, form, prompt, pieces) for prompt in range(len(job.prompts))]
+    for prompt, part in enumerate(parts):
         first = prompt * job.candidates
         joined = [join_events(own) for own in events[first : first + job.candidates]]
         deltas = [_reader(job, form, event.choice, prompt).read(event) for event in joined]
         for delta in deltas:
             usage.add(delta)
-        part = _prompt_part(job, form, prompt, pieces)
         if job.candidates > job.n:
             deltas = [deltas[number] for number in _best_first(joined)[: job.n]]
         choices += [_choice(job, form, prompt, place, delta, part) for place, delta in enumerate(deltas)]
@@ -145,7 +145,7 @@ class _PromptPart:
     """
 
     echoed: dict[str, Any] | None
-    detailed: list[dict[str, Any] | None] | None
+    detailed: msgspec.Raw | None
 
 
 def _prompt_part(job: GenerationJob, form: AnswerForm, prompt: int, pieces: PromptPieces) -> _PromptPart:

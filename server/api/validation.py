@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from server.api.checks import check_vocabulary, invalid, parse_as, served_name
 from server.api.schemas.completion import CompletionRequest
+from server.api.schemas.fields import MAX_PROMPT_LOGPROBS
 from server.api.schemas.generation import GenerationFields, StreamOptions
 from server.api.structured import Grammars
 from server.errors import InvalidRequestError
@@ -230,6 +231,22 @@ class RequestValidator(ABC):
         phrases.pop((), None)  # of characters that no token has
         return tuple(phrases)
 
+    def _check_num_scores(self, param: str, prompts: list[list[int]], alternatives: list[int], copies: int) -> None:
+        """Refuse answers with more log-probabilities of prompts than can be written at once.
+
+        Args:
+            param: the field to name.
+            prompts: token ids.
+            alternatives: per token, for each way in which a choice carries log-probabilities of its prompt.
+            copies: how often an answer carries those of each prompt.
+        """
+        number = sum(map(len, prompts)) * sum(1 + wanted for wanted in alternatives) * copies
+        if number > MAX_PROMPT_LOGPROBS:
+            raise invalid(
+                param,
+                f"asks for {number} log-probabilities of prompts; an answer may have at most {MAX_PROMPT_LOGPROBS}",
+            )
+
     def _check_logprobs(self, param: str, number: int | None) -> None:
         if number is not None and number > self._info.max_logprobs:
             raise invalid(param, f"must be at most {self._info.max_logprobs} (--max-logprobs)")
@@ -284,6 +301,7 @@ class CompletionValidator(RequestValidator):
         whole = [self._token_ids(item, request) for item in items]
         prompts = [self._truncated(token_ids, request.truncate_prompt_tokens, max_tokens) for token_ids in whole]
         self._check_prompts("prompt", prompts, min_answer=min(max_tokens, 1))
+        self._check_num_scores("prompt_logprobs" if echoed_logprobs is None else "logprobs", prompts, wanted, n)
         echoed = [""] * len(prompts)
         if request.echo:
             echoed = [self._shown(*each) for each in zip(items, whole, prompts, strict=True)]

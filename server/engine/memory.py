@@ -25,6 +25,7 @@ from server.engine.prefix_cache import Tier
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
 from server.engine.scoring import SCORED_ROWS, score_rows
+from server.engine.snapshot import fork_slot, restore_snapshot, take_snapshot, to_host
 from server.engine.snapshot_store import MAX_LEAVING
 from server.engine.state_pool import NULL_SLOT, StateTensors, allocate_states, state_bytes
 from server.engine.step import StepModel
@@ -267,13 +268,19 @@ def _run_worst_case(
             ),
             states,
         )
+        # Where prompts fork, the logits are in memory three times.
+        forked = logits.repeat(2, 1)
         plan = SamplePlan(0, 0, len(step_rows), True, True, True, config.max_logprobs)
         sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
         masks = torch.full((len(step_rows), mask_words(vocab_size)), -1, dtype=torch.int32, device=device)
         sampler.sample(logits, torch.ones_like(step_rows), torch.zeros_like(step_rows), plan, masks)
+        del forked
     hidden = Hidden(torch.zeros((num_tokens, model.config.hidden_size), dtype=model.dtype, device=device))
     scored = torch.arange(num_tokens, device=device)[:SCORED_ROWS]
     score_rows(model, hidden, scored, torch.zeros_like(scored), config.max_logprobs)
+    snapshot = to_host(take_snapshot(states, 1, logits[0], num_tokens=1, num_folded=1))
+    restore_snapshot(states, snapshot, [2, 3])
+    fork_slot(states, 2, [1])
 
 
 def _available_bytes(device: torch.device, utilization: float) -> int:

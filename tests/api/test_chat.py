@@ -236,6 +236,12 @@ def test_token_ids(server: Server) -> None:
     assert all("prompt_token_ids" not in choice for choice in body["choices"])
 
 
+def test_more_prompt_logprobs_than_an_answer_can_hold(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.validation.MAX_PROMPT_LOGPROBS", 2 * PROMPT)
+    assert server.chat(prompt_logprobs=1, n=2).status_code == 200
+    assert server.chat(prompt_logprobs=2).json()["error"]["param"] == "prompt_logprobs"
+
+
 def test_how_long_an_answer_may_get() -> None:
     def most(engine: ScriptedEngine, **fields: Any) -> int | None:
         engine.stop_after = 1

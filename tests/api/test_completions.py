@@ -335,6 +335,21 @@ def test_prompt_logprobs(server: Server) -> None:
     assert server.engine.requests[-1].params.prompt_logprobs == 5
 
 
+def test_more_logprobs_than_an_answer_can_hold_are_refused(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    monkeypatch.setattr("server.api.validation.MAX_PROMPT_LOGPROBS", 120)
+    prompts = [[1] * 7, [2] * 3]
+    for fields, param in (
+        ({"prompt_logprobs": 1, "n": 6}, None),
+        ({"prompt_logprobs": 1, "n": 7}, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 5, "prompt_logprobs": 5}, None),
+        ({"echo": True, "logprobs": 5, "prompt_logprobs": 5, "n": 2}, "logprobs"),
+        ({"logprobs": 5, "n": 3, "max_tokens": 40}, None),
+    ):
+        response = server.complete(prompts, **fields)
+        assert response.status_code == (400 if param else 200)
+        assert param is None or response.json()["error"]["param"] == param
+
+
 def test_long_prompts_with_logprobs(server: Server) -> None:
     """So many that they are written in a thread."""
     prompt = [65] * 1999

@@ -91,18 +91,23 @@ def same(ours: Answer, theirs: Answer) -> bool:
     return close and (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
 
 
-def traffic(driver: Driver, seed: int, params: list[dict[str, object]]) -> dict[int, Answer]:
-    """Requests that come and go between steps; answers in order of submission."""
+def traffic(driver: Driver, seed: int, params: list[dict[str, object]]) -> dict[tuple[int, int], Answer]:
+    """Requests that come and go between steps, some with several choices; answers in order of submission."""
     rng = random.Random(seed)
     requests = []
     for index in range(24):
         prompt = random_prompt(rng.choice([1, 3, 64, 100]), VOCAB, index)
-        requests.append(driver.submit([prompt], max_tokens=rng.randint(1, 40), **rng.choice(params)))
+        n = 3 if index % 6 == 2 else 1
+        requests.append(driver.submit([prompt], n, max_tokens=rng.randint(1, 40), **rng.choice(params)))
         for _ in range(rng.randint(0, 6)):
             driver.step()
     driver.run()
     assert driver.engine.scheduler.allocator.num_used == 0
-    return {index: driver.answers[request, 0] for index, request in enumerate(requests)}
+    return {
+        (requests.index(request), choice): driver.answers[request, choice]
+        for request, choice in sorted(driver.answers)
+        if request in requests
+    }
 
 
 @ON_EACH_DEVICE

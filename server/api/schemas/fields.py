@@ -12,6 +12,8 @@ MAX_STOP_LENGTH: Final = 512
 MAX_STOP_TOKEN_IDS: Final = 256
 MAX_BAD_WORDS: Final = 1024
 MAX_COUNT: Final = 2**31 - 1
+MAX_PROMPT_LOGPROBS: Final = 2**22
+"""The answer is in memory as a whole: some 50 bytes for each of them, and ten times that while it is written."""
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")

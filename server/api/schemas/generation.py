@@ -10,6 +10,7 @@ from server.api.schemas.fields import (
     INT64_MIN,
     MAX_BAD_WORDS,
     MAX_COUNT,
+    MAX_PROMPT_LOGPROBS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     AllowedTokenIds,
@@ -132,7 +133,8 @@ class GenerationFields(StructureFields):
         None,
         ge=0,
         description="Add `prompt_logprobs` to the answer: of every token of the prompt the log-probability and rank, "
-        "and so many most likely alternatives, up to the server's `--max-logprobs`. Not in a stream.",
+        "and so many most likely alternatives, up to the server's `--max-logprobs`. Not in a stream. Together with "
+        f"those of an echoed prompt, at most {MAX_PROMPT_LOGPROBS:,} log-probabilities per answer.",
     )
     stream: bool | None = Field(None, description="Answer with server-sent events, ended by `data: [DONE]`.")
     stream_options: StreamOptions | None = Field(None, description="Only together with `stream`.")

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server import grammar
+from server.engine.batch import Batch
 from server.engine.constraints import Constraint, Constraints, Verdict, allowed_RV
+from server.engine.runner import PendingStep
 from server.tokenizer import Tokenizer
 from server.types import FinishReason
 from tests.engine.driving import EOS, Answer, Driver, random_prompt, states_of
@@ -305,6 +307,33 @@ def test_nobody_waits_for_somebody_elses_mask(mode: Mode, make: Callable[..., Dr
         driver.step()
     settle(driver)
     assert driver.answers[constrained, 0].token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_token_is_absorbed_while_its_mask_is_computed(
+    device: str, make: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps overlap: a step is launched before the host even looks at the token that it absorbs."""
+    driver = make((device, True))
+    runner, constraints = driver.engine._runner, driver.engine._constraints
+    launch, follow_masks = runner.launch, constraints.follow
+    order: list[tuple[str, int]] = []
+
+    def note_launch(batch: Batch) -> PendingStep:
+        order.extend(("launched", span.start - len(PROMPT)) for span in batch.decodes)
+        return launch(batch)
+
+    def note_follow(sampled: list[tuple[Constraint, int | None]]) -> None:
+        order.extend(("looked at", len(followed)) for _, token in sampled if token is not None)
+        followed.extend(token for _, token in sampled if token is not None)
+        follow_masks(sampled)
+
+    followed: list[int] = []
+    monkeypatch.setattr(runner, "launch", note_launch)
+    monkeypatch.setattr(constraints, "follow", note_follow)
+    answer = follow(grammar.from_regex("[a-z]{20}"), driver, seed=1)
+    assert len(followed) == len(answer.token_ids) > 3
+    assert order == [(what, token) for token in range(len(followed)) for what in ("launched", "looked at")]
 
 
 @ALL_MODES

@@ -22,6 +22,7 @@ from server.keys import ApiKey, check_distinct, hash_key, read_key_file
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 StateDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
+StateCacheDtype: TypeAlias = Literal["exact", "bfloat16", "int8"]
 GenerationConfigSource: TypeAlias = Literal["auto", "none"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
@@ -45,6 +46,7 @@ class StateCacheConfig:
         host_bytes: in the host's memory; None: a share of what is free.
         folder: for files; None: none are written.
         disk_bytes: in the folder.
+        dtype: to which they are rounded, if they are held in a larger one; ``exact``: to none.
         shared: whether all API keys share them.
     """
 
@@ -52,6 +54,7 @@ class StateCacheConfig:
     host_bytes: int | None = 0
     folder: Path | None = None
     disk_bytes: int = 0
+    dtype: StateCacheDtype = "exact"
     shared: bool = False
 
 
@@ -304,6 +307,14 @@ class Settings(BaseModel):
         Field(ge=0, le=_MAX_GIB),
         _flag(_ENGINE, "GiB that --state-cache-dir may take.", metavar="GIB"),
     ] = 16.0
+    state_cache_dtype: Annotated[
+        StateCacheDtype,
+        _flag(
+            _ENGINE,
+            "Type to which these states are rounded: 'bfloat16' takes half of the memory, 'int8' with a scale per head "
+            "and key channel a quarter, both at a small error.",
+        ),
+    ] = "exact"
     state_cache_shared: Annotated[
         bool,
         _flag(
@@ -445,6 +456,7 @@ class Settings(BaseModel):
             host_bytes=to_bytes(self.state_cache_host),
             folder=None if self.state_cache_dir is None else Path(self.state_cache_dir),
             disk_bytes=to_bytes(self.state_cache_disk) or 0,
+            dtype=self.state_cache_dtype,
             shared=self.state_cache_shared,
         )
 

@@ -111,6 +111,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """``time.monotonic()`` when the request arrived (one clock for all processes of a host)."""
     priority: int = 0
     """Lower values are served first; among equals, the order of arrival counts."""
+    checkpoint_at: tuple[int, ...] = ()
+    """Positions within every prompt at which to park its state."""
     tenant: str = ""
     """The name of the API key that the request came with, never the key; empty where no key is needed."""
 

@@ -271,7 +271,14 @@ class EngineClient:
         await self._ready.wait()
 
     async def submit(
-        self, *, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, tenant: str, priority: int = 0
+        self,
+        *,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        tenant: str,
+        priority: int = 0,
+        checkpoint_at: tuple[int, ...] = (),
     ) -> Mailbox:
         """Hand a request to the engine and wait until it is queued there.
 
@@ -282,6 +289,7 @@ class EngineClient:
             n: answers to each prompt.
             tenant: whose request it is; see :func:`server.api.auth.tenant_of`.
             priority: lower values are served first.
+            checkpoint_at: positions within every prompt at which to park its state.
 
         Raises:
             RateLimitError: the tenant has as many choices waiting and running as it may.
@@ -296,6 +304,7 @@ class EngineClient:
             params=params,
             arrived=time.monotonic(),
             priority=priority,
+            checkpoint_at=checkpoint_at,
             tenant=tenant,
         )
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -60,7 +60,12 @@ class GenerationAnswer(Response):
         job = self._job
         # No header is sent before the engine has accepted: a full queue is a proper 503.
         mailbox = await self._client.submit(
-            prompts=job.prompts, n=job.candidates, params=job.params, priority=job.priority, tenant=tenant
+            prompts=job.prompts,
+            n=job.candidates,
+            params=job.params,
+            priority=job.priority,
+            checkpoint_at=job.checkpoint_at,
+            tenant=tenant,
         )
         async with mailbox:
             await (self._stream if job.stream else self._respond)(mailbox, envelope, send)

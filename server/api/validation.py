@@ -39,6 +39,7 @@ class GenerationJob:
         n: choices per prompt.
         candidates: answers to generate per prompt, of which the n best are returned.
         priority: lower values are served first.
+        checkpoint_at: positions at which the prompts' states are parked.
         params: how all choices sample.
         stream: whether to answer with server-sent events.
         include_usage: whether the stream ends with the token counts.
@@ -59,6 +60,7 @@ class GenerationJob:
     n: int
     candidates: int
     priority: int
+    checkpoint_at: tuple[int, ...]
     params: SamplingParams
     stream: bool
     include_usage: bool
@@ -116,6 +118,10 @@ class RequestValidator(ABC):
     ) -> GenerationJob:
         """The job of a checked request; what the routes share is read from it here."""
         options = request.stream_options or StreamOptions()
+        shortest = min(map(len, prompts))
+        checkpoint_at = request.checkpoint_at or ()
+        if any(position > shortest for position in checkpoint_at):
+            raise invalid("checkpoint_at", f"must hold positions within the prompt, which has {shortest} tokens")
         return GenerationJob(
             model=served_name(request.model, self._names),
             prompts=prompts,
@@ -123,6 +129,7 @@ class RequestValidator(ABC):
             n=request.n or 1,
             candidates=request.n or 1,
             priority=request.priority or 0,
+            checkpoint_at=checkpoint_at,
             params=params,
             stream=bool(request.stream),
             include_usage=bool(options.include_usage),

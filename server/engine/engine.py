@@ -19,7 +19,7 @@ from server.engine.detokenizer import StopMatcher
 from server.engine.identity import system_fingerprint
 from server.engine.memory import BuiltRunner, build_runner
 from server.engine.outputs import Outbox
-from server.engine.pinned import ALIGNMENT, PinnedPieces
+from server.engine.pinned import PinnedPieces
 from server.engine.prefix_cache import CacheFigures, Tier
 from server.engine.reuse import PrefixReuse
 from server.engine.runner import PendingStep
@@ -87,7 +87,7 @@ class Engine:
         self._reuse: PrefixReuse | None = None
         if any(built.cache_bytes.values()):
             self._reuse = PrefixReuse(
-                self._snapshot_store(built, model_config, config.state_cache.folder),
+                self._snapshot_store(built, config.state_cache.folder),
                 built.cache_bytes,
                 shared=config.state_cache.shared,
             )
@@ -125,12 +125,10 @@ class Engine:
         self._outbox = Outbox()
         self._pending: PendingStep | None = None
 
-    def _snapshot_store(self, built: BuiltRunner, model_config: GLAConfig, folder: Path | None) -> SnapshotStore:
+    def _snapshot_store(self, built: BuiltRunner, folder: Path | None) -> SnapshotStore:
         pieces = None
         if built.device.type == "cuda":
-            # A snapshot has less than ten tensors.
-            nbytes = built.state_bytes + 4 * model_config.vocab_size + 10 * ALIGNMENT
-            pieces = PinnedPieces(nbytes, built.cache_bytes[Tier.HOST])
+            pieces = PinnedPieces(built.runner.parked_bytes, built.cache_bytes[Tier.HOST])
         return SnapshotStore(built.device, pieces, folder, self._figures.state_read, self._figures.state_write)
 
     def submit(self, client: bytes, request: GenerateRequest) -> None:
@@ -185,6 +183,7 @@ class Engine:
             constraint=Constraint(params.grammar, phrases) if params.grammar is not None or phrases else None,
             arrived=request.arrived,
             priority=request.priority,
+            checkpoint_at=request.checkpoint_at,
             tenant=request.tenant,
         )
 

@@ -159,7 +159,7 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         available // per_slot - 1,
     )
     return BuiltRunner(
-        runner=Runner(step, graphs),
+        runner=Runner(step, graphs, parked_dtype=STATE_DTYPES.get(config.state_cache.dtype)),
         device=device,
         num_slots=num_slots,
         state_bytes=per_state,
@@ -179,7 +179,7 @@ def _cache_bytes(config: StateCacheConfig, device: torch.device, available: int)
     """
     gpu, host = config.gpu_bytes, config.host_bytes
     if gpu is None:
-        gpu = min(_CACHE_BYTES, available // _CACHE_SHARE)
+        gpu = max(0, min(_CACHE_BYTES, available // _CACHE_SHARE))
     if host is None:
         host = min(_CACHE_BYTES, _free_host_bytes() // _CACHE_SHARE)
     return {

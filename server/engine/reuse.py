@@ -52,7 +52,7 @@ class PrefixReuse:
         if seq.ticket is None:
             # Who wants to know how likely the prompt is must absorb it.
             reuse = seq.params.prompt_logprobs is None
-            seq.ticket = Ticket(self._scope(seq), seq.prompt.tobytes(), (), reuse)
+            seq.ticket = Ticket(self._scope(seq), seq.prompt.tobytes(), seq.checkpoint_at, reuse)
         if not self._cache.admit(seq.ticket):
             return False
         entry = seq.ticket.entry

@@ -18,7 +18,16 @@ from server.engine.model import Hidden
 from server.engine.sampler import Sampled, SamplePlan, has_bias, has_penalties, is_filtered, is_greedy, redirect_done
 from server.engine.scoring import ScorePlan, Scores, pack_scores, plan_scores, score_rows
 from server.engine.sequence import Sequence
-from server.engine.snapshot import Snapshot, fold_slot, fork_slot, restore_snapshot, take_snapshot, to_host
+from server.engine.snapshot import (
+    Snapshot,
+    fold_slot,
+    fork_slot,
+    parked_bytes,
+    restore_snapshot,
+    shrink,
+    take_snapshot,
+    to_host,
+)
 from server.engine.step import StepModel
 from server.types import PromptLogprobs, TokenLogprobs
 
@@ -144,17 +153,21 @@ class Runner:
     Args:
         step: the three of them.
         graphs: captured steps of them; None: every batch is launched kernel by kernel, as one that no graph holds is.
+        parked_dtype: to which states are rounded that are kept for later prompts; None: they are not.
 
     Attributes:
         copies: times copies of states.
     """
 
-    def __init__(self, step: StepModel, graphs: StepGraphs | None = None) -> None:
+    def __init__(
+        self, step: StepModel, graphs: StepGraphs | None = None, *, parked_dtype: torch.dtype | None = None
+    ) -> None:
         self._step = step
         self._graphs = graphs
         self._sampler = step.sampler
         self._states = step.states
         self._device = step.device
+        self._parked_dtype = parked_dtype
         self.copies = CopyClock(step.device)
 
     @torch.inference_mode()
@@ -214,7 +227,17 @@ class Runner:
         # A launched decode that did not count did not fold the ring either.
         num_folded = seq.num_folded if num_tokens == seq.num_launched else seq.num_folded_before
         with self.copies.time(self.copies.saves):
-            return take_snapshot(self._states, seq.slot, None, num_tokens=num_tokens, num_folded=num_folded)
+            return self._shrunk(
+                take_snapshot(self._states, seq.slot, None, num_tokens=num_tokens, num_folded=num_folded)
+            )
+
+    @property
+    def parked_bytes(self) -> int:
+        """Most bytes of a snapshot that is kept for later prompts."""
+        return parked_bytes(self._states, self._parked_dtype, self._sampler.vocab_size)
+
+    def _shrunk(self, snapshot: Snapshot) -> Snapshot:
+        return snapshot if self._parked_dtype is None else shrink(snapshot, self._parked_dtype)
 
     @property
     def _on_cuda(self) -> bool:
@@ -293,7 +316,7 @@ class Runner:
         snapshots = []
         for index in batch.saves:
             with self.copies.time(self.copies.saves):
-                snapshots.append(self._take(batch, index, logits_UV, spans))
+                snapshots.append(self._shrunk(self._take(batch, index, logits_UV, spans)))
         return snapshots
 
     def _take(self, batch: Batch, index: int, logits_UV: Tensor, spans: list[int]) -> Snapshot:

@@ -38,6 +38,8 @@ class Sequence:
     arrived: float
     tenant: str = ""
     """Whose turn it takes in the queue."""
+    checkpoint_at: tuple[int, ...] = ()
+    """Positions within the prompt at which to park its state."""
     priority: int = 0
     """Lower values are served first."""
 

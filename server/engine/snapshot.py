@@ -10,7 +10,7 @@ the host leaves the device on a stream of its own, so that the next step does no
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -26,7 +26,8 @@ class Snapshot:
     """What a slot held after some tokens. Its memory is its own, and is not written again.
 
     Attributes:
-        parts: by name as in :class:`StateTensors`, [layers, ...] each; on the pool's device, or on the host.
+        parts: by name as in :class:`StateTensors`, [layers, ...] each; on the pool's device, or on the host. Recurrent
+            states may be of a smaller type than the pool's, and then have scales of their own.
         logits_V: float32 [vocab_size], of the last token; on the same device as the parts. None: they were not at hand,
             and whoever begins here has to absorb something first.
         num_tokens: tokens of the transcript that the slot has absorbed.
@@ -70,6 +71,23 @@ def take_snapshot(
     """
     copies = {name: part_LS[:, slot].clone() for name, part_LS in states.parts.items()}
     return Snapshot(copies, None if logits_V is None else logits_V.clone(), num_tokens, num_folded, None)
+
+
+def shrink(snapshot: Snapshot, dtype: torch.dtype) -> Snapshot:
+    """The same with the recurrent states rounded to a smaller type, one of :data:`server.kernels.STATE_DTYPES`.
+
+    What waits in rings stays as it is. States that take no more than this already are returned as they are.
+    """
+    parts = dict(snapshot.parts)
+    states_LGKV = parts["recurrent"]
+    if states_LGKV.dtype.itemsize <= dtype.itemsize:
+        return snapshot
+    layers = torch.arange(len(states_LGKV), device=states_LGKV.device)
+    parts["recurrent"] = torch.empty_like(states_LGKV, dtype=dtype)
+    if dtype == torch.uint8:
+        parts["scales"] = states_LGKV.new_empty(states_LGKV.shape[:-1], dtype=torch.float32)
+    LayerState(parts["recurrent"], parts.get("scales")).store(layers, LayerState(states_LGKV).load(layers))
+    return replace(snapshot, parts=parts)
 
 
 def to_host(snapshot: Snapshot, piece: PinnedPiece | None = None) -> Snapshot:
@@ -124,6 +142,24 @@ def to_device(snapshot: Snapshot, device: torch.device) -> Snapshot:
     return Snapshot(copies, copies.pop("logits", None), snapshot.num_tokens, snapshot.num_folded, None)
 
 
+def parked_bytes(states: StateTensors, dtype: torch.dtype | None, vocab_size: int) -> int:
+    """Bytes of a snapshot with logits, every tensor aligned.
+
+    Args:
+        states: the pool.
+        dtype: to which recurrent states are rounded; None: they are not.
+        vocab_size: number of logits.
+    """
+    recurrent_LSGKV = states.recurrent_LSGKV
+    sizes = {name: part_LS[:, 0].nbytes for name, part_LS in states.parts.items()}
+    if dtype is not None and dtype.itemsize < recurrent_LSGKV.dtype.itemsize:
+        numbers = recurrent_LSGKV[:, 0].numel()
+        sizes["recurrent"] = numbers * dtype.itemsize
+        if dtype == torch.uint8:
+            sizes["scales"] = 4 * numbers // recurrent_LSGKV.shape[-1]
+    return sum(map(_aligned, sizes.values())) + _aligned(4 * vocab_size)
+
+
 def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[int]) -> Tensor | None:
     """Let slots hold what the snapshot does.
 
@@ -132,9 +168,14 @@ def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[i
     """
     device = states.recurrent_LSGKV.device
     snapshot = to_device(snapshot, device)
+    parts = dict(snapshot.parts)
+    pool_dtype = states.recurrent_LSGKV.dtype
+    if parts["recurrent"].dtype != pool_dtype:
+        layers = torch.arange(len(parts["recurrent"]), device=device)
+        parts["recurrent"] = LayerState(parts["recurrent"], parts.get("scales")).load(layers).to(pool_dtype)
     slots_N = _upload(slots, device)
     for name, part_LS in states.parts.items():
-        _spread(part_LS, slots_N, snapshot.parts[name])
+        _spread(part_LS, slots_N, parts[name])
     return snapshot.logits_V
 
 

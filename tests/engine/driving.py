@@ -93,7 +93,14 @@ class Driver:
         self._next_id = 0
 
     def submit(
-        self, prompts: list[list[int]], n: int = 1, *, priority: int = 0, tenant: str = "", **params: object
+        self,
+        prompts: list[list[int]],
+        n: int = 1,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        checkpoint_at: tuple[int, ...] = (),
+        **params: object,
     ) -> int:
         request_id = self._next_id
         self._next_id += 1
@@ -105,6 +112,7 @@ class Driver:
             arrived=time.monotonic(),
             priority=priority,
             tenant=tenant,
+            checkpoint_at=checkpoint_at,
         )
         self.engine.submit(CLIENT, request)
         self.collect()

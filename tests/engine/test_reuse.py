@@ -133,6 +133,35 @@ def test_an_answers_state_is_that_of_its_tokens(state_dtype: str, tolerance: flo
         assert error < tolerance, f"{length} tokens"
 
 
+@ALL_MODES
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "share", "tolerance"),
+    [
+        ("bfloat16", "float32", 0.5, 3e-3),
+        ("int8", "float32", 0.25, 1e-2),
+        ("int8", "bfloat16", 0.5, 2e-2),
+        ("bfloat16", "int8", 1.0, 2e-2),
+    ],
+)
+def test_parked_states_may_be_rounded(dtype: str, state_dtype: str, share: float, tolerance: float, mode: Mode) -> None:
+    rounded = StateCacheConfig(gpu_bytes=256 << 20, host_bytes=256 << 20, dtype=dtype)  # type: ignore[arg-type]
+    driver = make_driver(mode=mode, cache=rounded, state_dtype=state_dtype)
+    exact, reference = make_driver(mode=mode, state_dtype=state_dtype), make_driver()
+    prompt = random_prompt(70, VOCAB, 1)
+    for one in (driver, exact, reference):
+        one.complete(prompt, max_tokens=1, **GREEDY)
+    (entry,) = driver.engine._reuse._cache.entries()  # type: ignore[union-attr]
+    assert isinstance(entry.payload, Snapshot)
+    assert entry.nbytes <= driver.engine._runner.parked_bytes
+    (whole,) = exact.engine._reuse._cache.entries()  # type: ignore[union-attr]
+    recurrent = whole.payload.parts["recurrent"]  # type: ignore[union-attr]
+    assert entry.payload.parts["recurrent"].nbytes == share * recurrent.nbytes
+    ours, expected = parked_state(driver, "", prompt), parked_state(reference, "", prompt)
+    error = float((ours - expected).norm() / expected.norm())
+    assert error < tolerance
+    assert absorbed_by(driver, prompt, max_tokens=5)[1] == 0
+
+
 @torch.inference_mode()
 def parked_state(driver: Driver, scope: str, tokens: list[int]) -> torch.Tensor:
     """What a slot holds that begins with these tokens' parked state, float32 [layers, kv_heads, head_k, head_v]."""
@@ -196,6 +225,15 @@ def test_long_prompts_leave_states_on_their_way() -> None:
     answer, absorbed = absorbed_by(driver, other, max_tokens=8)
     assert absorbed == 4510 - 4096
     assert answer.token_ids == cold.complete(other, max_tokens=8, **GREEDY).token_ids
+
+
+def test_states_are_left_where_a_request_says() -> None:
+    driver = make_driver()
+    template = random_prompt(40, VOCAB, 1)
+    driver.submit([[*template, 7, 8, 9]], checkpoint_at=(40, 41), max_tokens=2, **GREEDY)
+    driver.run()
+    assert absorbed_by(driver, [*template, 5], max_tokens=2)[1] == 1
+    assert absorbed_by(driver, [*template, 7, 5], max_tokens=2)[1] == 1
 
 
 def test_tenants_share_only_on_purpose() -> None:

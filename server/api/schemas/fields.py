@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 MAX_STOP_STRINGS: Final = 32
 MAX_STOP_LENGTH: Final = 512
 MAX_STOP_TOKEN_IDS: Final = 256
+MAX_CHECKPOINTS: Final = 64
 MAX_BAD_WORDS: Final = 1024
 MAX_COUNT: Final = 2**31 - 1
 MAX_PROMPT_LOGPROBS: Final = 2**22
@@ -73,6 +74,16 @@ def _stop_token_ids(value: object) -> tuple[int, ...] | None:
     return tuple(value)
 
 
+def _checkpoint_at(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(_is_int(position) and position > 0 for position in value):
+        raise PydanticCustomError("checkpoint_at", "must be a list of positive numbers of tokens")
+    if len(value) > MAX_CHECKPOINTS:
+        raise PydanticCustomError("checkpoint_at", f"must hold at most {MAX_CHECKPOINTS} positions")
+    return tuple(value)
+
+
 def _allowed_token_ids(value: object) -> tuple[int, ...] | None:
     if value is None:
         return None
@@ -128,6 +139,9 @@ Prompt = Annotated[
 Stop = Annotated[tuple[str, ...] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)]
 StopTokenIds = Annotated[
     tuple[int, ...] | None, PlainValidator(_stop_token_ids, json_schema_input_type=list[int] | None)
+]
+CheckpointAt = Annotated[
+    tuple[int, ...] | None, PlainValidator(_checkpoint_at, json_schema_input_type=list[int] | None)
 ]
 AllowedTokenIds = Annotated[
     tuple[int, ...] | None, PlainValidator(_allowed_token_ids, json_schema_input_type=list[int] | None)

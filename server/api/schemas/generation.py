@@ -15,6 +15,7 @@ from server.api.schemas.fields import (
     MAX_STOP_TOKEN_IDS,
     AllowedTokenIds,
     BadWords,
+    CheckpointAt,
     LogitBias,
     RequestId,
     Stop,
@@ -164,6 +165,12 @@ class GenerationFields(StructureFields):
         examples=["my-request-1"],
     )
 
+    checkpoint_at: CheckpointAt = Field(
+        None,
+        description="Up to 64 positions in the prompt, in tokens from its beginning, at which its state is parked for "
+        "later prompts that begin alike, beside those where it is parked anyway. Changes nothing in the answer.",
+        examples=[[1200]],
+    )
     priority: int | None = Field(
         None,
         ge=INT64_MIN,

@@ -205,7 +205,10 @@ class Runner:
             if score_plan is not None:
                 scored = score_plan, self._score(score_plan, hidden)
             wanted = len(logits.spans)
-            logits_UV = self._step.model.logits(hidden, columns.logit_rows[:wanted]) if rows else hidden.x_TD
+            if wanted:
+                logits_UV = self._step.model.logits(hidden, columns.logit_rows[:wanted])
+            else:
+                logits_UV = torch.empty((0, self._sampler.vocab_size), device=self._device)
             slots_R, positions_R = slots_R1[columns.order_R[:wanted]], columns.positions_R[:wanted]
         snapshots = self._save(batch, logits_UV, logits.spans)
         sampled = None

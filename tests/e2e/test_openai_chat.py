@@ -48,7 +48,11 @@ def test_an_answer_is_the_completion_of_the_rendered_prompt(client: openai.OpenA
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-")
     assert answer.system_fingerprint == plain.system_fingerprint
-    assert (answer.usage, plain.usage.prompt_tokens if plain.usage else None) == (plain.usage, len(ids))
+    assert answer.usage is not None and plain.usage is not None
+    assert answer.usage.prompt_tokens == plain.usage.prompt_tokens == len(ids)
+    assert answer.usage.completion_tokens == plain.usage.completion_tokens
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == len(ids), "the same prompt a second time"
 
 
 def test_streams(client: openai.OpenAI) -> None:

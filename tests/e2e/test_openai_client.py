@@ -356,7 +356,8 @@ def test_prompt_logprobs(client: openai.OpenAI) -> None:
 
 def test_best_of_is_the_likeliest(base_url: str, client: openai.OpenAI) -> None:
     """And the prompt is absorbed once for all candidates."""
-    fields: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 10, "seed": 3, "logprobs": 0}
+    prompt = f"Of six answers, two: {PROMPT}"  # nobody else begins like this
+    fields: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": 10, "seed": 3, "logprobs": 0}
     before = wait_idle(base_url)["gale_prompt_tokens_total"]
     everyone = client.completions.create(**fields, n=6)
     assert everyone.usage is not None
@@ -368,4 +369,5 @@ def test_best_of_is_the_likeliest(base_url: str, client: openai.OpenAI) -> None:
     ranked = sorted(everyone.choices, key=mean, reverse=True)
     best = client.completions.create(**fields, n=2, best_of=6)
     assert [choice.text for choice in best.choices] == [choice.text for choice in ranked[:2]]
-    assert best.usage == everyone.usage
+    assert best.usage is not None
+    assert best.usage.total_tokens == everyone.usage.total_tokens

@@ -78,11 +78,7 @@ class GenerationAnswer(Response):
             for event in batch:
                 events[event.choice].append(event)
         answer = (job, self._form, envelope, events, mailbox.prompt_logprobs)
-        scored = sum(map(len, job.prompts)) if job.params.prompt_logprobs is not None else 0
-        if scored < _OFFLOAD_TOKENS:
-            body = render_answer(*answer)
-        else:
-            body = await asyncio.to_thread(render_answer, *answer)
+        body = await asyncio.to_thread(render_answer, *answer) if self._is_long() else render_answer(*answer)
         headers = [*_JSON_HEADERS, (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -95,13 +91,22 @@ class GenerationAnswer(Response):
                 await send({"type": "http.response.body", "body": opening, "more_body": True})
             async for batch in mailbox:
                 self._record.note(batch)
-                if chunks := renderer.chunks(batch):
+                if renderer.opens_late and self._is_long():
+                    chunks = await asyncio.to_thread(renderer.chunks, batch)
+                else:
+                    chunks = renderer.chunks(batch)
+                if chunks:
                     await send({"type": "http.response.body", "body": chunks, "more_body": not renderer.done})
         except ApiError as error:
             await self._end(send, error)
         except Exception:
             logger.exception("a stream failed")
             await self._end(send, InternalError("The server failed to continue the stream."))
+
+    def _is_long(self) -> bool:
+        """Whether the answer carries many log-probabilities of prompts."""
+        job = self._job
+        return job.params.prompt_logprobs is not None and sum(map(len, job.prompts)) * job.n >= _OFFLOAD_TOKENS
 
     @staticmethod
     async def _end(send: Send, error: ApiError) -> None:

@@ -218,8 +218,8 @@ class ChunkRenderer:
         self._job = job
         self._form = form
         self._pieces = pieces
-        # Choices that open with their prompt's log-probabilities have to wait for them.
-        self._unopened = set(range(job.num_choices)) if job.echoes_logprobs else set()
+        # Prompts whose choices begin with its log-probabilities, and therefore have to wait for them.
+        self._unopened = set(range(len(job.prompts))) if job.echoes_logprobs else set()
         self._readers = [_reader(job, form, index, index // job.n) for index in range(job.num_choices)]
         self._usage = UsageCounter(job)
         self._running = job.num_choices
@@ -237,39 +237,51 @@ class ChunkRenderer:
         """Whether every choice has ended."""
         return self._running == 0
 
+    @property
+    def opens_late(self) -> bool:
+        """Whether log-probabilities of prompts are still to be written."""
+        return bool(self._unopened)
+
     def opening(self) -> bytes:
         """Chunks that do not wait for the engine: a role, an echoed prompt, its token ids; empty if there are none."""
         if self._job.echoes_logprobs:
             return b""
-        return b"".join([self._opening(index, None) for index in range(self._job.num_choices)])
+        return b"".join([self._opening(index) for index in range(self._job.num_choices)])
 
-    def _opening(self, index: int, logprobs: dict[str, Any] | None) -> bytes:
-        """The first chunk of a choice, before anything generated; empty if there is nothing to tell."""
+    def _opening(self, index: int, logprobs: bytes = b"null") -> bytes:
+        """The first chunk of a choice, before anything generated; empty if there is nothing to tell.
+
+        Args:
+            index: of the choice.
+            logprobs: JSON, of the prompt.
+        """
         job = self._job
         text = job.echoed[index // job.n]
         opening = self._form.opening(text)
         if opening is None:
-            if not job.prompt_token_ids and logprobs is None:
+            if not job.prompt_token_ids and logprobs == b"null":
                 return b""
             opening = self._form.text_head + to_json(text) + self._form.text_tail
-        chunk = self._heads[index] + opening + b',"logprobs":' + to_json(logprobs) + b',"finish_reason":null'
+        chunk = self._heads[index] + opening + b',"logprobs":' + logprobs + b',"finish_reason":null'
         if job.token_ids:
             chunk += b',"token_ids":[]'
         ids = b',"prompt_token_ids":' + to_json(job.prompts[index // job.n]) if job.prompt_token_ids else b""
         chunk += ids + b"}]" if self._form.prompt_in_choice else b"}]" + ids
         return chunk + self._tail(index)
 
-    def _late_opening(self, index: int) -> bytes:
-        self._unopened.remove(index)
-        part = _prompt_part(self._job, self._form, index // self._job.n, self._pieces)
-        return self._opening(index, part.echoed)
+    def _late_openings(self, prompt: int) -> bytes:
+        """The first chunks of all choices of a prompt, whose log-probabilities have arrived."""
+        self._unopened.remove(prompt)
+        logprobs = to_json(_prompt_part(self._job, self._form, prompt, self._pieces).echoed)
+        first = prompt * self._job.n
+        return b"".join([self._opening(index, logprobs) for index in range(first, first + self._job.n)])
 
     def chunks(self, events: Sequence[ChoiceEvent]) -> bytes:
         """One chunk per event that tells something, ended by usage and DONE after the last one."""
         chunks: list[bytes] = []
         for event in events:
-            if event.choice in self._unopened:
-                chunks.append(self._late_opening(event.choice))
+            if self._unopened and event.choice // self._job.n in self._unopened:
+                chunks.append(self._late_openings(event.choice // self._job.n))
             chunks.append(self._chunk(self._readers[event.choice].read(event)))
         data = b"".join(chunks)
         return data if self._running else data + self._closing()

@@ -356,6 +356,10 @@ def test_long_prompts_with_logprobs(server: Server) -> None:
     (choice,) = server.complete(prompt, echo=True, logprobs=1, max_tokens=1, prompt_logprobs=3).json()["choices"]
     assert choice["logprobs"]["token_logprobs"] == [None, *(-i / 8 for i in range(1, 1999)), -1.0]
     assert len(choice["prompt_logprobs"]) == 1999
+    chunks, _ = stream(server, prompt=[prompt, [66] * 50], n=2, echo=True, logprobs=1, max_tokens=1)
+    assert gather(chunks)[0]["logprobs"] == choice["logprobs"]
+    assert gather(chunks)[1]["logprobs"]["top_logprobs"][:1999] == choice["logprobs"]["top_logprobs"][:1999]
+    assert gather(chunks)[3]["logprobs"]["tokens"][:50] == ["B"] * 50
     server.complete([65] * 2000, echo=True, max_tokens=0).raise_for_status()
 
 

@@ -65,23 +65,30 @@ def capture_steps(
         fold_seconds = dict.fromkeys(buffered, each)
     decoding = time.monotonic()
     seconds: dict[StepShape, float] = {}
+    num_shapes = 0
     for decodes, ladder in prompt_ladders(max_rows, max_tokens):
         allowed = allowed_seconds(quiet[bisect_left(sizes, decodes)][1])
         for tokens in ladder:
-            for shape in prompt_shapes(decodes, tokens):
-                graphs.capture(shape)
-                seconds[shape] = graphs.measure(shape)
-            if decodes and min(seconds[shape] for shape in prompt_shapes(decodes, tokens)) > allowed:
+            shapes = prompt_shapes(decodes, tokens)
+            for shape in shapes:
+                # Beside the number of spans, which changes no product of matrices, all that it needs has run before.
+                graphs.capture(shape, is_loaded=shape.spans > 1)
+            num_shapes += len(shapes)
+            if not decodes:
+                continue  # nobody waits, however long it takes
+            # The most spans take longest: each moves a state.
+            seconds[shapes[-1]] = graphs.measure(shapes[-1])
+            if seconds[shapes[-1]] > allowed:
                 break
     logger.info(
         "captured %d steps without prompts in %.2f s, %d with prompts in %.2f s",
-        *(len(sizes), decoding - start, len(seconds), time.monotonic() - decoding),
+        *(len(sizes), decoding - start, num_shapes, time.monotonic() - decoding),
     )
     limits = limit_prompts(quiet, seconds, max_tokens, ring_size=ring_size, fold_seconds=fold_seconds)
     usual = next(limit for limit in limits if limit.decodes == max_rows)
     logger.info(
         "%.0f prompt tokens per second; beside %d decodes a step takes %d of them",
-        *(max_tokens / seconds[StepShape(0, max_tokens, 1)], usual.decodes, usual.tokens),
+        *(max_tokens / graphs.measure(StepShape(0, max_tokens, 1)), usual.decodes, usual.tokens),
     )
     return graphs, limits
 

@@ -49,14 +49,20 @@ class StepGraphs:
         self._recorder = _Recorder(stream)
 
     @torch.inference_mode()
-    def capture(self, shape: StepShape) -> None:
-        """Record steps of this shape. The largest should come first: the others then find their memory in its own."""
+    def capture(self, shape: StepShape, *, is_loaded: bool = False) -> None:
+        """Record steps of this shape. The largest should come first: the others then find their memory in its own.
+
+        Args:
+            shape: to record.
+            is_loaded: whether the kernels of such a step have run before, so that it need not run to be recorded.
+        """
         # Recording runs the work, too: what another shape has left would point anywhere.
         self._inputs.zero_()
-        self._forward[shape] = self._recorder.record(partial(self._run_model, shape))
+        self._forward[shape] = self._recorder.record(partial(self._run_model, shape), is_loaded=is_loaded)
         for greedy in (True, False):
             if (shape.rows, greedy) not in self._sample:
-                self._sample[shape.rows, greedy] = self._recorder.record(partial(self._run_sampler, shape.rows, greedy))
+                work = partial(self._run_sampler, shape.rows, greedy)
+                self._sample[shape.rows, greedy] = self._recorder.record(work, is_loaded=is_loaded)
         self._shapes = in_order_of_choice(self._forward)
 
     def find(self, size: StepShape) -> StepShape | None:
@@ -178,14 +184,16 @@ class _Recorder:
         self._stream = stream
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Run the work once, so that everything it needs is loaded, and capture it; the result repeats it."""
+    def record(self, work: Callable[[], None], *, is_loaded: bool) -> Callable[[], None]:
+        """Capture the work, after it has run once to load what it needs; the result repeats it."""
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            work()
-            # torch.cuda.graph would wait for the device and give all free memory back first, each time.
-            graph.capture_begin(pool=self._pool)
+            if not is_loaded:
+                work()
+            # torch.cuda.graph would wait for the device and give all free memory back first, each time. Relaxed: a
+            # kernel of the matrix library that has not run yet may be loaded while its launch is recorded.
+            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             try:
                 work()
             finally:

@@ -100,15 +100,34 @@ def gla_prefill(
     states_SGKV, places_N = state.values_SGKV, slots_N
     copied = states_SGKV.dtype != torch.float32
     if copied:
-        states_SGKV, places_N = state.load(slots_N), torch.arange(len(slots_N), device=slots_N.device)
+        states_SGKV, places_N = _load_copy(state, slots_N)
     o_THV: Tensor = backend.gla_prefill(
         *(q_THK, k_TGK, v_TGV, _log_decays(gate, k_TGK), states_SGKV, places_N, from_zero_N, cu_seqlens),
         scale=scale,
         max_length=max_length,
     )
     if copied:
-        state.store(slots_N, states_SGKV)
+        _store_copy(state, slots_N, states_SGKV, places_N)
     return o_THV
+
+
+def _load_copy(state: LayerState, slots_N: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 copy of some slots' states, and the place of each slot in it."""
+    if not slots_N.is_cuda:
+        return state.load(slots_N), torch.arange(len(slots_N))
+    from server.kernels import copies
+
+    return copies.load(state, slots_N)
+
+
+def _store_copy(state: LayerState, slots_N: Tensor, states_MGKV: Tensor, places_N: Tensor) -> None:
+    """Round such a copy and write it to its slots."""
+    if not slots_N.is_cuda:
+        state.store(slots_N, states_MGKV)
+        return
+    from server.kernels import copies
+
+    copies.store(state, slots_N, states_MGKV, places_N)
 
 
 def gla_decode(
@@ -136,7 +155,7 @@ def gla_decode(
         state: one layer of the pool. Updated in place. On CUDA, states, rings and where they stand are read while the
             kernels of this package launched before may still run: between two calls for the same slots, some operation
             of PyTorch has to run on the stream, as it does at the beginning of a model's step.
-        slots_N: int64 [N].
+        slots_N: int64 [N]. What rows of slot 0 read may be anything.
         from_zero_N: bool [N].
         scale: factor of the output.
         rows: where the rings stand, if the state has them. Only float32 states may fold with every token: others

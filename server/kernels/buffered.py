@@ -309,6 +309,9 @@ def score_kernel(
     m_k = o_k < K
     # The ring, and where it stands, were complete before this step began: they need not be waited for.
     slot = tl.load(p_slots + i_n).to(tl.int64)
+    if slot == 0:  # padding, or a sequence that has ended: nobody reads what it yields
+        await_previous(EARLY)
+        return
     from_zero = tl.load(p_from_zero + i_n) != 0
     pending = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32)
     m_c = o_c < pending
@@ -387,6 +390,9 @@ def read_kernel(
     start_next(EARLY)
     i_v, i_g, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = tl.load(p_slots + i_n).to(tl.int64)
+    if slot == 0:  # padding, or a sequence that has ended: nobody reads what it yields
+        await_previous(EARLY)
+        return
     from_zero = tl.load(p_from_zero + i_n) != 0
     entries = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32) + 1
     # Three dimensions [BR, BK, BV] from the start, query heads first: a tile of the state serves all of them.

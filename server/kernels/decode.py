@@ -168,6 +168,9 @@ def decode_kernel(
     start_next(EARLY)
     # States, rings and where they stand were complete before this step began: they need not be waited for.
     slot = tl.load(p_slots + i_n).to(tl.int64)
+    if slot == 0:  # padding, or a sequence that has ended: nobody reads what it yields
+        await_previous(EARLY)
+        return
     continues = tl.load(p_from_zero + i_n) == 0
     p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_k[:, None] * V + o_v[None, :]  # [BK, BV]
     # A state that starts from zero is not read at all: whatever its slot holds, NaN included, cannot matter.

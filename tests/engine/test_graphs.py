@@ -37,7 +37,7 @@ class Repeat:
     def __init__(self, stream: object) -> None:
         pass
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+    def record(self, work: Callable[[], None], *, is_loaded: bool) -> Callable[[], None]:
         work()
         return work
 

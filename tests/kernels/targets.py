@@ -138,12 +138,12 @@ def _calls(ops: Any, model: str) -> Iterator[Callable[[], object]]:
             torch.zeros((slots, kv_heads, head_k, head_v), dtype=dtype), scales, ring if with_ring else None
         )
 
-    for spans, length in ((1, 2048), (16, 128)):
+    for spans, length, dtype in ((1, 2048, torch.float32), (16, 128, bf16), (16, 128, torch.uint8)):
         q, k, v, g = tokens(spans * length).values()
         cu_seqlens = torch.arange(0, spans * length + 1, length, dtype=torch.int32)
         slots, from_zero = torch.ones(spans, dtype=torch.int64), torch.zeros(spans, dtype=torch.bool)
-        yield lambda q=q, k=k, v=v, g=g, n=slots, z=from_zero, c=cu_seqlens, m=length: ops.gla_prefill(
-            q, k, v, g, state(torch.float32, True), n, z, c, scale=1.0, max_length=m
+        yield lambda i=(q, k, v, g), n=slots, z=from_zero, c=cu_seqlens, s=dtype, m=length: ops.gla_prefill(
+            *i, state(s, True), n, z, c, scale=1.0, max_length=m
         )
     for rows in (1, 300):
         q, k, v, g = tokens(rows).values()

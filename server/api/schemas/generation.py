@@ -169,7 +169,7 @@ class GenerationFields(StructureFields):
         None,
         description="Up to 64 positions in the prompt, in tokens from its beginning, at which its state is parked for "
         "later prompts that begin alike, beside those where it is parked anyway. Changes nothing in the answer.",
-        examples=[[1200]],
+        examples=[[4]],
     )
     priority: int | None = Field(
         None,

@@ -33,12 +33,17 @@ serve: $(VENV)/.serve ## Serve MODEL (default: the shipped model) on HOST:PORT; 
 
 .PHONY: test
 test: check ## Run make check, then every test that needs no GPU.
-	$(BIN)/python -m pytest -m "not gpu and not ops" -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not ops and not browser" -n $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.test ## Run the GPU tests; fails where there is no CUDA device.
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: torch finds no CUDA device")'
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+.PHONY: test-browser
+test-browser: $(VENV)/.test ## Run the tests of the playground in Chromium; needs it and its driver.
+	$(INSTALL) selenium
+	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 .PHONY: test-ops
 test-ops: $(VENV)/.test ## Run the tests of running it for others; needs prometheus and promtool.

@@ -19,6 +19,7 @@ from server.api.conversation import Conversations
 from server.api.errors import ErrorMiddleware, answer_api_error, answer_http_error
 from server.api.models import models_router
 from server.api.operations import operations_router
+from server.api.playground import playground_router
 from server.api.request_id import RequestIdMiddleware
 from server.api.routing import ERRORS
 from server.api.schemas.chat import ChatCompletionChunk, ChatCompletionRequest
@@ -90,6 +91,7 @@ def create_app(
     app.include_router(models_router(settings))
     metrics = HttpMetrics()
     app.include_router(operations_router(client, metrics))
+    app.include_router(playground_router())
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     public_paths = frozenset[str]() if settings.protect_all_routes else PUBLIC_PATHS

@@ -7,10 +7,11 @@ from typing import Final
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import ErrorAnswer
+from server.api.playground import PLAYGROUND_PATHS
 from server.errors import AuthenticationError
 from server.keys import ApiKey
 
-PUBLIC_PATHS: Final = frozenset({"/health", "/health/live", "/health/ready", "/version", "/metrics"})
+PUBLIC_PATHS: Final = PLAYGROUND_PATHS | {"/health", "/health/live", "/health/ready", "/version", "/metrics"}
 """Open unless all routes are protected. Everything else wants a key, unknown paths included: nothing is open by
 oversight."""
 

@@ -73,7 +73,7 @@ def test_health_and_version(server: Server) -> None:
     assert server.http.get("/version").json() == {"version": __version__}
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/completions/", "/metrics/", "/docs", "/nope", "/V1/models"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/completions/", "/metrics/", "/docs", "/nope", "/V1/models"])
 def test_unknown_routes(server: Server, path: str) -> None:
     response = server.http.get(path)
     assert response.status_code == 404

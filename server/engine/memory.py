@@ -237,8 +237,8 @@ def _run_worst_case(
     if on_cuda:
         steps += [(0, (length,), rows[:1].repeat(length)) for length in _SHORT_STEPS]
         steps.append((_MANY_DECODES, (1,), rows[:1]))
-        # Prompts few to many: the tiles of prefill depend on their number, and so does the memory for float32 copies of
-        # smaller states, which is largest beside a full budget of tokens.
+        # Prompts few to many: their number decides about kernels and about the memory for float32 copies of smaller
+        # states, which is largest beside a full budget of tokens.
         most = min(num_rows, num_tokens)
         numbers = {min(number, most) for i in range(most.bit_length()) for number in (1 << i, 3 << i >> 1)} | {most}
         for spans in sorted(numbers):

@@ -64,8 +64,12 @@ def gla_prefill(
 
     Span n is the rows ``cu_seqlens[n]:cu_seqlens[n + 1]``; it may be empty. It continues from the state in slot
     ``slots_N[n]``, or from zero where ``from_zero_N[n]``: then nothing depends on what the slot held before, NaN
-    included. Its final state is written to that slot. Cutting a span at a multiple of 64 tokens does not change the
-    result of the Triton kernels by a bit, where states are float32; others are rounded where a span ends.
+    included. Its final state is written to that slot.
+
+    A span that the Triton kernels walk whole gives the same bits in any batch, and cut at multiples of 64 tokens, if
+    states are float32; others are rounded where a span ends. Where there are too few tokens to keep the device busy
+    otherwise, long spans are walked in segments side by side (:func:`server.kernels.prefill.plan_segments`): the batch
+    and the cuts then decide about the order of float32 sums.
 
     Args:
         q_THK: queries [T, H, K], float32, bfloat16 or float16. It and the next three may be strided views, with a

@@ -48,7 +48,7 @@ FEW_DECODE_BATCHES = (1, 8, 64, 256, 1024)
 FEW_PREFILL_BATCHES = ((16, 2048), (8, 2048), (1, 2048), (1, 8192))
 CONTEXT_BATCH = 8
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
-SWEEP_BATCHES = ((1, 8192), (16, 2048))
+SWEEP_BATCHES = ((1, 2048), (1, 8192), (16, 2048))
 ROTATED_BYTES = 2**29
 GALE = "gale"
 _Size = TypeVar("_Size")
@@ -174,8 +174,10 @@ def _random_state(model: str, slots: int, dtype: torch.dtype) -> LayerState:
     return LayerState(values, scales, ring)
 
 
-def time_prefill(model: str, spans: int, length: int, plan: prefill.PrefillPlan | None = None) -> float:
-    """Microseconds."""
+def time_prefill(
+    model: str, spans: int, length: int, plan: prefill.PrefillPlan | None = None, segment_length: int | None = None
+) -> float:
+    """Microseconds, with other sizes than those chosen by shape if they are given."""
     _, kv_heads, head_k, head_v = HEADS[model]
     x = make_inputs(model, spans, length)
     pool = torch.randn((1 + spans, kv_heads, head_k, head_v), device="cuda")
@@ -187,6 +189,7 @@ def time_prefill(model: str, spans: int, length: int, plan: prefill.PrefillPlan 
             scale=head_k**-0.5,
             max_length=length,
             plan=plan,
+            segment_length=segment_length,
         )
 
     return graph_time([call] * 4)
@@ -309,7 +312,7 @@ def print_rows(rows: list[Row]) -> None:
 def sweep(shapes: list[str]) -> Iterator[dict[str, object]]:
     """One row for each candidate of sizes; those that do not fit the device are left out."""
     for model in shapes:
-        _, kv_heads, head_k, head_v = HEADS[model]
+        _, _, head_k, head_v = HEADS[model]
         chosen_decode = decode.plan_decode(head_k, head_v)
         for block_v, warps in itertools.product((16, 32, 64, 128), (2, 4, 8)):
             if not 1024 <= head_k * block_v // warps <= 4096:
@@ -318,19 +321,26 @@ def sweep(shapes: list[str]) -> Iterator[dict[str, object]]:
             times = {f"{batch}": time_decode(model, batch, in_place=True, plan=decode_plan)[0] for batch in (1, 16, 32)}
             yield {"op": "decode", "shape": model, **times, "plan": f"{decode_plan}"}
         yield from _sweep_buffered(model)
-        limits = prefill._device_limits(torch.device("cuda", 0))
-        repeats = HEADS[model][0] // kv_heads
-        chosen = prefill.plan_prefill(head_k, head_v, repeats, 2, limits[1], 16 * kv_heads, limits[0])
-        candidates = [replace(chosen, prepare_block_k=bk, prepare_warps=w) for bk, w in ((64, 4), (128, 8), (256, 8))]
-        for stages, (block_v, transposed, warps) in itertools.product((1, 2, 3), prefill.WALK_TILES):
-            sizes = {"walk_stages": stages, "block_v": block_v, "transposed": transposed, "walk_warps": warps}
-            candidates.append(replace(chosen, **sizes))
-        for plan in candidates:
-            try:
-                times = {f"{n} x {length}": time_prefill(model, n, length, plan) for n, length in SWEEP_BATCHES}
-            except triton.runtime.errors.OutOfResources:
-                continue
-            yield {"op": "prefill", "shape": model, **times, "plan": f"{plan}"}
+        yield from _sweep_prefill(model)
+
+
+def _sweep_prefill(model: str) -> Iterator[dict[str, object]]:
+    heads, kv_heads, head_k, head_v = HEADS[model]
+    _, shared_memory = prefill._device_limits(torch.device("cuda", 0))
+    chosen = prefill.plan_prefill(head_k, head_v, heads // kv_heads, 2, shared_memory)
+    plans = [replace(chosen, prepare_registers=registers) for registers in (None, 168, 128)]
+    for chunk, stages, (block_v, transposed, warps) in itertools.product((16, 32), (2, 3, 4), prefill.WALK_TILES):
+        sizes = {"chunk": chunk, "walk_stages": stages, "block_v": block_v}
+        plans.append(replace(chosen, **sizes, transposed=transposed, walk_warps=warps))
+    candidates = [(plan, None) for plan in plans] + [(chosen, length) for length in (128, 256, 512, 1024, 2048)]
+    for plan, segment_length in candidates:
+        try:
+            times = {
+                f"{n} x {length}": time_prefill(model, n, length, plan, segment_length) for n, length in SWEEP_BATCHES
+            }
+        except triton.runtime.errors.OutOfResources:
+            continue
+        yield {"op": "prefill", "shape": model, **times, "plan": f"{plan}", "segment": f"{segment_length}"}
 
 
 def _sweep_buffered(model: str) -> Iterator[dict[str, object]]:

@@ -102,7 +102,8 @@ def gla_decode(
     decays = GateArguments.of(gate)
     few = num_rows * kv_heads <= FEW_HEADS
     ahead = min(plan.read_ahead, triton.cdiv(head_k, plan.read_k)) if few else 0
-    _start_fold(q_NHK.device)
+    if _is_captured(q_NHK.device):
+        _start_fold(q_NHK.device)
     with torch.cuda.device_of(q_NHK):
         score_kernel[(kv_heads, num_rows, triton.cdiv(ring.size, plan.score_c))](
             q_NHK,

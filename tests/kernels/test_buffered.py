@@ -162,8 +162,7 @@ def test_16_bit_inputs(backend: str, inputs: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("clamp_min", [None, -0.05])
-@pytest.mark.parametrize(("kv_heads", "head_k"), [(2, 16), (1, 20)])
+@pytest.mark.parametrize(("kv_heads", "head_k", "clamp_min"), [(2, 16, None), (1, 20, -0.05)])
 def test_the_kernels_compute_the_gate(kv_heads: int, head_k: int, clamp_min: float | None, in_place: bool) -> None:
     """From a part of one projection's columns, as in the model."""
     case = make_case([20] * 3, heads=2, kv_heads=kv_heads, head_k=head_k, device=TRITON_DEVICE)

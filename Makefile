@@ -10,7 +10,9 @@ ARGS ?=
 
 PYTHON ?= python3
 VENV ?= .venv
+CLIENTS_VENV ?= .venv-clients
 PYTEST_ARGS ?=
+CLIENTS_ARGS ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -49,6 +51,10 @@ test-browser: $(VENV)/.test ## Run the tests of the playground in Chromium; need
 test-ops: $(VENV)/.test ## Run the tests of running it for others; needs prometheus and promtool.
 	$(BIN)/python -m pytest -m ops $(PYTEST_ARGS)
 
+.PHONY: test-clients
+test-clients: $(VENV)/.serve $(CLIENTS_VENV)/.clients ## Run clients that people use against a real server; CLIENTS_ARGS=--record keeps the outcome.
+	SERVER_PYTHON='$(abspath $(BIN)/python)' $(CLIENTS_VENV)/bin/python -m pytest --tb=native tests/clients $(CLIENTS_ARGS)
+
 .PHONY: check
 check: $(VENV)/.test ## Lint, formatting and types, without changing a file.
 	$(BIN)/ruff check $(CHECKED)
@@ -69,7 +75,7 @@ install: $(VENV)/.serve ## Create the environment that make serve uses.
 
 .PHONY: clean
 clean: ## Remove the environment, caches and built files.
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find server clients tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -84,3 +90,8 @@ $(VENV)/.serve: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[test]'
 	@touch $@ $(VENV)/.serve
+
+$(CLIENTS_VENV)/.clients: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement tests/clients/requirements.txt
+	@touch $@

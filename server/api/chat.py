@@ -10,8 +10,8 @@ from server.api.conversation import Conversations
 from server.api.deltas import TokenNames
 from server.api.forms import ChatForm
 from server.api.generation import GenerationAnswer
-from server.api.routing import errors, json_body, read_json, ready_info
-from server.api.schemas.chat import ChatCompletion, ChatCompletionRequest
+from server.api.routing import errors, event_stream, json_body, read_json, ready_info
+from server.api.schemas.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from server.api.structured import Grammars
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def chat_router(
             200: {
                 "description": "The answer. With `stream`, server-sent events whose data are `ChatCompletionChunk`s, "
                 'ended by `data: [DONE]`; an error after the stream\'s start is one event, `data: {"error": ...}`.',
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": event_stream(ChatCompletionChunk),
             },
             **errors(400, 401, 404, 413, 415, 429, 500, 503),
         },

@@ -8,7 +8,7 @@ from server.api.client import EngineClient
 from server.api.deltas import TokenNames
 from server.api.forms import CompletionForm
 from server.api.generation import GenerationAnswer
-from server.api.routing import errors, json_body, read_json, ready_info
+from server.api.routing import errors, event_stream, json_body, read_json, ready_info
 from server.api.schemas.completion import Completion, CompletionRequest
 from server.api.structured import Grammars
 from server.api.validation import CompletionValidator
@@ -38,7 +38,7 @@ def completions_router(
             200: {
                 "description": "The completion. With `stream`, chunks of the same form as server-sent events, "
                 'ended by `data: [DONE]`; an error after the stream\'s start is one event, `data: {"error": ...}`.',
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": event_stream(Completion),
             },
             **errors(400, 401, 404, 413, 415, 429, 500, 503),
         },

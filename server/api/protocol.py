@@ -8,11 +8,27 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.api.errors import error_json
+from server.errors import InvalidRequestError
+
 MAX_HEAD_BYTES = 64 * 1024
 """Of request line and headers. Also of whatever comes between two pieces of a body, or after the last one."""
 HEAD_SECONDS = 30.0
 
-_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+def _last_words(status: bytes, message: str, code: str) -> bytes:
+    """A whole response, after which the connection is closed: no application has seen the request."""
+    body = error_json(InvalidRequestError(message, code=code))
+    head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+    return head % (status, len(body)) + body
+
+
+_TOO_LONG = _last_words(
+    b"431 Request Header Fields Too Large",
+    f"The request line and headers have more than {MAX_HEAD_BYTES} bytes.",
+    "headers_too_large",
+)
+_NOT_HTTP = _last_words(b"400 Bad Request", "The request is not valid HTTP/1.1.", "invalid_http")
 
 
 class _HeadTooLongError(Exception):
@@ -49,7 +65,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self._unaccounted > MAX_HEAD_BYTES:
             self._refuse()
         else:
-            super().send_400_response(msg)
+            self.transport.write(_NOT_HTTP)
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""

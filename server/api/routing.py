@@ -46,6 +46,18 @@ def json_body(*schemas: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+def event_stream(chunk: type[BaseModel]) -> dict[str, Any]:
+    """How the OpenAPI document describes an answer as server-sent events, in the form that FastAPI gives its own."""
+    schemas = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in (chunk, ErrorResponse)]
+    json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": schemas}}
+    data = {
+        "description": "A chunk; an error, after which nothing but the end follows; or `[DONE]`, the end.",
+        "anyOf": [json, {"const": "[DONE]"}],
+    }
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {"text/event-stream": {"itemSchema": event}}
+
+
 def ready_info(client: EngineClient) -> EngineInfo:
     """What the engine told of itself.
 

@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import psutil
 
+PYTHON = os.environ.get("SERVER_PYTHON", sys.executable)
+"""The interpreter that Gale is installed for; tests/clients run in an environment without it."""
 READY_SECONDS = 90
 """Generous: a busy machine takes many times the usual three seconds."""
 
@@ -38,7 +40,7 @@ class RunningServer:
         self._log = folder / "stderr"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "server", "serve", "--port", "0", *flags],
+                [PYTHON, "-m", "server", "serve", "--port", "0", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

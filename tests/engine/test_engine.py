@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from server.engine.engine import Engine
 from server.tokenizer import load_tokenizer
-from server.types import FinishReason, RefusalReason
+from server.types import FinishReason, GenerateRequest, Refusal, RefusalReason, SamplingParams, pack_tokens
 from tests.engine.driving import CLASSICS, CLIENT, FIXTURES, Answer, Driver, engine_config, random_prompt, states_of
 
 VOCAB = 512
@@ -333,6 +333,30 @@ def test_a_request_is_queued_whole_or_refused_whole() -> None:
     settle(driver)
     driver.submit([prompt, prompt], max_tokens=3)
     settle(driver)
+
+
+def test_the_limit_of_a_key_holds_over_all_api_processes() -> None:
+    engine = make_driver(max_num_seqs=4, max_concurrent_seqs_per_key=3).engine
+    assert engine.info.max_request_choices == 3
+
+    def submit(client: bytes, tenant: str, n: int) -> Refusal | None:
+        request = GenerateRequest(
+            request_id=1,
+            prompts=(pack_tokens([5]),),
+            n=n,
+            params=SamplingParams(max_tokens=4),
+            arrived=0.0,
+            tenant=tenant,
+        )
+        engine.submit(client, request)
+        return engine.take_outputs()[client].rejected.get(1)
+
+    assert submit(b"api-0", "alice", 2) is None
+    refusal = submit(b"api-1", "alice", 2)
+    assert refusal is not None and refusal.reason is RefusalReason.TENANT_LIMIT
+    assert submit(b"api-2", "bob", 3) is None
+    engine.forget_client(b"api-0")
+    assert submit(b"api-1", "alice", 3) is None
 
 
 @ALL_MODES

@@ -1,5 +1,6 @@
 """Bounds on a request's head, over a real socket."""
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -60,7 +61,17 @@ def test_ordinary_requests_on_one_connection(client: socket.socket) -> None:
 def test_endless_head_is_refused(client: socket.socket) -> None:
     # One byte too long, so that nothing is left unread to reset the connection with the answer on its way.
     client.sendall(GET + b"x-padding: ".ljust(MAX_HEAD_BYTES + 1 - len(GET), b"p"))
-    assert client.recv(65536).startswith(b"HTTP/1.1 431 ")
+    head, _, body = client.recv(65536).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert json.loads(body)["error"]["code"] == "headers_too_large"
+    assert client.recv(65536) == b""
+
+
+def test_what_is_not_http_is_refused_in_the_usual_form(client: socket.socket) -> None:
+    client.sendall(b"hello\r\n\r\n")
+    head, _, body = client.recv(65536).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_http"
     assert client.recv(65536) == b""
 
 
@@ -84,7 +95,9 @@ def test_head_in_one_piece_is_as_long_as_one_in_many(client: socket.socket) -> N
     client.sendall(GET + b"x-padding: " + b"p" * (MAX_HEAD_BYTES - 100) + b"\r\n\r\n")
     assert answers(client, 1).endswith(b"0")
     client.sendall(GET + b"x-padding: " + b"p" * MAX_HEAD_BYTES + b"\r\n\r\n")
-    assert client.recv(65536).startswith(b"HTTP/1.1 431 ")
+    head, _, body = client.recv(65536).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert json.loads(body)["error"]["code"] == "headers_too_large"
     assert client.recv(65536) == b""
 
 

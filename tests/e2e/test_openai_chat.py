@@ -274,3 +274,26 @@ def test_a_schema_that_cannot_be_enforced_is_the_clients_bad_request(client: ope
             **GREEDY, response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
         )
     assert refused.value.param == "response_format.json_schema.schema"
+
+
+def test_a_conversation_that_is_sent_again_reads_only_what_is_new(client: openai.OpenAI) -> None:
+    """Of every turn, the server reads the last answer's end, where texts may tokenize otherwise, and what follows."""
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "system", "content": "There was once a lighthouse keeper who spoke with ships."},
+        {"role": "user", "content": "What do you tell them?"},
+    ]
+    known = 0
+    for turn in range(4):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=messages, temperature=0, max_completion_tokens=30, stop=['"']
+        )
+        usage = answer.usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        cached = usage.prompt_tokens_details.cached_tokens
+        assert cached is not None
+        # At the least, the state that the last prompt left at its end, which closes with a quotation mark.
+        assert cached >= known - 1
+        assert cached > usage.prompt_tokens // 3 or not turn
+        known = usage.prompt_tokens
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content or ""})
+        messages.append({"role": "user", "content": f"And what do they answer, in the year {1800 + turn}?"})

@@ -78,11 +78,13 @@ def test_states_of_other_models_are_refused(tmp_path: Path) -> None:
         read_state(path, {"recurrent": LAYOUT["recurrent"]})
 
 
-def test_infinite_states_are_refused(tmp_path: Path) -> None:
-    spoiled = PARTS["recurrent"].clone()
-    spoiled[1, 2, 3, 4] = torch.inf
-    write_state(tmp_path / "a", PARTS | {"recurrent": spoiled}, {})
-    assert_refused(tmp_path / "a", "recurrent holds values that are not finite")
+@pytest.mark.parametrize("name", ["recurrent", "ring"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_infinite_states_are_refused(value: float, name: str, tmp_path: Path) -> None:
+    spoiled = PARTS[name].clone()
+    spoiled[1, 2] = value
+    write_state(tmp_path / "a", PARTS | {name: spoiled}, {})
+    assert_refused(tmp_path / "a", f"{name} holds values that are not finite")
 
 
 def test_what_is_no_state_is_refused(tmp_path: Path) -> None:

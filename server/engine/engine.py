@@ -11,22 +11,19 @@ import time
 from array import array
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from pathlib import Path
 
 from server.engine.config import GenerationConfig, GLAConfig
 from server.engine.constraints import Constraint, Constraints, Verdict
 from server.engine.detokenizer import StopMatcher
 from server.engine.identity import system_fingerprint
-from server.engine.memory import BuiltRunner, build_runner
+from server.engine.memory import build_runner
 from server.engine.outputs import Outbox
-from server.engine.pinned import PinnedPieces
-from server.engine.prefix_cache import CacheFigures, Tier
-from server.engine.reuse import PrefixReuse
+from server.engine.prefix_cache import CacheFigures
+from server.engine.reuse import build_reuse
 from server.engine.runner import PendingStep
 from server.engine.sampler import DEAD_END
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.engine.snapshot_store import SnapshotStore
 from server.engine.state_pool import SlotAllocator
 from server.engine.stats import Figures
 from server.settings import EngineConfig
@@ -84,12 +81,10 @@ class Engine:
         self._runner = built.runner
         self._overlap = built.device.type == "cuda" if overlap is None else overlap
         self._figures = Figures()
-        self._reuse: PrefixReuse | None = None
+        self._reuse = None
         if any(built.cache_bytes.values()):
-            self._reuse = PrefixReuse(
-                self._snapshot_store(built, config.state_cache.folder),
-                built.cache_bytes,
-                shared=config.state_cache.shared,
+            self._reuse = build_reuse(
+                config.state_cache, built.cache_bytes, built.runner.parked_bytes, built.device, self._figures
             )
         self.scheduler = Scheduler(
             SlotAllocator(built.num_slots),
@@ -124,12 +119,6 @@ class Engine:
         self._requests: dict[tuple[bytes, int], list[Sequence]] = {}
         self._outbox = Outbox()
         self._pending: PendingStep | None = None
-
-    def _snapshot_store(self, built: BuiltRunner, folder: Path | None) -> SnapshotStore:
-        pieces = None
-        if built.device.type == "cuda":
-            pieces = PinnedPieces(built.runner.parked_bytes, built.cache_bytes[Tier.HOST])
-        return SnapshotStore(built.device, pieces, folder, self._figures.state_read, self._figures.state_write)
 
     def submit(self, client: bytes, request: GenerateRequest) -> None:
         """Queue all choices of a request, or refuse it; the next outputs say which.

@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 P = TypeVar("P")
 
 LEAST_GAIN = 16
-"""Tokens below which a snapshot at a junction, or waiting for somebody else's, is not worth its copy."""
+"""Tokens below which a snapshot at a junction is not worth its copy."""
+LEAST_WAIT = 64
+"""Tokens below which another prompt's snapshot is not worth waiting for: a step takes longer than absorbing them."""
 FIRST_SPACING = 2048
 """The first of the doubling positions: what a step of default size absorbs."""
 
@@ -103,6 +105,7 @@ class Ticket(Generic[P]):
     Attributes:
         tokens: the prompt, int32 bytes.
         reuse: whether it may begin from a snapshot.
+        priority: it waits for nobody of a higher value, who may be kept from going on.
         entry: the snapshot to begin from, pinned until :meth:`PrefixCache.started`; None: none.
         start: tokens that need not be absorbed.
         points: positions still ahead at which to take a snapshot, ascending. A step's piece must not cross one.
@@ -112,6 +115,7 @@ class Ticket(Generic[P]):
     tokens: bytes
     checkpoints: tuple[int, ...]
     reuse: bool
+    priority: int = 0
     entry: Entry[P] | None = None
     start: int = 0
     points: list[int] = field(default_factory=list)
@@ -243,11 +247,11 @@ class PrefixCache(Generic[P]):
 
     def _await_other(self, ticket: Ticket[P], found: "list[Node[_Spot[P]]]", start: int, shared: int) -> bool:
         """Whether another prompt in flight will leave a snapshot that saves this one enough; remembers which."""
-        if shared < ticket.length and shared - start >= LEAST_GAIN:
+        if shared < ticket.length and shared - start >= LEAST_WAIT:
             prefix = ticket.tokens[: shared * TOKEN_BYTES]
             for other in self._active:
                 is_ahead = other.scope == ticket.scope and other._position < shared < other.length
-                if is_ahead and other.tokens.startswith(prefix):
+                if is_ahead and other.priority <= ticket.priority and other.tokens.startswith(prefix):
                     self._promise(other, shared)
                     if shared in other._promises:
                         ticket._waits_for = other, shared
@@ -255,11 +259,11 @@ class PrefixCache(Generic[P]):
         for node in reversed(found):
             assert node.value is not None
             promiser, gain = node.value.promised_by, node.depth - start
-            if promiser is None or gain <= 0:
+            if promiser is None or gain <= 0 or promiser.priority > ticket.priority:
                 continue
             # Only the snapshot at a prompt's end has the logits that another one which ends there needs.
             is_end = node.depth == ticket.length
-            if (is_end and promiser.length == node.depth) or (not is_end and gain >= LEAST_GAIN):
+            if (is_end and promiser.length == node.depth) or (not is_end and gain >= LEAST_WAIT):
                 ticket._waits_for = promiser, node.depth
                 return True
         return False

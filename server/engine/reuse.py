@@ -4,16 +4,52 @@
 the sequences that the scheduler admits and the runner absorbs.
 """
 
+import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 
+import torch
+
 from server.engine.batch import Batch
+from server.engine.pinned import PinnedPieces
 from server.engine.prefix_cache import CacheFigures, PrefixCache, Ticket, Tier
 from server.engine.sequence import Sequence
 from server.engine.snapshot import Snapshot
 from server.engine.snapshot_store import Payload, SnapshotStore
+from server.engine.stats import Figures
+from server.settings import StateCacheConfig
 from server.types import pack_tokens
+
+logger = logging.getLogger(__name__)
+
+
+def build_reuse(
+    config: StateCacheConfig, budgets: Mapping[Tier, int], parked_bytes: int, device: torch.device, figures: Figures
+) -> "PrefixReuse | None":
+    """Prefix reuse as the settings want it; None if no tier can hold a state.
+
+    Args:
+        config: the settings.
+        budgets: bytes of each tier.
+        parked_bytes: most bytes of a parked state.
+        device: where the state pool lies.
+        figures: where the time that files take is counted.
+
+    Raises:
+        SettingsError: the folder for files cannot be used.
+    """
+    counts = {tier: nbytes // parked_bytes for tier, nbytes in budgets.items() if nbytes}
+    for tier, count in counts.items():
+        logger.info("%s: room for %d parked states of %d bytes", tier.name.lower(), count, parked_bytes)
+    usable = {tier: budgets[tier] for tier, count in counts.items() if count}
+    if not usable:
+        return None
+    pieces = None
+    if device.type == "cuda" and Tier.HOST in usable:
+        pieces = PinnedPieces(parked_bytes, usable[Tier.HOST])
+    store = SnapshotStore(device, pieces, config.folder, figures.state_read, figures.state_write)
+    return PrefixReuse(store, usable, shared=config.shared)
 
 
 class PrefixReuse:
@@ -52,7 +88,7 @@ class PrefixReuse:
         if seq.ticket is None:
             # Who wants to know how likely the prompt is must absorb it.
             reuse = seq.params.prompt_logprobs is None
-            seq.ticket = Ticket(self._scope(seq), seq.prompt.tobytes(), seq.checkpoint_at, reuse)
+            seq.ticket = Ticket(self._scope(seq), seq.prompt.tobytes(), seq.checkpoint_at, reuse, seq.priority)
         if not self._cache.admit(seq.ticket):
             return False
         entry = seq.ticket.entry

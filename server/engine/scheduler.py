@@ -7,7 +7,7 @@ that how a prompt is cut does not change its result.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import attrgetter
 from typing import Protocol
@@ -22,6 +22,7 @@ from server.types import FinishReason, Refusal, RefusalReason
 
 _slot = attrgetter("slot")
 
+_MAX_SKIPPED = 256
 _RESERVED_SHARE = 16
 """One in so many places of the queue stays free of any one tenant."""
 
@@ -142,7 +143,7 @@ class Scheduler:
         decodes.sort(key=_slot)
         limit = self._prompt_limit(decodes)
         # Whoever comes before the last free slot has one, and a follower keeps it free until its leader is ready.
-        candidates = list(islice(self.waiting, self.allocator.num_free))
+        candidates = list(islice(self._unblocked(), self.allocator.num_free))
         ready: list[Sequence] = []
         for seq in candidates:
             if seq.leader is None:
@@ -171,6 +172,11 @@ class Scheduler:
             return None
         replays = tuple(self._launch(seq, 0) for seq in ready)
         return Batch(tuple(decodes), tuple(prefills), tuple(leased), replays, tuple(forks), saves=tuple(saves))
+
+    def _unblocked(self) -> Iterator[Sequence]:
+        """Who may have a slot, in order, of as many as are worth looking at in a step."""
+        waiting = islice(self.waiting, self.allocator.num_free + _MAX_SKIPPED)
+        return (seq for seq in waiting if not seq.blocked)
 
     def _share(self, prompts: list[Sequence], limit: PromptLimit) -> tuple[dict[Sequence, int], list[Sequence]]:
         """Tokens of each prompt to absorb in a step, for those that get any, in order.

@@ -81,6 +81,12 @@ class Sequence:
         return max(0, len(self.prompt) - self.num_launched)
 
     @property
+    def blocked(self) -> bool:
+        """Whether this waiting sequence waits for a snapshot that another one is about to leave."""
+        ticket = self.ticket if self.leader is None else self.leader.ticket
+        return ticket is not None and ticket.blocked
+
+    @property
     def prompt_stop(self) -> int:
         """Where the next piece of the prompt must end at the latest: where a snapshot is to be taken, or its end."""
         if self.ticket is not None and self.ticket.points:

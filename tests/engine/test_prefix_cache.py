@@ -8,7 +8,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from server.engine.prefix_cache import FIRST_SPACING, LEAST_GAIN, PrefixCache, SnapshotLostError, Ticket, Tier
+from server.engine.prefix_cache import (
+    FIRST_SPACING,
+    LEAST_GAIN,
+    LEAST_WAIT,
+    PrefixCache,
+    SnapshotLostError,
+    Ticket,
+    Tier,
+)
 from server.engine.radix import RadixTree, common_tokens
 from server.types import pack_tokens
 
@@ -190,6 +198,16 @@ def test_nobody_waits_for_what_has_been_passed() -> None:
     assert (second.start, second.points) == (0, [80, 81])
 
 
+def test_nobody_waits_for_few_tokens_or_for_the_less_urgent() -> None:
+    cached = Cached()
+    first = cached.ticket([*count(0, LEAST_WAIT - 1), 900])
+    second = cached.ticket([*count(0, LEAST_WAIT - 1), 910])
+    assert cached.cache.admit(first) and cached.cache.admit(second)
+    slow, urgent = cached.ticket(count(0, 200)), cached.ticket(count(0, 200))
+    slow.priority = 1
+    assert cached.cache.admit(slow) and cached.cache.admit(urgent)
+
+
 def test_who_waits_goes_on_alone_when_the_other_is_cancelled() -> None:
     cached = Cached()
     first, second = cached.ticket(count(0, 50)), cached.ticket(count(0, 50))
@@ -309,7 +327,7 @@ TestTree = Tree.TestCase
 TestTree.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 # Prompts of a few blocks: long enough beginnings in common, and short enough to write down.
-BLOCKS = [count(1000 * i, 20) for i in range(3)] + [[7], [8, 9]]
+BLOCKS = [count(1000 * i, 40) for i in range(3)] + [[7], [8, 9]]
 PROMPTS = st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=5).map(lambda blocks: list(chain(*blocks)))
 SCOPES = st.sampled_from(["a", "b"])
 

@@ -204,6 +204,22 @@ def test_prompts_in_flight_absorb_their_common_beginning_once(mode: Mode) -> Non
     assert driver.engine.stats().prompt_tokens == 150 + 20 + 21 + 22 + 23 + 77
 
 
+def test_who_waits_for_a_prompt_keeps_no_slot_from_others() -> None:
+    driver = make_driver(max_num_seqs=2, max_num_batched_tokens=128)
+    long = random_prompt(3000, VOCAB, 1)
+    driver.submit([long], max_tokens=2, **GREEDY)
+    driver.step()
+    waiting = driver.submit([long], n=2, max_tokens=2, **GREEDY)
+    other = driver.submit([random_prompt(30, VOCAB, 2)], max_tokens=3, **GREEDY)
+    for _ in range(8):
+        driver.step()
+    assert driver.answers[other, 0].finish_reason is FinishReason.LENGTH
+    assert (waiting, 0) not in driver.answers
+    driver.run()
+    assert len(driver.answers[waiting, 1].token_ids) == 2
+    assert driver.engine.stats().prompt_tokens == 3030
+
+
 def test_who_waits_for_a_cancelled_prompt_goes_on() -> None:
     driver = make_driver()
     prompt = random_prompt(1000, VOCAB, 1)
@@ -282,7 +298,7 @@ def test_figures() -> None:
 
 def disk_cache(folder: Path, states: float, driver_bytes: int) -> StateCacheConfig:
     """Room for one state in memory and some on disk."""
-    one = driver_bytes + 4 * VOCAB
+    one = driver_bytes + 4 * VOCAB + 4096
     return StateCacheConfig(host_bytes=one, folder=folder, disk_bytes=int(states * one))
 
 
@@ -328,7 +344,7 @@ def test_random_traces_say_what_they_would_have_said_alone(seed: int, mode: Mode
     hold a few states: whatever was evicted, handed down or restored, the answers are those of cold runs."""
     rng = random.Random(seed)
     cold = make_driver(mode=mode, cache=NONE)
-    one = cold.engine.info.state_bytes + 4 * VOCAB
+    one = cold.engine.info.state_bytes + 4 * VOCAB + 4096
     cache = StateCacheConfig(
         gpu_bytes=3 * one, host_bytes=4 * one, folder=tmp_path, disk_bytes=8 * one, shared=seed == 2
     )

@@ -20,6 +20,8 @@ from server.kernels.shapes import check_head_k, next_power_of_2, product_dtype
 
 MIN_SEGMENT = 256
 """Tokens. Shorter segments of a prompt of 2,048 took longer on an H200: more states in between."""
+_PROGRAMS_PER_PROCESSOR = 4
+"""Of a walk, at most, for the sake of segments: three of them find that they have no tokens."""
 _COMBINED_ELEMENTS = 4096
 """Of a state, per program that combines segments."""
 
@@ -86,7 +88,7 @@ def gla_prefill(
     plan = plan or plan_prefill(head_k, head_v, repeats, q_THK.element_size(), shared_memory)
     value_tiles = triton.cdiv(head_v, plan.block_v)
     if segment_length is None:
-        segment_length = plan_segments(tokens, max_length, kv_heads * value_tiles, plan.chunk, processors)
+        segment_length = plan_segments(tokens, spans, max_length, kv_heads * value_tiles, plan.chunk, processors)
     segments = max(1, triton.cdiv(max_length, segment_length))
     chunks = tokens // plan.chunk + spans  # an upper bound, see chunk_id
     scores_CHLL = torch.empty((chunks, heads, plan.chunk, plan.chunk), dtype=dtype, device=device)
@@ -221,21 +223,24 @@ def plan_prefill(head_k: int, head_v: int, repeats: int, itemsize: int, shared_m
     )
 
 
-def plan_segments(tokens: int, max_length: int, programs: int, chunk: int, processors: int) -> int:
+def plan_segments(tokens: int, spans: int, max_length: int, programs: int, chunk: int, processors: int) -> int:
     """Tokens of a segment: so many that no span has two, unless the device would then have too little to do.
 
-    How many spans there are is not asked, since a captured step has room for more than it absorbs: only how many there
-    must be if one of them is the longest.
+    A captured step has room for more spans than it absorbs, so what counts is how many there must be if one of them is
+    the longest. Every span there is room for has as many segments, though, and those without tokens must not cost more
+    than the others save.
 
     Args:
         tokens: of all spans, at most.
+        spans: at most.
         max_length: of a span, at most.
         programs: of a walk of one span: kv heads times value tiles.
         chunk: tokens of a chunk.
         processors: of the device.
     """
-    spans = max(1, tokens // max(1, max_length))
-    segments = max(1, min(processors // (programs * spans), max_length // MIN_SEGMENT))
+    full_spans = max(1, tokens // max(1, max_length))
+    at_once = min(processors // (programs * full_spans), _PROGRAMS_PER_PROCESSOR * processors // (programs * spans))
+    segments = max(1, min(at_once, max_length // MIN_SEGMENT))
     return max(1, int(triton.cdiv(max_length, segments * chunk))) * chunk
 
 

@@ -46,8 +46,8 @@ class Generation:
             self.first = time.monotonic()
         for event in events:
             self.tokens += len(event.token_ids)
+            self.cached_tokens += event.cached_tokens
             if event.finish_reason is not FinishReason.RUNNING:
-                self.cached_tokens += event.cached_tokens
                 self.finish_reasons.append(event.finish_reason.name.lower())
 
 

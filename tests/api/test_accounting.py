@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.api.scripted import serve
+from tests.api.scripted import ScriptedEngine, serve
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -32,6 +32,16 @@ def test_a_generation_is_one_line_without_its_text(caplog: pytest.LogCaptureFixt
     assert line["tokens"] == 10 and line["prompt_tokens"] > 0 and line["finish"] == "length"
     assert 0 <= line["first_token_seconds"] <= line["seconds"]
     assert "confidential" not in caplog.text and "sesame" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_line_says_how_much_of_the_prompts_was_cached(caplog: pytest.LogCaptureFixture, stream: bool) -> None:
+    """The engine tells it with a choice's first token, long before the choice ends."""
+    caplog.set_level(logging.INFO)
+    with serve(ScriptedEngine(cached_tokens=3)) as server:
+        server.complete(["abcdef", "ghijkl"], max_tokens=5, n=2, stream=stream)
+    [line] = lines(caplog)
+    assert line["cached_tokens"] == 6 and line["tokens"] == 20
 
 
 def test_refusals_are_lines_too_and_probes_are_not(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,10 +12,11 @@ class StopMatcher:
         include: whether the text ends with the stop string found; else before it.
     """
 
-    __slots__ = ("_include", "_pending", "_stops")
+    __slots__ = ("_include", "_longest", "_pending", "_stops")
 
     def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
         self._stops = [(stop.encode(), stop) for stop in stops]
+        self._longest = max(len(encoded) for encoded, _ in self._stops)
         self._include = include
         self._pending = b""
 
@@ -35,8 +36,7 @@ class StopMatcher:
         if found is not None:
             self._pending = b""
             return text[: first + len(found.encode())] if self._include else text[:first], found
-        held = max(_longest_overlap(text, encoded) for encoded, _ in self._stops)
-        certain = len(text) - held
+        certain = self._certain(text)
         self._pending = text[certain:]
         return text[:certain], None
 
@@ -45,10 +45,14 @@ class StopMatcher:
         held, self._pending = self._pending, b""
         return held
 
+    def _certain(self, text: bytes) -> int:
+        """How many bytes of a text without a stop string cannot be the beginning of one.
 
-def _longest_overlap(text: bytes, stop: bytes) -> int:
-    """Length of the longest proper prefix of ``stop`` that ends ``text``."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+        Each place is ruled out for all stop strings before the next is looked at, so that every byte is ruled out once:
+        a long text that is held back costs nothing while it stays so.
+        """
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            tail = text[start:]
+            if any(encoded.startswith(tail) for encoded, _ in self._stops):
+                return start
+        return len(text)

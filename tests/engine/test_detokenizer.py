@@ -1,6 +1,7 @@
 """Stop strings in a text that arrives in pieces."""
 
 import itertools
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,3 +62,39 @@ def test_pieces_do_not_matter(text: str, stops: list[str], cuts: list[int]) -> N
         assert run(tuple(stops), pieces, include=True) == (out + found.encode(), found)
     else:
         assert (out, found) == (data, None)
+
+
+@given(
+    text=st.text("ab", max_size=40),
+    stops=st.lists(st.text("ab", min_size=1, max_size=8), min_size=1, max_size=4),
+    size=st.integers(1, 5),
+)
+def test_no_more_is_held_back_than_may_become_a_stop_string(text: str, stops: list[str], size: int) -> None:
+    matcher, out, seen = StopMatcher(tuple(stops)), b"", b""
+    for start in range(0, len(text), size):
+        piece = text[start : start + size].encode()
+        released, found = matcher.feed(piece)
+        if found is not None:
+            return
+        out, seen = out + released, seen + piece
+        held = seen[len(out) :]
+        beginnings = {stop.encode()[:length] for stop in stops for length in range(1, len(stop))}
+        longest = max((end for end in beginnings if seen.endswith(end)), key=len, default=b"")
+        assert held == longest
+
+
+def test_text_that_is_held_back_costs_little_however_many_the_stop_strings() -> None:
+    """The engine does this for every token, and all requests wait for it."""
+
+    def seconds(stops: tuple[str, ...]) -> float:
+        matcher = StopMatcher(stops)
+        matcher.feed(b"a" * 1000)
+        begun = time.process_time()
+        for _ in range(50):
+            assert matcher.feed(b"a") == (b"a", None)
+        return time.process_time() - begun
+
+    held = "a" * 500 + "Z"
+    others = tuple("b" * 500 + str(number) for number in range(31))
+    # Some 10 times as long; with a look at every length of every stop string, it was 1000 times.
+    assert min(seconds((*others, held)) for _ in range(3)) < 200 * min(seconds((held,)) for _ in range(3))

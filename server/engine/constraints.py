@@ -166,8 +166,8 @@ class Constraints:
         for matcher, row in matchers:
             job.verdicts[row] = self._judge(matcher, masks_RW[row])
         for row, (constraint, _) in enumerate(sampled):
-            for token in constraint.banned():
-                masks_RW[row, token // _WORD] &= ~_bit(token)
+            if banned := constraint.banned():
+                _clear(masks_RW[row], banned)
 
     def _judge(self, matcher: LLMatcher, mask_W: Tensor) -> Verdict:
         """The verdict on a mask; makes end-of-sequence tokens beyond the first count like the first."""
@@ -208,6 +208,14 @@ class Constraints:
 def mask_words(num_tokens: int) -> int:
     """Words of a mask of so many tokens."""
     return -(-num_tokens // _WORD)
+
+
+def _clear(mask_W: Tensor, tokens: SequenceOf[int]) -> None:
+    """Take tokens out of a mask; there may be thousands, and an operation for each would take too long."""
+    words: dict[int, int] = {}
+    for token in tokens:
+        words[token // _WORD] = words.get(token // _WORD, -1) & ~_bit(token)
+    mask_W[list(words)] &= torch.tensor(list(words.values()), dtype=torch.int32)
 
 
 def _bit(token: int) -> int:

@@ -48,6 +48,8 @@ class RefusalReason(enum.IntEnum):
     """Too many choices wait already, of everybody's or of this tenant's."""
     TENANT_LIMIT = 2
     """The tenant has as many choices waiting and running as it may."""
+    FAILED = 3
+    """The engine could not make sense of it."""
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):

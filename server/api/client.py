@@ -39,6 +39,7 @@ _MAX_UNREAD_TOKENS = 1 << 16
 _REFUSALS: dict[RefusalReason, type[ApiError]] = {
     RefusalReason.QUEUE_FULL: QueueFullError,
     RefusalReason.TENANT_LIMIT: RateLimitError,
+    RefusalReason.FAILED: InternalError,
 }
 _REASONS = {int(reason): reason for reason in FinishReason}
 

@@ -148,14 +148,18 @@ class Constraints:
         matchers: list[tuple[LLMatcher, int]] = []
         consumed: list[tuple[LLMatcher, int]] = []
         for row, (constraint, token) in enumerate(sampled):
-            if constraint.grammar is not None:
-                if constraint.matcher is None:
-                    constraint.matcher = self._prototype(constraint.grammar).deep_copy()
-                matchers.append((constraint.matcher, row))
+            try:
+                matcher = self._matcher(constraint)
                 if token is not None:
-                    consumed.append((constraint.matcher, token))
-            if token is not None:
-                constraint.take(token)
+                    constraint.take(token)
+            except BaseException:
+                logger.exception("a grammar cannot be followed")
+                job.verdicts[row] = Verdict.BROKEN
+                continue
+            if matcher is not None:
+                matchers.append((matcher, row))
+                if token is not None:
+                    consumed.append((matcher, token))
         masks_RW = job.masks_RW
         if consumed:
             self._executor.consume_token_par(consumed)
@@ -168,6 +172,11 @@ class Constraints:
         for row, (constraint, _) in enumerate(sampled):
             if banned := constraint.banned():
                 _clear(masks_RW[row], banned)
+
+    def _matcher(self, constraint: Constraint) -> LLMatcher | None:
+        if constraint.matcher is None and constraint.grammar is not None:
+            constraint.matcher = self._prototype(constraint.grammar).deep_copy()
+        return constraint.matcher
 
     def _judge(self, matcher: LLMatcher, mask_W: Tensor) -> Verdict:
         """The verdict on a mask; makes end-of-sequence tokens beyond the first count like the first."""

@@ -9,9 +9,10 @@ import logging
 import random
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
+from server.engine.batch import Batch
 from server.engine.config import GenerationConfig, GLAConfig
 from server.engine.constraints import Constraint, Constraints, Verdict
 from server.engine.detokenizer import StopMatcher
@@ -34,6 +35,8 @@ from server.types import (
     FinishReason,
     GenerateRequest,
     PromptLogprobs,
+    Refusal,
+    RefusalReason,
     StepOutput,
     unpack_tokens,
 )
@@ -45,6 +48,8 @@ _BUSY_WAIT_SECONDS = 0.0005
 """How often to see whether the device is still busy."""
 _IDLE_WAIT_SECONDS = 0.005
 """How often to see whether somebody wants something."""
+_MAX_FAILED_STEPS = 8
+"""So many in a row are the engine's fault, not the requests'."""
 
 
 class Engine:
@@ -119,6 +124,7 @@ class Engine:
         self._requests: dict[tuple[bytes, int], list[Sequence]] = {}
         self._outbox = Outbox()
         self._pending: PendingStep | None = None
+        self._failed_steps = 0
 
     def submit(self, client: bytes, request: GenerateRequest) -> None:
         """Queue all choices of a request, or refuse it; the next outputs say which.
@@ -131,6 +137,17 @@ class Engine:
         if refusal is not None:
             self._outbox.reject(client, request.request_id, refusal)
             return
+        try:
+            sequences = self._sequences(client, request)
+        except Exception as error:
+            logger.exception("a request cannot be queued")
+            self._outbox.reject(client, request.request_id, Refusal(RefusalReason.FAILED, _complaint(error)))
+            return
+        self._requests[client, request.request_id] = sequences
+        self.scheduler.add(sequences)
+        self._outbox.accept(client, request.request_id)
+
+    def _sequences(self, client: bytes, request: GenerateRequest) -> list[Sequence]:
         # One array per prompt, however many choices share it: nothing writes to it.
         prompts = [unpack_tokens(prompt) for prompt in request.prompts]
         sequences = [
@@ -144,9 +161,7 @@ class Engine:
                 seq.leader = leader
         if constraints := [seq.constraint for seq in sequences if seq.constraint is not None]:
             self._constraints.follow([(constraint, None) for constraint in constraints])
-        self._requests[client, request.request_id] = sequences
-        self.scheduler.add(sequences)
-        self._outbox.accept(client, request.request_id)
+        return sequences
 
     def _sequence(self, client: bytes, request: GenerateRequest, choice: int, prompt: "array[int]") -> Sequence:
         params = request.params
@@ -193,24 +208,37 @@ class Engine:
         return self.scheduler.has_work or self._pending is not None
 
     def step(self) -> None:
-        """Launch the next batch and retire a completed one."""
+        """Launch the next batch and retire a completed one.
+
+        A sequence whose computation raises ends with an error, and so do all of a batch where it cannot be told whose
+        fault it was, for their states may have been half updated. The engine goes on, unless the device is ill.
+
+        Raises:
+            Exception: the engine cannot go on.
+        """
         resumed = self._resume()
         if resumed is not None and not self._overlap:
             self._retire(resumed)
         parts = self._figures.step_parts
         begun = time.monotonic()
         batch = self.scheduler.schedule(begun)
-        launched = None
+        launched = failure = None
         if batch is not None:
             scheduled = time.monotonic()
-            launched = self._runner.launch(batch)
+            try:
+                launched = self._runner.launch(batch)
+            except Exception as error:
+                failure = error
             parts["schedule"].observe(scheduled - begun)
             parts["launch"].observe(time.monotonic() - scheduled)
             self._figures.tokens_per_step.observe(batch.num_tokens)
             for seq in batch.leased:
                 self._figures.queue_time.observe(seq.admitted - seq.arrived)
-            if self._reuse is not None:
-                self._reuse.launched(batch, launched.snapshots)
+            if launched is not None:
+                self._failed_steps = 0
+                self._break(launched.broken)
+                if self._reuse is not None:
+                    self._reuse.launched(batch, launched.snapshots)
         idle = resumed is None and batch is None and self._pending is None
         if self._overlap:
             launched, self._pending = self._pending, launched
@@ -218,6 +246,8 @@ class Engine:
             self._retire(launched)
         if resumed is not None and self._overlap:
             self._retire(resumed)
+        if batch is not None and failure is not None:
+            self._abandon(batch, failure)
         if idle:
             reads = set() if self._reuse is None else self._reuse.reads
             wait(self._missing_masks() | reads, timeout=_IDLE_WAIT_SECONDS, return_when=FIRST_COMPLETED)
@@ -241,7 +271,14 @@ class Engine:
             else:
                 complete = seq.constraint.verdict is Verdict.COMPLETE
                 self._end(seq, FinishReason.STOP if complete else FinishReason.ABORT)
-        return self._runner.resume(self.scheduler.resume(ready)) if ready else None
+        if not ready:
+            return None
+        batch = self.scheduler.resume(ready)
+        try:
+            return self._runner.resume(batch)
+        except Exception as error:
+            self._abandon(batch, error)
+            return None
 
     def _missing_masks(self) -> "set[Future[None]]":
         """What the held rows wait for."""
@@ -290,14 +327,16 @@ class Engine:
         if (seconds := step.device_seconds()) is not None:
             self._figures.step_parts["device"].observe(seconds)
         now = time.monotonic()
-        for span, logprobs in step.fetch_prompt_logprobs():
-            self._report_prompt(span.seq, logprobs)
+        self._report_prompts(step)
         followed: list[tuple[Constraint, int | None]] = []
         for row, (span, token) in enumerate(zip(step.rows, tokens, strict=True)):
             seq = span.seq
             # A sequence that ended meanwhile was still part of the step launched ahead.
             if seq.finish_reason is FinishReason.RUNNING:
-                self._advance(seq, token, step, row, now)
+                try:
+                    self._advance(seq, token, step, row, now)
+                except Exception as error:
+                    self._break({seq: error})
                 if seq.constraint is not None and not seq.finished:
                     followed.append((seq.constraint, token))
         for span in step.batch.prefills + step.batch.replays:
@@ -309,6 +348,36 @@ class Engine:
         if followed:
             self._constraints.follow(followed)
         self._figures.step_parts["retire"].observe(time.monotonic() - begun)
+
+    def _abandon(self, batch: Batch, error: Exception) -> None:
+        """Give up a batch that could not be launched, or only in part."""
+        self._failed_steps += 1
+        if self._failed_steps == _MAX_FAILED_STEPS:
+            raise error
+        waiting = [seq for fork in batch.forks for seq in fork.waiting]
+        self._break(dict.fromkeys([*(span.seq for span in batch.spans), *waiting], error))
+        self.scheduler.retire(batch)
+
+    def _break(self, broken: Mapping[Sequence, Exception]) -> None:
+        """End sequences that exceptions have struck, and those that wait for the end of their prompts.
+
+        Raises:
+            Exception: the device is ill.
+        """
+        for error in set(broken.values()):
+            self._runner.check_device(error)
+            count = sum(cause is error for cause in broken.values())
+            logger.error("%d choices end with an error", count, exc_info=error)
+        for seq, error in broken.items():
+            self._end_group(seq, FinishReason.ERROR, error=_complaint(error))
+
+    def _report_prompts(self, step: PendingStep) -> None:
+        try:
+            for span, logprobs in step.fetch_prompt_logprobs():
+                self._report_prompt(span.seq, logprobs)
+        except Exception as error:
+            sequences = (span.seq for span in step.batch.prefills)
+            self._break({seq: error for seq in sequences if seq.params.prompt_logprobs is not None})
 
     def _report_prompt(self, seq: Sequence, logprobs: PromptLogprobs | None) -> None:
         if seq.finished:
@@ -341,9 +410,10 @@ class Engine:
             seq.first_token = now
             self._figures.time_to_first_token.observe(now - seq.arrived)
         text, reason, stop_reason = self._judge(seq, token)
+        logprobs = None if seq.params.logprobs is None else step.fetch_logprobs(row)
+        # Last: what raises before it leaves a sequence that can still end with an error.
         if reason is not FinishReason.RUNNING:
             self._finish(seq, reason, now)
-        logprobs = None if seq.params.logprobs is None else step.fetch_logprobs(row)
         self._outbox.token(seq, token, text, logprobs=logprobs, stop_reason=stop_reason)
 
     def _judge(self, seq: Sequence, token: int) -> tuple[bytes, FinishReason, int | str | None]:
@@ -387,3 +457,7 @@ class Engine:
         choices.remove(seq)
         if not choices:
             del self._requests[seq.client, seq.request_id]
+
+
+def _complaint(error: Exception) -> str:
+    return f"the engine failed at this request ({type(error).__name__})"

@@ -122,7 +122,8 @@ class PrefixReuse:
                 self._cache.started(seq.ticket)
         for index, snapshot in zip(batch.saves, snapshots, strict=True):
             ticket = batch.prefills[index].seq.ticket
-            assert ticket is not None
+            if ticket is None:
+                continue  # the sequence turned out to be broken
             complete = snapshot.logits_V is not None
             self._cache.put(ticket, snapshot, self._tier, snapshot.nbytes, complete=complete)
         for span in (*batch.prefills, *batch.replays):

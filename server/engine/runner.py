@@ -4,8 +4,9 @@ On CUDA ``launch`` returns before the device has finished; ``PendingStep.fetch``
 sampled tokens stay on the device as the next step's input, so the next batch can be launched first.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -39,10 +40,12 @@ class PendingStep:
         batch: what was launched.
         rows: the spans that sample, in the order of the results.
         snapshots: of the prefills that ``batch.saves`` names, in order.
+        broken: sequences that the batch does not compute as they should be, and why. Nothing else is the matter with
+            it: what it does with these is no worse than what it does with sequences that have ended.
         started: recorded when the device turned to it; None: not known.
     """
 
-    __slots__ = ("_event", "_sampled", "_scored", "batch", "rows", "snapshots", "started")
+    __slots__ = ("_event", "_sampled", "_scored", "batch", "broken", "rows", "snapshots", "started")
 
     def __init__(
         self,
@@ -51,10 +54,12 @@ class PendingStep:
         sampled: Sampled | None,
         scored: tuple[ScorePlan, Scores] | None = None,
         snapshots: Iterable[Snapshot] = (),
+        broken: Mapping[Sequence, Exception] = MappingProxyType({}),
         *,
         on_cuda: bool,
     ) -> None:
         self.batch = batch
+        self.broken = broken
         self.rows = rows
         self.started: torch.cuda.Event | None = None
         self.snapshots = tuple(snapshots)
@@ -182,9 +187,8 @@ class Runner:
         return step
 
     def _launch(self, batch: Batch) -> PendingStep:
-        if batch.leased:
-            self._sampler.lease(batch.leased)
-        replayed = self._restore(batch)
+        broken = self._lease(batch.leased)
+        replayed = self._restore(batch, broken)
         rows, span_of_row, plan = _plan(batch.spans)
         logits = _LogitRows.of(batch, span_of_row)
         score_plan = plan_scores(batch)
@@ -198,7 +202,8 @@ class Runner:
             if logits.of_row is None:
                 snapshots = self._save(batch, logits_UV, logits.spans)
                 sampled = graphs.sample(shape, plan) if rows else None
-                return PendingStep(batch, rows[: plan.num_sampled], sampled, snapshots=snapshots, on_cuda=self._on_cuda)
+                sampling = rows[: plan.num_sampled]
+                return PendingStep(batch, sampling, sampled, None, snapshots, broken, on_cuda=self._on_cuda)
         else:
             pending, folding = self._advance_rings(batch, every_token=False)
             hidden, slots_R1, columns = self._absorb(batch, logits.spans, pending, folding)
@@ -213,14 +218,21 @@ class Runner:
         snapshots = self._save(batch, logits_UV, logits.spans)
         sampled = None
         if rows:
-            self._fork(batch, logits_UV, logits.spans)
+            self._fork(batch, logits_UV, logits.spans, broken)
             if logits.of_row is not None:
                 of_row, slots, positions = (logits.of_row, [row.slot for row in rows], [row.position for row in rows])
                 places_R, slots_R, positions_R = self._to_device(torch.tensor((of_row, slots, positions))).unbind()
                 logits_UV = torch.cat((logits_UV, *replayed)).index_select(0, places_R)
                 slots_R = redirect_done(slots_R, self._sampler.done_S)
             sampled = self._sampler.sample(logits_UV, slots_R, positions_R, plan)
-        return PendingStep(batch, rows[: plan.num_sampled], sampled, scored, snapshots, on_cuda=self._on_cuda)
+        return PendingStep(batch, rows[: plan.num_sampled], sampled, scored, snapshots, broken, on_cuda=self._on_cuda)
+
+    def check_device(self, error: Exception) -> None:
+        """Raise if an exception was, or hides, an error of the device, after which nothing can be computed there."""
+        if self._on_cuda:
+            if isinstance(error, torch.AcceleratorError):
+                raise error
+            torch.cuda.synchronize(self._device)
 
     @torch.inference_mode()
     def snapshot(self, seq: Sequence) -> Snapshot:
@@ -272,21 +284,35 @@ class Runner:
         sampled = self._sampler.resume(slots, [span.position for span in rows], plan, _masks(rows))
         return PendingStep(batch, rows, sampled, on_cuda=self._on_cuda)
 
-    def _restore(self, batch: Batch) -> list[Tensor]:
-        """Write the snapshots of newly leased sequences to their slots; the logits [1, V] of the replays, in order."""
+    def _lease(self, sequences: tuple[Sequence, ...]) -> dict[Sequence, Exception]:
+        """Tell the sampler of newly leased sequences; those for which it fails, and why."""
+        if not sequences:
+            return {}
+        try:
+            self._sampler.lease(sequences)
+            return {}
+        except Exception as error:
+            if len(sequences) == 1:
+                return {sequences[0]: error}
+        return {seq: error for one in sequences for seq, error in self._lease((one,)).items()}
+
+    def _restore(self, batch: Batch, broken: dict[Sequence, Exception]) -> list[Tensor]:
+        """Write the snapshots of newly leased sequences to their slots; the logits [1, V] of the replays, in order.
+
+        Args:
+            broken: sequences for which that fails are added.
+        """
         leased: dict[Snapshot, list[Sequence]] = {}
         for seq in batch.leased:
             if seq.snapshot is not None:
                 leased.setdefault(seq.snapshot, []).append(seq)
         logits: dict[Sequence, Tensor] = {}
         for snapshot, sequences in leased.items():
-            slots = [seq.slot for seq in sequences if seq.slot is not None]
-            with self.copies.time(self.copies.restores):
-                logits_V = restore_snapshot(self._states, snapshot, slots)
-                num_pending = snapshot.num_tokens - snapshot.num_folded
-                if self._states.ring_size and num_pending:
-                    for slot in slots:
-                        fold_slot(self._states, slot, num_pending)
+            try:
+                logits_V = self._restore_one(snapshot, [seq.slot for seq in sequences if seq.slot is not None])
+            except Exception as error:
+                broken.update(dict.fromkeys(sequences, error))
+                logits_V = torch.zeros(self._sampler.vocab_size, device=self._device)
             for seq in sequences:
                 if logits_V is not None:
                     logits[seq] = logits_V[None]
@@ -294,16 +320,29 @@ class Runner:
                 seq.snapshot = None
         return [logits[span.seq] for span in batch.replays]
 
-    def _fork(self, batch: Batch, logits_UV: Tensor, spans: list[int]) -> None:
+    def _restore_one(self, snapshot: Snapshot, slots: list[int]) -> Tensor | None:
+        with self.copies.time(self.copies.restores):
+            logits_V = restore_snapshot(self._states, snapshot, slots)
+            num_pending = snapshot.num_tokens - snapshot.num_folded
+            if self._states.ring_size and num_pending:
+                for slot in slots:
+                    fold_slot(self._states, slot, num_pending)
+        return logits_V
+
+    def _fork(self, batch: Batch, logits_UV: Tensor, spans: list[int], broken: dict[Sequence, Exception]) -> None:
         """Copy the states of prompts that ended in this batch to the followers: to their slots, or to a snapshot.
 
         Args:
             logits_UV: of the spans.
             spans: indices in the batch.
+            broken: the followers of such sequences are added.
         """
         for fork in batch.forks:
             source = batch.prefills[fork.source]
             leader = source.seq
+            if leader in broken:
+                followers = [*(branch.seq for branch in fork.branches), *fork.waiting]
+                broken.update(dict.fromkeys(followers, broken[leader]))
             if fork.branches:
                 fork_slot(self._states, source.slot, [branch.slot for branch in fork.branches])
             for branch in fork.branches:

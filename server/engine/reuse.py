@@ -87,19 +87,15 @@ class PrefixReuse:
             return True  # it has a state to begin with
         if seq.ticket is None:
             # Who wants to know how likely the prompt is must absorb it.
-            reuse = seq.params.prompt_logprobs is None
+            reuse = seq.params.prompt_logprobs is None or seq.leads_again
             seq.ticket = Ticket(self._scope(seq), seq.prompt.tobytes(), seq.checkpoint_at, reuse, seq.priority)
         if not self._cache.admit(seq.ticket):
             return False
         entry = seq.ticket.entry
         if entry is not None:
             seq.snapshot = self._store.take(entry.payload)
-            seq.num_launched = seq.cached_tokens = seq.ticket.start
-            if not seq.prompt_remaining:
-                # Nobody has to wait for the end of this prompt.
-                for follower in seq.followers:
-                    follower.leader, follower.snapshot, follower.num_launched = None, seq.snapshot, seq.num_launched
-                seq.followers = []
+            seq.num_launched = seq.ticket.start
+            seq.cached_tokens = 0 if seq.leads_again else seq.ticket.start
         return True
 
     def withdraw(self, seq: Sequence) -> None:

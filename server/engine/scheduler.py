@@ -26,6 +26,9 @@ _MAX_SKIPPED = 256
 _RESERVED_SHARE = 16
 """One in so many places of the queue stays free of any one tenant."""
 
+MAX_KEPT_PROMPTS = 16
+"""Prompts whose state is kept in memory for answers that wait for a slot."""
+
 PREFILL_GRID = CHUNK
 """Prompt pieces end at multiples of this position (the kernels' chunk), or at the prompt's end."""
 
@@ -83,6 +86,8 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}
         self.held: dict[Sequence, None] = {}
         """Running sequences whose next token is yet to be sampled, when the mask of their constraint is known."""
+        self._kept: dict[Sequence, Sequence] = {}
+        """Waiting sequences that have, or are about to get, a snapshot of their prompt, each with who absorbed it."""
 
     @property
     def has_work(self) -> bool:
@@ -159,6 +164,10 @@ class Scheduler:
             prefills.append(self._launch(seq, length))
             if self._reuse is not None and self._reuse.is_wanted(seq):
                 saves.append(len(prefills) - 1)
+        for seq in replayed:
+            for follower in self._keep(seq, seq.followers):
+                follower.snapshot = seq.snapshot
+            seq.followers = []
         ready += replayed
         forks = [
             self._fork(index, span.seq, candidates, now)
@@ -219,6 +228,7 @@ class Scheduler:
 
     def _lease(self, seq: Sequence, now: float) -> None:
         self.waiting.start(seq)
+        self._kept.pop(seq, None)
         seq.slot = self.allocator.lease()
         seq.admitted = now
         self.running[seq] = None
@@ -231,15 +241,31 @@ class Scheduler:
         for seq in leader.followers:
             if seq.finished:
                 continue
-            seq.leader = None
-            seq.num_launched = leader.num_launched
             if seq in placed:
+                seq.leader, seq.num_launched = None, leader.num_launched
                 self._lease(seq, now)
                 branches.append(self._launch(seq, 0))
             else:
                 waiting.append(seq)
         leader.followers = []
-        return Fork(source, tuple(branches), tuple(waiting))
+        return Fork(source, tuple(branches), self._keep(leader, waiting))
+
+    def _keep(self, leader: Sequence, followers: list[Sequence]) -> tuple[Sequence, ...]:
+        """Those who are to have a snapshot of the leader's prompt while they wait for a slot: all, or none.
+
+        None where the snapshots of enough prompts wait already: urgent requests could pile them up without end. The
+        first of the followers then leads the others, and absorbs the prompt once more.
+        """
+        if followers and len(set(self._kept.values())) >= MAX_KEPT_PROMPTS:
+            first, *rest = followers
+            first.leader, first.followers, first.leads_again = None, rest, True
+            for seq in rest:
+                seq.leader = first
+            return ()
+        for seq in followers:
+            seq.leader, seq.num_launched = None, leader.num_launched
+            self._kept[seq] = leader
+        return tuple(followers)
 
     def _may_decode(self, seq: Sequence) -> bool:
         """Whether a sequence without prompt tokens left has, or will have on the device, another token to absorb."""
@@ -285,6 +311,7 @@ class Scheduler:
         seq.finish_reason = reason
         if seq.slot is None:
             self.waiting.remove(seq)
+            self._kept.pop(seq, None)
             return
         del self.running[seq]
         self.waiting.end(seq)

@@ -68,7 +68,7 @@ def plan_scores(batch: Batch) -> ScorePlan | None:
         prompt, wanted = span.seq.prompt, span.seq.params.prompt_logprobs
         # The prompt's last token predicts what is sampled.
         count = min(span.length, len(prompt) - 1 - span.start)
-        if wanted is not None and count:
+        if wanted is not None and count and not span.seq.leads_again:
             spans.append((span, count))
             rows.extend(range(offset, offset + count))
             targets.extend(prompt[span.start + 1 : span.start + 1 + count])

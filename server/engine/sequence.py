@@ -49,6 +49,8 @@ class Sequence:
     """Who absorbs the prompt for this sequence, until it has done so."""
     followers: list["Sequence"] = field(default_factory=list)
     """Whose leader this is; empty once the prompt has been absorbed."""
+    leads_again: bool = False
+    """Whether another leader has absorbed the prompt before, and told what there is to tell of it."""
     snapshot: "Snapshot | None" = None
     """What the slot is to hold when this waiting sequence gets one: its first ``num_launched`` tokens."""
     ticket: "Ticket[Any] | None" = None

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from server.engine.engine import Engine
+from server.engine.scheduler import MAX_KEPT_PROMPTS
 from server.tokenizer import load_tokenizer
 from server.types import FinishReason, GenerateRequest, Refusal, RefusalReason, SamplingParams, pack_tokens
 from tests.engine.driving import CLASSICS, CLIENT, FIXTURES, Answer, Driver, engine_config, random_prompt, states_of
@@ -291,6 +292,32 @@ def test_a_fork_is_not_disturbed_by_what_takes_its_leaders_slot(mode: Mode) -> N
     settle(driver)
     assert [driver.answers[request, choice].token_ids for choice in range(3)] == [expected] * 3
     assert driver.engine.stats().prompt_tokens == 70 + 70 + 90
+
+
+@ALL_MODES
+def test_urgent_requests_do_not_pile_up_snapshots(mode: Mode) -> None:
+    """Each takes the only slot before the second answers to all prompts so far, whose states must be kept somewhere."""
+    driver = make_driver(mode=mode, max_num_seqs=1)
+    scheduler = driver.engine.scheduler
+    prompts = [random_prompt(5, VOCAB, seed) for seed in range(MAX_KEPT_PROMPTS + 9)]
+    params = {"temperature": 0.0, "max_tokens": 2, "ignore_eos": True, "prompt_logprobs": 1}
+    expected = [driver.complete(prompt, **params).token_ids for prompt in prompts]
+    before = driver.engine.stats().prompt_tokens
+    requests = []
+    most = 0
+    for number, prompt in enumerate(prompts):
+        requests.append(driver.submit([prompt], n=3, priority=-number, **params))
+        while driver.answers.get((requests[-1], 0), Answer()).finish_reason is FinishReason.RUNNING:
+            driver.step()
+        most = max(most, len({id(seq.snapshot) for seq in scheduler.waiting if seq.snapshot is not None}))
+    settle(driver)
+    assert 2 <= most <= MAX_KEPT_PROMPTS
+    for request, tokens in zip(requests, expected, strict=True):
+        assert [driver.answers[request, choice].token_ids for choice in range(3)] == [tokens] * 3
+        # However often a prompt is absorbed, its log-probabilities are told once.
+        assert len(driver.prompts[request, 0].logprobs) == 4
+        assert (request, 1) not in driver.prompts
+    assert driver.engine.stats().prompt_tokens - before <= 2 * 5 * len(prompts)
 
 
 def test_choices_share_their_prompt() -> None:

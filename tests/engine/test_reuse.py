@@ -9,6 +9,7 @@ import torch
 
 from server.engine.engine import Engine
 from server.engine.prefix_cache import Ticket
+from server.engine.scheduler import MAX_KEPT_PROMPTS
 from server.engine.snapshot import Snapshot, fold_slot, restore_snapshot
 from server.engine.snapshot_store import Payload
 from server.engine.state_pool import NULL_SLOT
@@ -261,6 +262,27 @@ def test_tenants_share_only_on_purpose() -> None:
             driver.submit([prompt], tenant=tenant, max_tokens=2, **GREEDY)
             driver.run()
         assert driver.engine.stats().prompt_tokens == expected
+
+
+@ALL_MODES
+def test_answers_that_wait_do_not_pile_up_parked_states(mode: Mode) -> None:
+    """A parked state that has been given up must not live on with everybody who waits to begin from it."""
+    driver = make_driver(mode=mode, max_num_seqs=1)
+    scheduler = driver.engine.scheduler
+    prompts = [random_prompt(40, VOCAB, seed) for seed in range(MAX_KEPT_PROMPTS + 9)]
+    expected = [driver.complete(prompt, max_tokens=2, **GREEDY).token_ids for prompt in prompts]
+    requests = []
+    for number, prompt in enumerate(prompts):
+        requests.append(driver.submit([prompt], n=3, priority=-number, max_tokens=2, **GREEDY))
+        while (requests[-1], 0) not in driver.answers:
+            driver.step()
+        assert len({id(seq.snapshot) for seq in scheduler.waiting if seq.snapshot is not None}) <= MAX_KEPT_PROMPTS
+    driver.run()
+    for request, tokens in zip(requests, expected, strict=True):
+        answers = [driver.answers[request, choice] for choice in range(3)]
+        assert [answer.token_ids for answer in answers] == [tokens] * 3
+        assert [answer.cached_tokens for answer in answers] == [40, 0, 0]
+    assert driver.engine.stats().prompt_tokens == 40 * len(prompts)
 
 
 def test_an_evaluation_is_the_same_cold_and_warm() -> None:

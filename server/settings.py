@@ -454,7 +454,7 @@ class Settings(BaseModel):
         return StateCacheConfig(
             gpu_bytes=to_bytes(self.state_cache_gpu),
             host_bytes=to_bytes(self.state_cache_host),
-            folder=None if self.state_cache_dir is None else Path(self.state_cache_dir),
+            folder=None if self.state_cache_dir is None else Path(self.state_cache_dir).expanduser(),
             disk_bytes=to_bytes(self.state_cache_disk) or 0,
             dtype=self.state_cache_dtype,
             shared=self.state_cache_shared,

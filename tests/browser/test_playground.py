@@ -9,17 +9,16 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.running import RunningServer, wait_until
 
 pytestmark = pytest.mark.browser
-webdriver = pytest.importorskip("selenium.webdriver")
 
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-
+# Keys as WebDriver numbers them (W3C WebDriver, section "Keyboard actions").
+TAB, ENTER, CONTROL, ALT, ESCAPE, ARROW_RIGHT = "\ue004", "\ue007", "\ue009", "\ue00a", "\ue00c", "\ue014"
 FLAGS = (
     *(
         "--headless=new",
@@ -36,13 +35,13 @@ FLAGS = (
 class Page:
     """The playground as a person uses it."""
 
-    def __init__(self, driver: "webdriver.Chrome", url: str) -> None:
+    def __init__(self, driver: Any, url: str) -> None:
         self.driver = driver
         driver.get(url)
         wait_until(lambda: self.text_of("status") == "ready")
 
-    def find(self, name: str) -> "webdriver.remote.webelement.WebElement":
-        return self.driver.find_element(By.ID, name)
+    def find(self, name: str) -> Any:
+        return self.driver.find_element("id", name)
 
     def text_of(self, name: str) -> str:
         return str(self.find(name).text)
@@ -53,11 +52,11 @@ class Page:
         return str(self.driver.execute_script("return plainText()"))
 
     @property
-    def tokens(self) -> list["webdriver.remote.webelement.WebElement"]:
-        return list(self.driver.find_elements(By.CLASS_NAME, "token"))
+    def tokens(self) -> list[Any]:
+        return list(self.driver.find_elements("class name", "token"))
 
     def set(self, name: str, value: str) -> None:
-        field = self.driver.find_element(By.NAME, name)
+        field = self.driver.find_element("name", name)
         field.clear()
         field.send_keys(value)
 
@@ -87,6 +86,8 @@ def phone(server: RunningServer) -> Iterator[Page]:
 
 
 def _open(url: str, size: str = "--window-size=1280,900", *, dark: bool = False) -> Iterator[Page]:
+    from selenium import webdriver  # here, since it is there for these tests alone
+
     with tempfile.TemporaryDirectory() as profile:
         options = webdriver.ChromeOptions()
         for flag in (*FLAGS, size, f"--user-data-dir={profile}"):
@@ -100,7 +101,7 @@ def _open(url: str, size: str = "--window-size=1280,900", *, dark: bool = False)
             opened = Page(driver, url)
             # The page finds out by itself that a key is needed.
             wait_until(lambda: opened.find("keyrow").is_displayed())
-            opened.find("key").send_keys("sesame", Keys.TAB)
+            opened.find("key").send_keys("sesame", TAB)
             wait_until(lambda: opened.text_of("model") == "classics-11m")
             yield opened
             severe = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
@@ -114,7 +115,7 @@ def write(page: Page, text: str, tokens: int) -> str:
     page.set("max_tokens", str(tokens))
     page.set("temperature", "0")
     page.find("text").send_keys(text)
-    page.find("text").send_keys(Keys.CONTROL, Keys.ENTER)
+    page.find("text").send_keys(CONTROL, ENTER)
     page.finish()
     return page.text
 
@@ -128,14 +129,14 @@ def test_writing_branching_and_taking_back(page: Page, server: RunningServer) ->
     wait_until(lambda: page.text_of("slots").endswith("of 256"))
     page.keep("2-written")
     # What else was likely, by keyboard; the most likely one is what was taken, since the temperature is 0.
-    page.find("text").send_keys(Keys.ALT, Keys.ARROW_RIGHT)
+    page.find("text").send_keys(ALT, ARROW_RIGHT)
     wait_until(lambda: page.find("card").is_displayed())
-    choices = page.find("card").find_elements(By.TAG_NAME, "button")
+    choices = page.find("card").find_elements("tag name", "button")
     assert len(choices) >= 5 and choices[0].get_attribute("class") == "own"
     assert all(choice.text.endswith("%") for choice in choices)
     page.keep("3-alternatives")
     # Another word, and the text goes on from there.
-    other = choices[1].find_element(By.TAG_NAME, "code").text.replace("·", " ")
+    other = choices[1].find_element("tag name", "code").text.replace("·", " ")
     choices[1].click()
     page.finish()
     assert page.text.startswith("The old man looked at the sea and" + other)
@@ -152,7 +153,7 @@ def test_stop_keeps_what_has_come(page: Page, server: RunningServer) -> None:
     page.find("text").send_keys("Once upon a time")
     page.find("go").click()
     wait_until(lambda: len(page.tokens) > 3)
-    page.find("text").send_keys(Keys.ESCAPE)
+    page.find("text").send_keys(ESCAPE)
     page.finish()
     shown = page.text
     assert len(shown) > len("Once upon a time")

@@ -7,6 +7,7 @@ are computed in threads, while the device computes the step at whose end they ar
 import enum
 import logging
 import os
+import time
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
@@ -21,7 +22,10 @@ from server.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _THREADS = 4
-"""Jobs at once; a grammar that takes long must not hold up the others."""
+"""Jobs at once, of grammars that take long, and as many of those that do not."""
+_JOB_SECONDS = 0.01
+_ROW_SECONDS = 0.0005
+"""A job that takes more than this, and for each of its rows this in addition, holds somebody up."""
 _CACHED_GRAMMARS = 64
 _WORD = 32
 
@@ -65,9 +69,10 @@ class Constraint:
     Attributes:
         job: computes the mask of the next token; None: none has been asked for.
         row: in the job's masks.
+        slow: whether its last job took long, be it because of others in the job.
     """
 
-    __slots__ = ("_longest", "_outputs", "_phrases", "grammar", "job", "matcher", "row")
+    __slots__ = ("_longest", "_outputs", "_phrases", "grammar", "job", "matcher", "row", "slow")
 
     def __init__(self, grammar: str | None, phrases: SequenceOf[tuple[int, ...]]) -> None:
         self.grammar = grammar
@@ -80,6 +85,7 @@ class Constraint:
         self._outputs: list[int] = []
         self.job: MaskJob | None = None
         self.row = 0
+        self.slow = False
 
     @property
     def ready(self) -> bool:
@@ -124,25 +130,44 @@ class Constraints:
         self._eos = tuple(eos_token_ids) or (vocab_size,)  # without one, grammars end with an id that nobody has
         self._num_words = mask_words(max(vocab_size, self._eos[0] + 1))
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="masks")
+        self._slow_threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="slow-masks")
         self._prototype = lru_cache(_CACHED_GRAMMARS)(self._compile)
 
     def follow(self, sampled: SequenceOf[tuple[Constraint, int | None]]) -> None:
         """Have the masks of next tokens computed.
 
+        The quick ones together, which costs least; of the others each grammar apart, so that nobody waits for another's
+        again. Those that were slow for another's sake only are quick when they are apart, and then rejoin the rest.
+
         Args:
             sampled: constraints, and the token that each has to take before; None: it is at its beginning.
         """
+        quick = [each for each in sampled if not each[0].slow]
+        if quick:
+            self._submit(self._threads, quick)
+        apart: dict[str | None, list[tuple[Constraint, int | None]]] = {}
+        for constraint, token in sampled:
+            if constraint.slow:
+                apart.setdefault(constraint.grammar, []).append((constraint, token))
+        for group in apart.values():
+            self._submit(self._slow_threads, group)
+
+    def _submit(self, threads: ThreadPoolExecutor, sampled: SequenceOf[tuple[Constraint, int | None]]) -> None:
         job = MaskJob(torch.full((len(sampled), self._num_words), -1, dtype=torch.int32))
         for row, (constraint, _) in enumerate(sampled):
             constraint.job, constraint.row = job, row
-        job.future = self._threads.submit(self._run, job, sampled)
+        job.future = threads.submit(self._run, job, sampled)
 
     def _run(self, job: MaskJob, sampled: SequenceOf[tuple[Constraint, int | None]]) -> None:
+        begun = time.perf_counter()
         try:
             self._follow(job, sampled)
         except BaseException:  # also what Rust calls a panic; nobody else may suffer from it
             logger.exception("grammars could not be followed")
             job.verdicts = [Verdict.BROKEN] * len(sampled)
+        slow = time.perf_counter() - begun > _JOB_SECONDS + _ROW_SECONDS * len(sampled)
+        for constraint, _ in sampled:
+            constraint.slow = slow
 
     def _follow(self, job: MaskJob, sampled: SequenceOf[tuple[Constraint, int | None]]) -> None:
         matchers: list[tuple[LLMatcher, int]] = []

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from server import grammar
 from server.engine.batch import Batch
-from server.engine.constraints import Constraint, Constraints, Verdict, allowed_RV
+from server.engine.constraints import Constraint, Constraints, MaskJob, Verdict, allowed_RV
 from server.engine.runner import PendingStep
 from server.tokenizer import Tokenizer
 from server.types import FinishReason
@@ -281,7 +282,9 @@ class SlowThreads:
 
 
 @ALL_MODES
-def test_nobody_waits_for_somebody_elses_mask(mode: Mode, make: Callable[..., Driver]) -> None:
+def test_nobody_waits_for_somebody_elses_mask(
+    mode: Mode, make: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With masks that take for ever, the others go on; with the masks, the constrained one goes on where it was."""
     driver = make(mode)
     fields = {"grammar": grammar.from_regex("[a-z]{5,9}"), "seed": 1}
@@ -289,7 +292,8 @@ def test_nobody_waits_for_somebody_elses_mask(mode: Mode, make: Callable[..., Dr
     settle(driver)
     expected = driver.answers[first, 0]
     threads = SlowThreads()
-    driver.engine._constraints._threads = threads  # type: ignore[assignment]
+    monkeypatch.setattr(driver.engine._constraints, "_threads", threads)
+    monkeypatch.setattr(driver.engine._constraints, "_slow_threads", threads)
     constrained = submit(driver, fields)
     for _ in range(3):
         driver.step()
@@ -307,6 +311,38 @@ def test_nobody_waits_for_somebody_elses_mask(mode: Mode, make: Callable[..., Dr
         driver.step()
     settle(driver)
     assert driver.answers[constrained, 0].token_ids == expected.token_ids
+
+
+def test_a_grammar_that_takes_long_holds_others_up_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are computed together until one takes long; from then on nobody waits for it."""
+    constraints = Constraints(tokenizer, 512, (EOS,))
+    a = tokenizer.token_bytes().index(b"a")
+    slow, quick = Constraint(grammar.from_regex("a+"), ()), Constraint(grammar.from_regex("a+b"), ())
+    follow_masks, blocked = constraints._follow, threading.Event()
+
+    def follow(job: MaskJob, sampled: list[tuple[Constraint, int | None]]) -> None:
+        if any(constraint is slow for constraint, _ in sampled):
+            blocked.wait(0.2)
+        follow_masks(job, sampled)
+
+    monkeypatch.setattr(constraints, "_follow", follow)
+    constraints.follow([(slow, None), (quick, None)])
+    assert slow.job is not None and slow.job is quick.job
+    slow.job.future.result(30)
+    together = slow.job
+    for _ in range(50):
+        constraints.follow([(quick, a)])
+        quick.job.future.result(30)
+        if not quick.slow:
+            break  # on a busy machine it may take long, too
+    constraints.follow([(slow, a), (quick, a)])
+    assert slow.job is not together and slow.job is not quick.job
+    quick.job.future.result(30)
+    assert quick.verdict is Verdict.OPEN
+    blocked.set()
+    slow.job.future.result(30)
+    assert slow.verdict is Verdict.OPEN
+    assert set(allowed_RV(slow.job.masks_RW, 512)[slow.row].nonzero()[:, 0].tolist()) >= {a, EOS}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -112,7 +112,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     arrived: float
     """``time.monotonic()`` when the request arrived (one clock for all processes of a host)."""
     priority: int = 0
-    """Lower values are served first; among equals, the order of arrival counts."""
+    """Among requests of one tenant, lower values are served first; among equals, the order of arrival counts."""
     checkpoint_at: tuple[int, ...] = ()
     """Positions within every prompt at which to park its state."""
     tenant: str = ""

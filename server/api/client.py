@@ -289,7 +289,7 @@ class EngineClient:
             prompts: token ids, at least one prompt and one id in each; validated by the caller.
             n: answers to each prompt.
             tenant: whose request it is; see :func:`server.api.auth.tenant_of`.
-            priority: lower values are served first.
+            priority: lower values are served first, among requests of one tenant.
             checkpoint_at: positions within every prompt at which to park its state.
 
         Raises:

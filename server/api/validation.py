@@ -38,7 +38,7 @@ class GenerationJob:
         echoed: the text that each choice of a prompt begins with; empty strings without ``echo``.
         n: choices per prompt.
         candidates: answers to generate per prompt, of which the n best are returned.
-        priority: lower values are served first.
+        priority: lower values are served first, among requests of one tenant.
         checkpoint_at: positions at which the prompts' states are parked.
         params: how all choices sample.
         stream: whether to answer with server-sent events.

@@ -1,9 +1,9 @@
 """Who waits for a slot, and whose turn it is.
 
-Lower priority values go first. Among equals, the tenant (API key) with the fewest running sequences is next; between
-tenants with equally many, the one whose last turn is longest ago; within a tenant, the oldest sequence. So every
+The tenant (API key) with the fewest running sequences is next; between tenants with equally many, the one whose last
+turn is longest ago. Within a tenant, lower priority values go first, and among equals the oldest sequence. So every
 tenant with work waiting gets the same share of the slots, and the thousands of choices that one has queued do not
-delay another's first.
+delay another's first, however urgent it calls them. Without keys, all is one tenant's.
 """
 
 import heapq
@@ -21,9 +21,9 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        # By priority and tenant, oldest first; neither level keeps empty entries. Ordered dictionaries: an ordinary
+        # By tenant and priority, oldest first; neither level keeps empty entries. Ordered dictionaries: an ordinary
         # one is slow to find its first entry once many before it are gone.
-        self._classes: dict[int, dict[str, OrderedDict[Sequence, None]]] = {}
+        self._classes: dict[str, dict[int, OrderedDict[Sequence, None]]] = {}
         self._length = 0
         self._running: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
@@ -34,29 +34,27 @@ class WaitingQueue:
         return self._length
 
     def __contains__(self, seq: Sequence) -> bool:
-        return seq in self._classes.get(seq.priority, {}).get(seq.tenant, {})
+        return seq in self._classes.get(seq.tenant, {}).get(seq.priority, {})
 
     def __iter__(self) -> Iterator[Sequence]:
         running, last_turn, turn = Counter(self._running), dict(self._last_turn), self._turns
-        for priority in sorted(self._classes):
-            lines = self._classes[priority]
-            # Between tenants that never had a turn, the one that came first: so sequences are never compared.
-            turns = [
-                (running[tenant], last_turn.get(tenant, 0), place, tenant, iter(line))
-                for place, (tenant, line) in enumerate(lines.items())
-            ]
-            heapq.heapify(turns)
-            while turns:
-                _, _, place, tenant, line = turns[0]
-                seq = next(line, None)
-                if seq is None:
-                    heapq.heappop(turns)
-                    continue
-                yield seq
-                running[tenant] += 1
-                turn += 1
-                last_turn[tenant] = turn
-                heapq.heapreplace(turns, (running[tenant], turn, place, tenant, line))
+        # Between tenants that never had a turn, the one that came first: so sequences are never compared.
+        turns = [
+            (running[tenant], last_turn.get(tenant, 0), place, tenant, _by_priority(lines))
+            for place, (tenant, lines) in enumerate(self._classes.items())
+        ]
+        heapq.heapify(turns)
+        while turns:
+            _, _, place, tenant, line = turns[0]
+            seq = next(line, None)
+            if seq is None:
+                heapq.heappop(turns)
+                continue
+            yield seq
+            running[tenant] += 1
+            turn += 1
+            last_turn[tenant] = turn
+            heapq.heapreplace(turns, (running[tenant], turn, place, tenant, line))
 
     def num_waiting(self, tenant: str) -> int:
         """How many of a tenant's sequences wait."""
@@ -68,7 +66,7 @@ class WaitingQueue:
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence behind those of its tenant and priority."""
-        self._classes.setdefault(seq.priority, {}).setdefault(seq.tenant, OrderedDict())[seq] = None
+        self._classes.setdefault(seq.tenant, {}).setdefault(seq.priority, OrderedDict())[seq] = None
         self._waiting[seq.tenant] += 1
         self._length += 1
 
@@ -78,13 +76,13 @@ class WaitingQueue:
         Raises:
             KeyError: it does not wait.
         """
-        lines = self._classes[seq.priority]
-        line = lines[seq.tenant]
+        lines = self._classes[seq.tenant]
+        line = lines[seq.priority]
         del line[seq]
         if not line:
-            del lines[seq.tenant]
+            del lines[seq.priority]
             if not lines:
-                del self._classes[seq.priority]
+                del self._classes[seq.tenant]
         _lower(self._waiting, seq.tenant)
         self._length -= 1
 
@@ -105,19 +103,23 @@ class WaitingQueue:
 
 
 def in_turns(sequences: Iterable[Sequence]) -> list[Sequence]:
-    """Sequences ordered by priority; among equals, the first of every tenant, then the second of every tenant ...
+    """The first sequence of every tenant, then the second of every tenant ...; a tenant's most urgent come first.
 
     Args:
-        sequences: in the order that counts within a tenant, and between the n-th of two tenants.
+        sequences: in the order that counts among equals of a tenant, and between the n-th of two tenants.
     """
-    seen: Counter[tuple[int, str]] = Counter()
-    ranks: list[tuple[int, int, int, Sequence]] = []
-    for place, seq in enumerate(sequences):
-        key = (seq.priority, seq.tenant)
-        ranks.append((seq.priority, seen[key], place, seq))
-        seen[key] += 1
-    ranks.sort(key=lambda rank: rank[:3])
+    seen: Counter[str] = Counter()
+    ranks: list[tuple[int, int, Sequence]] = []
+    for place, seq in sorted(enumerate(sequences), key=lambda entry: entry[1].priority):
+        ranks.append((seen[seq.tenant], place, seq))
+        seen[seq.tenant] += 1
+    ranks.sort(key=lambda rank: rank[:2])
     return [seq for *_, seq in ranks]
+
+
+def _by_priority(lines: dict[int, OrderedDict[Sequence, None]]) -> Iterator[Sequence]:
+    for priority in sorted(lines):
+        yield from lines[priority]
 
 
 def _lower(counts: Counter[str], tenant: str) -> None:

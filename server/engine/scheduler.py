@@ -1,9 +1,9 @@
 """Which tokens the next step absorbs, and who holds which slot.
 
 There is no prefill phase: a sequence has tokens still to be absorbed, and each step absorbs some,
-under a token budget. Decodes (one token each) come first; prompts share the rest, the most urgent and,
-tenant by tenant, the oldest of those getting most, in pieces that end on a fixed grid of positions, so
-that how a prompt is cut does not change its result.
+under a token budget. Decodes (one token each) come first; prompts share the rest, tenant by tenant, the
+most urgent and of those the oldest getting most, in pieces that end on a fixed grid of positions, so that
+how a prompt is cut does not change its result.
 """
 
 from bisect import bisect_left

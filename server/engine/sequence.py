@@ -41,7 +41,7 @@ class Sequence:
     checkpoint_at: tuple[int, ...] = ()
     """Positions within the prompt at which to park its state."""
     priority: int = 0
-    """Lower values are served first."""
+    """Lower values are served first, among sequences of one tenant."""
 
     constraint: Constraint | None = None
     """What has to be known of the tokens so far before the next one can be sampled; None: nothing."""

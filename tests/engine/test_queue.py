@@ -35,17 +35,17 @@ def step(scheduler: Scheduler) -> list[Sequence]:
 
 
 def model_order(
-    waiting: list[Sequence], running: Counter[str], last_turn: dict[str, int], lines: list[tuple[int, str]]
+    waiting: list[Sequence], running: Counter[str], last_turn: dict[str, int], tenants: list[str]
 ) -> Iterator[Sequence]:
-    """The rule, one pick at a time: priority, fewest running, last turn longest ago, line opened first, arrival."""
+    """The rule, one pick at a time: fewest running, last turn longest ago, tenant come first, priority, arrival."""
     waiting, running, last_turn = waiting.copy(), Counter(running), dict(last_turn)
     turn = max(last_turn.values(), default=0)
     while waiting:
         seq = min(
             waiting,
             key=lambda seq: (
-                *(seq.priority, running[seq.tenant], last_turn.get(seq.tenant, 0)),
-                lines.index((seq.priority, seq.tenant)),
+                *(running[seq.tenant], last_turn.get(seq.tenant, 0)),
+                *(tenants.index(seq.tenant), seq.priority),
             ),
         )
         waiting.remove(seq)
@@ -62,7 +62,7 @@ def test_the_order_is_that_of_the_rule_under_any_changes(seed: int) -> None:
     waiting: list[Sequence] = []
     running: list[Sequence] = []
     last_turn: dict[str, int] = {}
-    lines: list[tuple[int, str]] = []
+    tenants: list[str] = []
     turns = 0
     for number in range(300):
         action = rng.random()
@@ -85,9 +85,9 @@ def test_the_order_is_that_of_the_rule_under_any_changes(seed: int) -> None:
         elif running:
             queue.end(running.pop(rng.randrange(len(running))))
         counts = Counter(seq.tenant for seq in running)
-        open_lines = dict.fromkeys((seq.priority, seq.tenant) for seq in waiting)
-        lines = [line for line in lines if line in open_lines] + [line for line in open_lines if line not in lines]
-        expected = list(model_order(waiting, counts, last_turn, lines))
+        present = dict.fromkeys(seq.tenant for seq in waiting)
+        tenants = [name for name in tenants if name in present] + [name for name in present if name not in tenants]
+        expected = list(model_order(waiting, counts, last_turn, tenants))
         assert list(queue) == expected
         assert len(queue) == len(waiting) and all(seq in queue for seq in waiting)
         for tenant in "abc":
@@ -107,6 +107,25 @@ def test_thousands_queued_by_one_tenant_do_not_delay_the_first_of_another() -> N
     while not started:
         started = step(scheduler)
     assert started[0] is late
+
+
+def test_nobody_overtakes_another_tenant_by_calling_himself_urgent() -> None:
+    scheduler = make_scheduler(slots=2)
+    scheduler.add(make_sequence(1, 5, number, priority=-number, tenant="a") for number in range(1000))
+    for _ in range(7):
+        step(scheduler)
+    (late,) = sequences("b", 1, tokens=5)
+    scheduler.add([late])
+    started: list[Sequence] = []
+    while not started:
+        started = step(scheduler)
+    assert started[0] is late
+
+
+def test_a_tenants_own_requests_go_by_priority() -> None:
+    scheduler = make_scheduler(slots=1)
+    scheduler.add(make_sequence(1, 1, number, priority=number % 3, tenant="a") for number in range(9))
+    assert [seq.request_id for _ in range(9) for seq in step(scheduler)] == [0, 3, 6, 1, 4, 7, 2, 5, 8]
 
 
 def test_tenants_share_the_slots_however_long_their_answers_are() -> None:
@@ -139,7 +158,7 @@ def test_without_tenants_the_order_is_that_of_arrival() -> None:
 def test_in_turns() -> None:
     a, b, c = sequences("a", 3), sequences("b", 1), sequences("c", 2)
     urgent = make_sequence(1, priority=-1, tenant="a")
-    assert in_turns([*a, *b, urgent, *c]) == [urgent, a[0], b[0], c[0], a[1], c[1], a[2]]
+    assert in_turns([*a, *b, urgent, *c]) == [b[0], urgent, c[0], a[0], c[1], a[1], a[2]]
     assert in_turns([]) == []
 
 

@@ -176,7 +176,7 @@ class GenerationFields(StructureFields):
         ge=INT64_MIN,
         le=INT64_MAX,
         description="Requests of lower values get free slots, and have their prompts read, before those of higher ones "
-        "that wait. What runs already goes on. Default 0.",
+        "that wait, among requests with the same API key's name. What runs already goes on. Default 0.",
     )
 
     user: Ignored = None

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -302,6 +303,38 @@ def test_an_api_process_is_killed(drilled: Drilled) -> None:
     assert set(load.outcomes) <= {"answered", "broken", "cut"}, load.outcomes
     assert load.outcomes["broken"] + load.outcomes["cut"] <= CLIENTS
     drilled.check()
+
+
+def test_a_disk_that_takes_no_more_states(tmp_path: Path) -> None:
+    folder = tmp_path / "states"
+    flags = ("--state-cache-host", "0.004", "--state-cache-dir", str(folder), "--state-cache-disk", "0.1")
+    with RunningServer(tmp_path / "server", *FLAGS[:4], *flags) as server:
+
+        def ask(tokens: range) -> list[str]:
+            answers = [server.complete(4, prompt=[token] * 40) for token in tokens]
+            return [answer["choices"][0]["text"] for answer in answers]
+
+        expected = ask(range(5, 25))
+        written = server.metric("gale_state_write_seconds_count")
+        assert written > 0
+        # As good as a full disk, and nobody else's: no file of the engine's may be as large as a state.
+        state = min(path.stat().st_size for path in folder.glob("*.safetensors"))
+        engine = server.child("gale-engine")
+        engine.rlimit(psutil.RLIMIT_FSIZE, (state - 1, psutil.RLIM_INFINITY))
+        with Load(server.base_url) as load:
+            assert len(ask(range(30, 50))) == 20
+            server.wait_for_log("a snapshot was not written")
+            assert ask(range(5, 25)) == expected, "read from where they are, or absorbed again"
+        only_answers(load)
+        wait_until(lambda: not list(folder.glob("*.tmp")))
+        assert all(path.stat().st_size >= state for path in folder.glob("*.safetensors")), "none is there in part"
+        engine.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+        written = server.metric("gale_state_write_seconds_count")
+        assert ask(range(5, 25)) == expected
+        wait_until(lambda: server.metric("gale_state_write_seconds_count") > written)
+        server.signal(signal.SIGTERM)
+        assert server.wait_end() == 0
+        assert not list(folder.glob("*.safetensors"))
 
 
 def test_it_drains_on_sigterm(drilled: Drilled) -> None:

@@ -112,7 +112,8 @@ def from_regex(pattern: str) -> str:
 
 def from_choices(choices: Iterable[str]) -> str:
     """The grammar of a few given texts; none of them empty."""
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))
+    # One terminal of them all: as rules, more than some 2000 are too many for the parser.
+    return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
 def from_grammar(text: str) -> str:

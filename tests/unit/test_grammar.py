@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server import grammar
+from server.api.schemas.structured import MAX_CHOICES
 from server.grammar import GrammarError, GrammarVocabulary
 from server.tokenizer import Tokenizer, load_tokenizer
 
@@ -50,6 +51,20 @@ def test_forced_text_is_taken_in_the_tokenizers_own_tokens() -> None:
     rule = grammar.from_choices([" The old man"])
     matcher = vocabulary().matcher(rule)
     assert matcher.compute_ff_tokens() == tokenizer().encode(" The old man".strip(), add_special_tokens=False)
+
+
+def test_thousands_of_choices_are_followed_to_the_end() -> None:
+    choices = [f"choice {number} of {number * 7919 % 10007}" for number in range(MAX_CHOICES)]
+    rule = grammar.from_choices(choices)
+    vocabulary().check(rule)
+    for choice in (choices[0], choices[4321], choices[-1]):
+        matcher = vocabulary().matcher(rule)
+        for token in tokenizer().encode_continuation(choice):
+            mask = int.from_bytes(matcher.compute_bitmask(), "little")
+            assert not matcher.is_error(), matcher.get_error()
+            assert mask >> token & 1
+            matcher.consume_token(token)
+        assert matcher.is_accepting()
 
 
 def test_special_and_missing_tokens_are_no_text() -> None:

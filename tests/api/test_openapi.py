@@ -92,6 +92,14 @@ def test_every_field_is_described(document: dict[str, Any]) -> None:
             assert properties.get("description") or set(properties) == {"$ref"}, f"{name}.{field}"
 
 
+def test_every_field_has_an_example(document: dict[str, Any]) -> None:
+    for name, schema in components(document).items():
+        for field, properties in schema["properties"].items():
+            # What leads to other models has the examples there; what may have a few values only lists them.
+            shows = "examples" in properties or {"enum", "const"} & properties.keys() or '"$ref"' in json.dumps(properties)
+            assert shows, f"{name}.{field}"
+
+
 def test_the_document_shows_every_field_of_the_models(document: dict[str, Any]) -> None:
     for name, schema in components(document).items():
         assert schema["properties"].keys() == fields(name).keys(), name

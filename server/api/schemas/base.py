@@ -39,7 +39,7 @@ class Unsupported:
         }
 
 
-Ignored: TypeAlias = Annotated[Any, Field(description="Accepted with any value, and ignored.")]
+Ignored: TypeAlias = Annotated[Any, Field(description="Accepted with any value, and ignored.", examples=["anything"])]
 """A field that says nothing about the answer."""
 
 ModelName: TypeAlias = Annotated[

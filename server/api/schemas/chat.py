@@ -34,8 +34,11 @@ class ChatCompletionRequest(ConversationFields, GenerationFields):
         ge=1,
         le=MAX_COUNT,
         description="The older name of `max_completion_tokens`; of both only one may be given, or the same value.",
+        examples=[256],
     )
-    logprobs: bool | None = Field(None, description="Report the log-probability of every token. Default false.")
+    logprobs: bool | None = Field(
+        None, description="Report the log-probability of every token. Default false.", examples=[True]
+    )
     top_logprobs: int | None = Field(
         None,
         ge=0,
@@ -46,6 +49,7 @@ class ChatCompletionRequest(ConversationFields, GenerationFields):
     echo: bool | None = Field(
         None,
         description="With `continue_final_message`: begin each answer with the message it continues. Default false.",
+        examples=[False],
     )
 
     prediction: Ignored = None
@@ -70,8 +74,10 @@ class TokenLogprob(BaseModel):
         description="The token's text; `bytes:\\xe2\\x80` if it is none of its own, `token_id:7` on request.",
         examples=["sea"],
     )
-    logprob: float = Field(description="Natural logarithm of its probability; -9999 stands for minus infinity.")
-    bytes: list[int] | None = Field(description="The bytes it adds to the text; null if it adds none.")
+    logprob: float = Field(
+        description="Natural logarithm of its probability; -9999 stands for minus infinity.", examples=[-1.498]
+    )
+    bytes: list[int] | None = Field(description="The bytes it adds to the text; null if it adds none.", examples=[[10]])
 
 
 class ChatLogprob(TokenLogprob):
@@ -96,7 +102,7 @@ class AnswerMessage(BaseModel):
 class ChatChoice(BaseModel):
     """One answer."""
 
-    index: int = Field(description="Number of the choice, from 0.")
+    index: int = Field(description="Number of the choice, from 0.", examples=[0])
     message: AnswerMessage = Field(description="The answer.")
     logprobs: ChatLogprobs | None = Field(description="If asked for.")
     finish_reason: FinishReason
@@ -109,13 +115,15 @@ class ChatCompletion(BaseModel):
 
     id: str = Field(description="The answer's id.", examples=["chatcmpl-5f0c6d6c0f5b4f6f8d6a3f6b1c0d9e8a"])
     object: str = Field(description="Always `chat.completion`.", examples=["chat.completion"])
-    created: int = Field(description="Unix time in seconds.")
+    created: int = Field(description="Unix time in seconds.", examples=[1795572236])
     model: str = Field(description="The served name that answers.", examples=["classics-11m"])
     system_fingerprint: Fingerprint
     choices: list[ChatChoice] = Field(description="`n` answers.")
     usage: Usage = Field(description="Token counts.")
     prompt_logprobs: PromptLogprobs = None
-    prompt_token_ids: list[int] | None = Field(None, description="The prompt's token ids, if asked for.")
+    prompt_token_ids: list[int] | None = Field(
+        None, description="The prompt's token ids, if asked for.", examples=[[1, 366, 712, 435]]
+    )
 
 
 class DeltaMessage(BaseModel):
@@ -128,7 +136,7 @@ class DeltaMessage(BaseModel):
 class ChatChunkChoice(BaseModel):
     """A piece of one answer."""
 
-    index: int = Field(description="Number of the choice, from 0.")
+    index: int = Field(description="Number of the choice, from 0.", examples=[0])
     delta: DeltaMessage = Field(description="What is new.")
     logprobs: ChatLogprobs | None = Field(description="Of the new tokens, if asked for.")
     finish_reason: FinishReason
@@ -141,11 +149,13 @@ class ChatCompletionChunk(BaseModel):
 
     id: str = Field(description="The answer's id.", examples=["chatcmpl-5f0c6d6c0f5b4f6f8d6a3f6b1c0d9e8a"])
     object: str = Field(description="Always `chat.completion.chunk`.", examples=["chat.completion.chunk"])
-    created: int = Field(description="Unix time in seconds.")
+    created: int = Field(description="Unix time in seconds.", examples=[1795572236])
     model: str = Field(description="The served name that answers.", examples=["classics-11m"])
     system_fingerprint: Fingerprint
     choices: list[ChatChunkChoice] = Field(description="One choice; none in the chunk that carries the final usage.")
     usage: Usage | None = Field(None, description="Token counts, if asked for; in the last chunk those of all choices.")
     prompt_token_ids: list[int] | None = Field(
-        None, description="The prompt's token ids, if asked for; in each choice's first chunk."
+        None,
+        description="The prompt's token ids, if asked for; in each choice's first chunk.",
+        examples=[[1, 366, 712, 435]],
     )

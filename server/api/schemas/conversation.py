@@ -63,7 +63,9 @@ class Message(Body):
     )
     name: str | None = Field(None, description="The speaker's name, for templates that show it.", examples=["Ishmael"])
     tool_call_id: str | None = Field(
-        None, description="In a message of the role `tool`: which call it answers, for templates that show it."
+        None,
+        description="In a message of the role `tool`: which call it answers, for templates that show it.",
+        examples=["call_1"],
     )
 
     annotations: Annotated[object, Unsupported([])] = None
@@ -87,11 +89,13 @@ class ConversationFields(Body):
         None,
         description="Whether the prompt ends with what begins an answer. Default true, and false with "
         "`continue_final_message`.",
+        examples=[True],
     )
     continue_final_message: bool | None = Field(
         None,
         description="Continue the last message instead of answering it: the prompt ends right behind its content. Not "
         "together with `add_generation_prompt`. Default false.",
+        examples=[True],
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None,

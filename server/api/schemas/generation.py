@@ -28,10 +28,12 @@ class StreamOptions(Body):
     """What a stream carries beside the text."""
 
     include_usage: bool | None = Field(
-        None, description="End the stream with a chunk that has empty `choices` and the `usage` of the whole request."
+        None,
+        description="End the stream with a chunk that has empty `choices` and the `usage` of the whole request.",
+        examples=[True],
     )
     continuous_usage_stats: bool | None = Field(
-        None, description="Add to every chunk the token counts of its choice so far. Default false."
+        None, description="Add to every chunk the token counts of its choice so far. Default false.", examples=[True]
     )
     include_obfuscation: Annotated[object, Unsupported(False)] = None
 
@@ -45,6 +47,7 @@ class GenerationFields(StructureFields):
         ge=0,
         le=MAX_COUNT,
         description="No stop string, stop token or end of sequence ends a choice before so many tokens. Default 0.",
+        examples=[4],
     )
     temperature: float | None = Field(
         None,
@@ -65,7 +68,10 @@ class GenerationFields(StructureFields):
         examples=[0.95],
     )
     top_k: int | None = Field(
-        None, ge=-1, description="Sample from so many most likely tokens; 0 or -1: all. Default: the model's, else all."
+        None,
+        ge=-1,
+        description="Sample from so many most likely tokens; 0 or -1: all. Default: the model's, else all.",
+        examples=[40],
     )
     min_p: float | None = Field(
         None,
@@ -74,9 +80,15 @@ class GenerationFields(StructureFields):
         allow_inf_nan=False,
         description="Leave out tokens less likely than this share of the most likely one's probability. Default: the "
         "model's, else 0.",
+        examples=[0.05],
     )
     presence_penalty: float | None = Field(
-        None, ge=-2, le=2, allow_inf_nan=False, description="Subtracted from the logits of tokens generated already."
+        None,
+        ge=-2,
+        le=2,
+        allow_inf_nan=False,
+        description="Subtracted from the logits of tokens generated already.",
+        examples=[0.5],
     )
     frequency_penalty: float | None = Field(
         None,
@@ -84,6 +96,7 @@ class GenerationFields(StructureFields):
         le=2,
         allow_inf_nan=False,
         description="Subtracted from a token's logit for every time it was generated already.",
+        examples=[0.5],
     )
     repetition_penalty: float | None = Field(
         None,
@@ -92,6 +105,7 @@ class GenerationFields(StructureFields):
         allow_inf_nan=False,
         description="Above 1 makes tokens of the prompt and of the text so far less likely: positive logits are "
         "divided by it, negative ones multiplied. Default: the model's, else 1.",
+        examples=[1.1],
     )
     logit_bias: LogitBias = Field(
         None,
@@ -111,7 +125,11 @@ class GenerationFields(StructureFields):
         examples=[["Ahab", "white whale"]],
     )
     seed: int | None = Field(
-        None, ge=INT64_MIN, le=INT64_MAX, description="The same seed gives the same choices, whatever else is running."
+        None,
+        ge=INT64_MIN,
+        le=INT64_MAX,
+        description="The same seed gives the same choices, whatever else is running.",
+        examples=[7],
     )
     stop: Stop = Field(
         None,
@@ -120,35 +138,45 @@ class GenerationFields(StructureFields):
         examples=[["\n\n"]],
     )
     stop_token_ids: StopTokenIds = Field(
-        None, description=f"Up to {MAX_STOP_TOKEN_IDS} token ids that end a choice; their text is not returned."
+        None,
+        description=f"Up to {MAX_STOP_TOKEN_IDS} token ids that end a choice; their text is not returned.",
+        examples=[[2]],
     )
     include_stop_str_in_output: bool | None = Field(
-        None, description="End the text with the stop string, or the stop token's text, that ended it. Default false."
+        None,
+        description="End the text with the stop string, or the stop token's text, that ended it. Default false.",
+        examples=[True],
     )
     skip_special_tokens: bool | None = Field(
-        None, description="Leave special tokens such as `</s>` out of the text. Default true."
+        None, description="Leave special tokens such as `</s>` out of the text. Default true.", examples=[False]
     )
-    ignore_eos: bool | None = Field(None, description="Go on after an end-of-sequence token. Default false.")
-    n: int | None = Field(None, ge=1, description="Choices per prompt. Default 1.")
+    ignore_eos: bool | None = Field(
+        None, description="Go on after an end-of-sequence token. Default false.", examples=[True]
+    )
+    n: int | None = Field(None, ge=1, description="Choices per prompt. Default 1.", examples=[2])
     prompt_logprobs: int | None = Field(
         None,
         ge=0,
         description="Add `prompt_logprobs` to the answer: of every token of the prompt the log-probability and rank, "
         "and so many most likely alternatives, up to the server's `--max-logprobs`. Not in a stream. Together with "
         f"those of an echoed prompt, at most {MAX_PROMPT_LOGPROBS:,} log-probabilities per answer.",
+        examples=[1],
     )
-    stream: bool | None = Field(None, description="Answer with server-sent events, ended by `data: [DONE]`.")
+    stream: bool | None = Field(
+        None, description="Answer with server-sent events, ended by `data: [DONE]`.", examples=[True]
+    )
     stream_options: StreamOptions | None = Field(None, description="Only together with `stream`.")
     return_token_ids: bool | None = Field(
-        None, description="Add `prompt_token_ids` and `token_ids` to the answer. Default false."
+        None, description="Add `prompt_token_ids` and `token_ids` to the answer. Default false.", examples=[True]
     )
     return_tokens_as_token_ids: bool | None = Field(
-        None, description="Write tokens in log-probabilities as `token_id:7`. Default false."
+        None, description="Write tokens in log-probabilities as `token_id:7`. Default false.", examples=[True]
     )
     add_special_tokens: bool | None = Field(
         None,
         description="Whether the tokenizer's special tokens (such as beginning of sequence) are added to a text. "
         "Default: true for completions; false for chats, whose template writes them.",
+        examples=[True],
     )
     truncate_prompt_tokens: int | None = Field(
         None,
@@ -177,6 +205,7 @@ class GenerationFields(StructureFields):
         le=INT64_MAX,
         description="Requests of lower values get free slots, and have their prompts read, before those of higher ones "
         "that wait, among requests with the same API key's name. What runs already goes on. Default 0.",
+        examples=[-1],
     )
 
     user: Ignored = None
@@ -202,15 +231,19 @@ class GenerationFields(StructureFields):
 class PromptTokensDetails(BaseModel):
     """Where the prompts' tokens came from."""
 
-    cached_tokens: int = Field(description="Prompt tokens that had been read for an earlier request.")
+    cached_tokens: int = Field(description="Prompt tokens that had been read for an earlier request.", examples=[0])
 
 
 class Usage(BaseModel):
     """Token counts of the whole request."""
 
-    prompt_tokens: int = Field(description="Tokens of all prompts; each counts once, however many choices it has.")
-    completion_tokens: int = Field(description="Tokens generated for all choices, candidates of `best_of` included.")
-    total_tokens: int = Field(description="Both.")
+    prompt_tokens: int = Field(
+        description="Tokens of all prompts; each counts once, however many choices it has.", examples=[4]
+    )
+    completion_tokens: int = Field(
+        description="Tokens generated for all choices, candidates of `best_of` included.", examples=[2]
+    )
+    total_tokens: int = Field(description="Both.", examples=[6])
     prompt_tokens_details: PromptTokensDetails | None = Field(None, description="More about the prompts' tokens.")
 
 
@@ -226,7 +259,9 @@ FinishReason = Annotated[
 StopReason = Annotated[
     int | str | None, Field(description="The stop string or stop token id that ended the choice.", examples=["\n\n"])
 ]
-TokenIds = Annotated[list[int] | None, Field(description="The generated token ids, if asked for.")]
+TokenIds = Annotated[
+    list[int] | None, Field(description="The generated token ids, if asked for.", examples=[[320, 261]])
+]
 Fingerprint = Annotated[
     str,
     Field(
@@ -240,9 +275,9 @@ Fingerprint = Annotated[
 class PromptToken(BaseModel):
     """What is known of a token at a position of the prompt."""
 
-    logprob: float = Field(description="Natural logarithm of its probability there.")
-    rank: int = Field(description="How many tokens were at least as likely, itself included.")
-    decoded_token: str | None = Field(description="Its text; null without a tokenizer.")
+    logprob: float = Field(description="Natural logarithm of its probability there.", examples=[-1.498])
+    rank: int = Field(description="How many tokens were at least as likely, itself included.", examples=[1])
+    decoded_token: str | None = Field(description="Its text; null without a tokenizer.", examples=[" man"])
 
 
 PromptLogprobs = Annotated[

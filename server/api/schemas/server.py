@@ -7,17 +7,19 @@ class ModelCard(BaseModel):
     """One served model name."""
 
     id: str = Field(description="The name.", examples=["classics-11m"])
-    object: str = Field("model", description="Always `model`.")
-    created: int = Field(description="Unix time at which the server started, in seconds.")
-    owned_by: str = Field("gale", description="Always `gale`.")
-    root: str = Field(description="The first served name, whichever name was asked for.")
-    max_model_len: int | None = Field(description="Most tokens of prompt and answer together; null: no limit.")
+    object: str = Field("model", description="Always `model`.", examples=["model"])
+    created: int = Field(description="Unix time at which the server started, in seconds.", examples=[1795572236])
+    owned_by: str = Field("gale", description="Always `gale`.", examples=["gale"])
+    root: str = Field(description="The first served name, whichever name was asked for.", examples=["classics-11m"])
+    max_model_len: int | None = Field(
+        description="Most tokens of prompt and answer together; null: no limit.", examples=[4096]
+    )
 
 
 class ModelList(BaseModel):
     """The answer to `GET /v1/models`."""
 
-    object: str = Field("list", description="Always `list`.")
+    object: str = Field("list", description="Always `list`.", examples=["list"])
     data: list[ModelCard] = Field(description="One entry per name.")
 
 
@@ -36,7 +38,9 @@ class Version(BaseModel):
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
-    message: str = Field(description="One sentence that names the cause.")
+    message: str = Field(
+        description="One sentence that names the cause.", examples=["Invalid 'top_p': must be at most 1."]
+    )
     type: str = Field(description="The kind of error.", examples=["invalid_request_error"])
     param: str | None = Field(description="The request's field at fault.", examples=["max_tokens"])
     code: str | None = Field(description="The case, for programs.", examples=["model_not_found"])

@@ -35,7 +35,9 @@ class JsonSchemaFormat(Body):
         description="The schema. A keyword that cannot be enforced is an error, whatever `strict` says.",
         examples=[{"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}],
     )
-    strict: bool | None = Field(None, description="Changes nothing: every answer is valid against the schema.")
+    strict: bool | None = Field(
+        None, description="Changes nothing: every answer is valid against the schema.", examples=[True]
+    )
 
 
 class ResponseFormat(Body):
@@ -58,7 +60,7 @@ class StructuredOutputs(Body):
         description="JSON that is valid against this schema, given as an object or as its text.",
         examples=[{"type": "array", "items": {"type": "integer"}, "maxItems": 3}],
     )
-    json_object: bool | None = Field(None, description="A JSON object.")
+    json_object: bool | None = Field(None, description="A JSON object.", examples=[True])
     regex: str | None = Field(
         None,
         description="A text that matches this regular expression from beginning to end. Syntax: Rust's regex crate, "
@@ -74,7 +76,9 @@ class StructuredOutputs(Body):
         examples=['start: "a" NUMBER\nNUMBER: /[0-9]+/'],
     )
     disable_any_whitespace: bool | None = Field(
-        None, description="With a JSON schema or object: no white space between its parts. Default false."
+        None,
+        description="With a JSON schema or object: no white space between its parts. Default false.",
+        examples=[True],
     )
     whitespace_pattern: str | None = Field(
         None,

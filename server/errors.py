@@ -14,6 +14,7 @@
          +- UnsupportedMediaTypeError  415
          +- RateLimitError       429 with Retry-After
          +- QueueFullError       503 with Retry-After
+         +- StatesFullError      503: delete some
          +- EngineUnavailableError  503 with Retry-After: starting, draining or dead
          +- InternalError        500
 """
@@ -120,6 +121,15 @@ class QueueFullError(ApiError):
     type = "overloaded_error"
     code = "queue_full"
     retry_after = 1
+
+
+class StatesFullError(ApiError):
+    """As many states are saved as may be."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "states_full"
+    retry_after = 60
 
 
 class EngineUnavailableError(ApiError):

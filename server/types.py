@@ -8,7 +8,7 @@ one per sequence and step.
 import enum
 from array import array
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -41,6 +41,10 @@ def unpack_tokens(packed: bytes) -> "array[int]":
     return token_ids
 
 
+STATE_ID_PREFIX: Final = "state-"
+"""Begins the id of every saved state, and no name of one."""
+
+
 class RefusalReason(enum.IntEnum):
     """Why the engine did not take a request."""
 
@@ -50,6 +54,14 @@ class RefusalReason(enum.IntEnum):
     """The tenant has as many choices waiting and running as it may."""
     FAILED = 3
     """The engine could not make sense of it."""
+    UNKNOWN_STATE = 4
+    """The tenant has no saved state of that id or name, or no longer."""
+    STATES_FULL = 5
+    """As many states are saved as may be."""
+    STATES_OFF = 6
+    """This engine parks no states, so it saves none."""
+    TOO_LONG = 7
+    """A saved state and what is to come after it exceed the model length limit."""
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
@@ -106,7 +118,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: int
     """Unique within the API process that sends it."""
     prompts: tuple[bytes, ...]
-    """int32 token ids, see :func:`pack_tokens`; at least one id each."""
+    """int32 token ids, see :func:`pack_tokens`; at least one id each, if no state is continued."""
     n: int = 1
     params: SamplingParams
     arrived: float
@@ -117,6 +129,14 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Positions within every prompt at which to park its state."""
     tenant: str = ""
     """The name of the API key that the request came with, never the key; empty where no key is needed."""
+    state: str | None = None
+    """Id or name of the saved state that every prompt continues; prompts may then be empty."""
+    save_state: bool = False
+    """Whether to save each choice's state at its end."""
+    state_name: str | None = None
+    """The name of the state to be saved; only with one choice."""
+    state_ttl: float | None = None
+    """Seconds for which it is kept; None: as the engine likes."""
 
     @property
     def num_choices(self) -> int:
@@ -130,11 +150,52 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_ids: tuple[int, ...]
 
 
+class StateAction(enum.IntEnum):
+    """What to do about saved states."""
+
+    LIST = 1
+    """Tell of all of the tenant's."""
+    DESCRIBE = 2
+    DELETE = 3
+    FORK = 4
+    """Make another one of the same transcript."""
+
+
+class StateCommand(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Do something about saved states; answered in ``StepOutput.states_told`` or ``rejected``."""
+
+    request_id: int
+    """Unique within the API process, requests for text included."""
+    tenant: str
+    action: StateAction
+    state: str = ""
+    """Id or name."""
+    name: str | None = None
+    """Of the fork."""
+    ttl: float | None = None
+    """Seconds for which the fork is kept; None: as the engine likes."""
+
+
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """First message of an API process; answered with :class:`EngineInfo` once the engine is ready."""
 
 
-ClientMessage: TypeAlias = Hello | GenerateRequest | Cancel
+ClientMessage: TypeAlias = Hello | GenerateRequest | Cancel | StateCommand
+
+
+class StateInfo(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A saved state."""
+
+    id: str
+    name: str | None
+    num_tokens: int
+    """Of its transcript."""
+    nbytes: int
+    """What its snapshot takes, forks sharing it; 0: it has to be computed again from the transcript."""
+    created: float
+    """Unix time."""
+    expires: float
+    """Unix time."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -257,6 +318,12 @@ class StepOutput(msgspec.Struct, kw_only=True, tag=True):
     """By row: the stop token id or stop string that ended the choice. Not set for end-of-sequence."""
     accepted: list[int] = []
     """Request ids now queued or running."""
+    contexts: dict[int, int] = {}
+    """By request id, of accepted ones that continue a saved state: tokens of it, before every prompt."""
+    states: dict[int, StateInfo] = {}
+    """By row: the saved state of a choice that has ended."""
+    states_told: dict[int, list[StateInfo]] = {}
+    """By request id of a :class:`StateCommand`."""
     rejected: dict[int, Refusal] = {}
     """By request id: requests that were not taken."""
     errors: dict[int, str] = {}

@@ -25,7 +25,9 @@ from server.api.routing import ERRORS
 from server.api.schemas.chat import ChatCompletionChunk, ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
 from server.api.schemas.server import ErrorResponse
+from server.api.schemas.states import ForkRequest
 from server.api.schemas.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from server.api.states import states_router
 from server.api.structured import Grammars
 from server.api.tokenization import tokenization_router
 from server.errors import ApiError
@@ -40,6 +42,7 @@ _UNBOUND = (
     TokenizeRequest,
     TokenizeChatRequest,
     DetokenizeRequest,
+    ForkRequest,
 )
 """Models that the framework does not see: bodies are read by the routes themselves, chunks are written by hand."""
 
@@ -89,6 +92,7 @@ def create_app(
     app.include_router(chat_router(settings, client, tokenizer, grammars, conversations))
     app.include_router(tokenization_router(settings, client, tokenizer, conversations))
     app.include_router(models_router(settings))
+    app.include_router(states_router(settings, client))
     metrics = HttpMetrics()
     app.include_router(operations_router(client, metrics))
     app.include_router(playground_router())

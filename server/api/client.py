@@ -10,11 +10,21 @@ import enum
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 
 import msgspec
 
-from server.errors import ApiError, EngineUnavailableError, InternalError, QueueFullError, RateLimitError
+from server.errors import (
+    ApiError,
+    EngineUnavailableError,
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    QueueFullError,
+    RateLimitError,
+    StatesFullError,
+)
 from server.ipc import ClientChannel
 from server.types import (
     Cancel,
@@ -28,6 +38,9 @@ from server.types import (
     PromptLogprobs,
     RefusalReason,
     SamplingParams,
+    StateAction,
+    StateCommand,
+    StateInfo,
     StepOutput,
     TokenLogprobs,
     pack_tokens,
@@ -36,10 +49,14 @@ from server.types import (
 _CANCEL_RETRY_SECONDS = 0.05
 _MAX_UNREAD_TOKENS = 1 << 16
 """What a request may leave unread before it is ended: a client that never reads must not hold a slot for ever."""
-_REFUSALS: dict[RefusalReason, type[ApiError]] = {
+_REFUSALS: dict[RefusalReason, Callable[[str], ApiError]] = {
     RefusalReason.QUEUE_FULL: QueueFullError,
     RefusalReason.TENANT_LIMIT: RateLimitError,
     RefusalReason.FAILED: InternalError,
+    RefusalReason.UNKNOWN_STATE: partial(NotFoundError, param="state", code="state_not_found"),
+    RefusalReason.STATES_FULL: StatesFullError,
+    RefusalReason.STATES_OFF: partial(InvalidRequestError, param="state", code="states_off"),
+    RefusalReason.TOO_LONG: partial(InvalidRequestError, param="state", code="context_length_exceeded"),
 }
 _REASONS = {int(reason): reason for reason in FinishReason}
 
@@ -64,6 +81,7 @@ class ChoiceEvent(msgspec.Struct, frozen=True, kw_only=True):
         finish_reason: RUNNING, or why the choice ended: no event of this choice follows.
         stop_reason: the stop string or stop token id that ended the choice.
         cached_tokens: tokens of the prompt that had been absorbed for an earlier request; in one event per prompt.
+        state: the saved state of a choice that has ended.
     """
 
     choice: int
@@ -73,12 +91,13 @@ class ChoiceEvent(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     stop_reason: int | str | None
     cached_tokens: int = 0
+    state: StateInfo | None = None
 
 
 class _Pending:
     """What arrived for one choice since the mailbox was last read."""
 
-    __slots__ = ("cached_tokens", "finish_reason", "logprobs", "stop_reason", "texts", "token_ids")
+    __slots__ = ("cached_tokens", "finish_reason", "logprobs", "state", "stop_reason", "texts", "token_ids")
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -87,6 +106,7 @@ class _Pending:
         self.finish_reason = FinishReason.RUNNING
         self.stop_reason: int | str | None = None
         self.cached_tokens = 0
+        self.state: StateInfo | None = None
 
     def event(self, choice: int) -> ChoiceEvent:
         return ChoiceEvent(
@@ -97,6 +117,7 @@ class _Pending:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             cached_tokens=self.cached_tokens,
+            state=self.state,
         )
 
 
@@ -112,6 +133,7 @@ class Mailbox:
 
     Attributes:
         num_choices: ``len(prompts) * n``.
+        context: tokens of the saved state that every prompt continues.
         prompt_logprobs: of the prompts' tokens, if asked for, in pieces, by the first choice of each prompt. Complete
             for a prompt when the first event of one of its choices is read.
     """
@@ -125,12 +147,14 @@ class Mailbox:
         "_pending",
         "_unread",
         "_waiter",
+        "context",
         "num_choices",
         "prompt_logprobs",
     )
 
     def __init__(self, num_choices: int, accepted: "asyncio.Future[None]", on_close: Callable[[bool], None]) -> None:
         self.num_choices = num_choices
+        self.context = 0
         self.prompt_logprobs: dict[int, list[PromptLogprobs]] = {}
         self._open = set(range(num_choices))
         self._accepted = accepted
@@ -178,7 +202,8 @@ class Mailbox:
 
     # The rest is called by EngineClient.
 
-    def _accept(self) -> None:
+    def _accept(self, context: int) -> None:
+        self.context = context
         if not self._accepted.done():
             self._accepted.set_result(None)
 
@@ -211,6 +236,8 @@ class Mailbox:
             pending.stop_reason = message.stop_reasons[row]
         if row in message.cached_tokens:
             pending.cached_tokens = message.cached_tokens[row]
+        if row in message.states:
+            pending.state = message.states[row]
 
     def _fail(self, error: ApiError) -> None:
         """End the iteration with this error, after what has arrived so far."""
@@ -249,6 +276,7 @@ class EngineClient:
         self.engine_deaths = 0
         self._channel = ClientChannel(address, self._receive)
         self._mailboxes: dict[int, Mailbox] = {}
+        self._commands: dict[int, asyncio.Future[list[StateInfo]]] = {}
         self._ids = itertools.count(1)
         self._cancels: list[int] = []
         self._cancel_timer: asyncio.Handle | None = None
@@ -280,19 +308,31 @@ class EngineClient:
         tenant: str,
         priority: int = 0,
         checkpoint_at: tuple[int, ...] = (),
+        state: str | None = None,
+        save_state: bool = False,
+        state_name: str | None = None,
+        state_ttl: float | None = None,
     ) -> Mailbox:
         """Hand a request to the engine and wait until it is queued there.
 
         A caller that is cancelled while it waits cancels the request at the engine.
 
         Args:
-            prompts: token ids, at least one prompt and one id in each; validated by the caller.
+            prompts: token ids, at least one prompt, and one id in each if no state is continued; validated by the
+                caller.
             n: answers to each prompt.
             tenant: whose request it is; see :func:`server.api.auth.tenant_of`.
             priority: lower values are served first, among requests of one tenant.
             checkpoint_at: positions within every prompt at which to park its state.
+            state: id or name of the saved state that every prompt continues.
+            save_state: whether to save each choice's state at its end.
+            state_name: of the state to be saved; only with one choice.
+            state_ttl: seconds for which it is kept; None: as the engine likes.
 
         Raises:
+            NotFoundError: there is no such state.
+            InvalidRequestError: the state and a prompt are too long together, or the engine parks no states.
+            StatesFullError: no state can be saved.
             RateLimitError: the tenant has as many choices waiting and running as it may.
             QueueFullError: too many wait already.
             EngineUnavailableError: the engine is starting, draining, dead or does not read.
@@ -307,6 +347,10 @@ class EngineClient:
             priority=priority,
             checkpoint_at=checkpoint_at,
             tenant=tenant,
+            state=state,
+            save_state=save_state,
+            state_name=state_name,
+            state_ttl=state_ttl,
         )
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         mailbox = Mailbox(
@@ -322,6 +366,42 @@ class EngineClient:
             raise
         return mailbox
 
+    async def command(
+        self,
+        action: StateAction,
+        tenant: str,
+        *,
+        state: str = "",
+        name: str | None = None,
+        ttl: float | None = None,
+    ) -> list[StateInfo]:
+        """Do something about a tenant's saved states; those that it was about.
+
+        Args:
+            action: what to do.
+            tenant: whose states; see :func:`server.api.auth.tenant_of`.
+            state: id or name.
+            name: of a fork.
+            ttl: seconds for which a fork is kept; None: as the engine likes.
+
+        Raises:
+            NotFoundError: there is no such state.
+            InvalidRequestError: the engine parks no states.
+            StatesFullError: no more states can be kept.
+            EngineUnavailableError: the engine is starting, draining, dead or does not read.
+        """
+        self._require_ready()
+        request_id = next(self._ids)
+        command = StateCommand(request_id=request_id, tenant=tenant, action=action, state=state, name=name, ttl=ttl)
+        told: asyncio.Future[list[StateInfo]] = asyncio.get_running_loop().create_future()
+        if not self._channel.send(command):
+            raise EngineUnavailableError("the engine does not read its requests")
+        self._commands[request_id] = told
+        try:
+            return await told
+        finally:
+            del self._commands[request_id]
+
     def drain(self) -> None:
         """Take no new requests; running ones go on."""
         if self.status is not EngineStatus.DEAD:
@@ -332,6 +412,9 @@ class EngineClient:
         for request_id, mailbox in tuple(self._mailboxes.items()):
             mailbox._fail(error)
             self._forget(request_id, unfinished=True)
+        for command in self._commands.values():
+            if not command.done():
+                command.set_exception(error)
 
     def engine_died(self, deaths: int) -> None:
         """End every open request, refuse new ones.
@@ -395,10 +478,16 @@ class EngineClient:
         mailboxes = self._mailboxes
         for request_id in message.accepted:
             if request_id in mailboxes:
-                mailboxes[request_id]._accept()
+                mailboxes[request_id]._accept(message.contexts.get(request_id, 0))
         for request_id, refusal in message.rejected.items():
+            error = _REFUSALS[refusal.reason](refusal.message)
             if request_id in mailboxes:
-                mailboxes.pop(request_id)._fail(_REFUSALS[refusal.reason](refusal.message))
+                mailboxes.pop(request_id)._fail(error)
+            elif (command := self._commands.get(request_id)) is not None and not command.done():
+                command.set_exception(error)
+        for request_id, states in message.states_told.items():
+            if (command := self._commands.get(request_id)) is not None and not command.done():
+                command.set_result(states)
         for request_id, choice, logprobs in message.prompt_logprobs:
             mailbox = mailboxes.get(request_id)
             if mailbox is not None:

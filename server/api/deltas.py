@@ -229,12 +229,17 @@ def join_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
 
 
 class UsageCounter:
-    """Token counts of one request."""
+    """Token counts of one request.
+
+    Args:
+        job: the request.
+        context: tokens of the saved state that every prompt continues.
+    """
 
     __slots__ = ("_cached", "_candidates", "_completions", "_prompts")
 
-    def __init__(self, job: GenerationJob) -> None:
-        self._prompts = [len(prompt) for prompt in job.prompts]
+    def __init__(self, job: GenerationJob, context: int = 0) -> None:
+        self._prompts = [context + len(prompt) for prompt in job.prompts]
         # Candidates that are not returned count, too.
         self._candidates = job.candidates
         self._completions = [0] * len(job.prompts) * job.candidates

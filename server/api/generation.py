@@ -66,7 +66,12 @@ class GenerationAnswer(Response):
             priority=job.priority,
             checkpoint_at=job.checkpoint_at,
             tenant=tenant,
+            state=job.state,
+            save_state=job.save_state,
+            state_name=job.state_name,
+            state_ttl=job.state_ttl,
         )
+        self._record.prompt_tokens += mailbox.context * len(job.prompts)
         async with mailbox:
             await (self._stream if job.stream else self._respond)(mailbox, envelope, send)
 
@@ -77,14 +82,14 @@ class GenerationAnswer(Response):
             self._record.note(batch)
             for event in batch:
                 events[event.choice].append(event)
-        answer = (job, self._form, envelope, events, mailbox.prompt_logprobs)
+        answer = (job, self._form, envelope, events, mailbox.prompt_logprobs, mailbox.context)
         body = await asyncio.to_thread(render_answer, *answer) if self._is_long() else render_answer(*answer)
         headers = [*_JSON_HEADERS, (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, mailbox: Mailbox, envelope: Envelope, send: Send) -> None:
-        renderer = ChunkRenderer(self._job, self._form, envelope, mailbox.prompt_logprobs)
+        renderer = ChunkRenderer(self._job, self._form, envelope, mailbox.prompt_logprobs, mailbox.context)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
             if opening := renderer.opening():

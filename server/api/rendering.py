@@ -12,7 +12,7 @@ from server.api.client import ChoiceEvent
 from server.api.deltas import ChoiceReader, Delta, LogprobsWriter, TokenNames, UsageCounter, join_events
 from server.api.scores import PromptScores
 from server.api.validation import GenerationJob
-from server.types import PromptLogprobs
+from server.types import PromptLogprobs, StateInfo
 
 DONE: Final = b"data: [DONE]\n\n"
 
@@ -107,6 +107,7 @@ def render_answer(
     envelope: Envelope,
     events: Sequence[Sequence[ChoiceEvent]],
     pieces: PromptPieces,
+    context: int = 0,
 ) -> bytes:
     """The whole answer at once.
 
@@ -116,8 +117,9 @@ def render_answer(
         envelope: of the answer.
         events: all events of each candidate, in order.
         pieces: of the prompts, if the job wants their log-probabilities.
+        context: tokens of the saved state that every prompt continues.
     """
-    usage = UsageCounter(job)
+    usage = UsageCounter(job, context)
     choices: list[dict[str, Any]] = []
     parts = [_prompt_part(job, form, prompt, pieces) for prompt in range(len(job.prompts))]
     for prompt, part in enumerate(parts):
@@ -130,9 +132,17 @@ def render_answer(
             deltas = [deltas[number] for number in _best_first(joined)[: job.n]]
         choices += [_choice(job, form, prompt, place, delta, part) for place, delta in enumerate(deltas)]
     answer = {**envelope.json(form.kind, job.model), "choices": choices, "usage": usage.json()}
+    if job.save_state:
+        states = [None if own[-1].state is None else state_json(own[-1].state) for own in events]
+        answer["state"] = states if len(states) > 1 else states[0]
     if not form.prompt_in_choice:
         answer |= _of_prompt(job, 0, part)
     return to_json(answer)
+
+
+def state_json(state: StateInfo) -> dict[str, Any]:
+    """What an answer says of a saved state."""
+    return {"id": state.id, "num_tokens": state.num_tokens, "bytes": state.nbytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,16 +222,19 @@ class ChunkRenderer:
         envelope: of every chunk.
         pieces: of the prompts, if the job wants their log-probabilities: complete for a prompt once a choice of it has
             an event.
+        context: tokens of the saved state that every prompt continues.
     """
 
-    def __init__(self, job: GenerationJob, form: AnswerForm, envelope: Envelope, pieces: PromptPieces) -> None:
+    def __init__(
+        self, job: GenerationJob, form: AnswerForm, envelope: Envelope, pieces: PromptPieces, context: int = 0
+    ) -> None:
         self._job = job
         self._form = form
         self._pieces = pieces
         # Prompts whose choices begin with its log-probabilities, and therefore have to wait for them.
         self._unopened = set(range(len(job.prompts))) if job.echoes_logprobs else set()
         self._readers = [_reader(job, form, index, index // job.n) for index in range(job.num_choices)]
-        self._usage = UsageCounter(job)
+        self._usage = UsageCounter(job, context)
         self._running = job.num_choices
         # The constant parts of a chunk, written once: serializing is most of what a stream costs.
         self._head = b"data: " + to_json(envelope.json(form.chunk_kind, job.model))[:-1] + b',"choices":['
@@ -282,11 +295,11 @@ class ChunkRenderer:
         for event in events:
             if self._unopened and event.choice // self._job.n in self._unopened:
                 chunks.append(self._late_openings(event.choice // self._job.n))
-            chunks.append(self._chunk(self._readers[event.choice].read(event)))
+            chunks.append(self._chunk(self._readers[event.choice].read(event), event.state))
         data = b"".join(chunks)
         return data if self._running else data + self._closing()
 
-    def _chunk(self, delta: Delta) -> bytes:
+    def _chunk(self, delta: Delta, state: StateInfo | None) -> bytes:
         self._usage.add(delta)
         if not self._always and delta.finish_reason is None and not self._job.continuous_usage:
             # Nothing to tell while text is held back: an incomplete character, or the beginning of a stop string.
@@ -301,7 +314,8 @@ class ChunkRenderer:
             text = self._text_heads[delta.choice] + to_json(delta.text) + self._form.text_tail
         else:
             text = self._heads[delta.choice] + self._form.no_text
-        return text + rest + b"}]" + self._tail(delta.choice)
+        saved = b"" if state is None else b',"state":' + to_json(state_json(state))
+        return text + rest + b"}]" + saved + self._tail(delta.choice)
 
     def _tail(self, choice: int) -> bytes:
         """What ends a chunk of this choice, behind its list of choices."""

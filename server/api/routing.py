@@ -24,12 +24,12 @@ _SLOW_FIELDS: Final = ("response_format", "structured_outputs")
 ERRORS: Final[dict[int, str]] = {
     400: "The request can never succeed as it is; `param` names the field at fault.",
     401: "No API key, or a wrong one.",
-    404: "No model of that name is served.",
+    404: "There is no model, or no saved state, of that name.",
     413: "The body is too large.",
     415: "The body is declared to be something else than plain JSON.",
     429: "The API key has as many choices waiting and running as it may; see Retry-After.",
     500: "The server failed.",
-    503: "The queue is full, or the engine cannot serve; see Retry-After.",
+    503: "The queue or the store of saved states is full, or the engine cannot serve; see Retry-After.",
 }
 """What each status of an error means."""
 
@@ -39,11 +39,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": ERRORS[status]} for status in statuses}
 
 
-def json_body(*schemas: type[BaseModel]) -> dict[str, Any]:
+def json_body(*schemas: type[BaseModel], required: bool = True) -> dict[str, Any]:
     """How the OpenAPI document describes a body, of one of these forms, that the route reads by itself."""
     references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in schemas]
     schema: dict[str, Any] = references[0] if len(references) == 1 else {"anyOf": references}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 
 def event_stream(chunk: type[BaseModel]) -> dict[str, Any]:

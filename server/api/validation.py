@@ -39,6 +39,10 @@ class GenerationJob:
         n: choices per prompt.
         candidates: answers to generate per prompt, of which the n best are returned.
         priority: lower values are served first, among requests of one tenant.
+        state: id or name of the saved state that the prompts continue; they may then be empty.
+        save_state: whether to save the choices' states.
+        state_name: of the state to be saved.
+        state_ttl: seconds for which it is kept; None: as the engine likes.
         checkpoint_at: positions at which the prompts' states are parked.
         params: how all choices sample.
         stream: whether to answer with server-sent events.
@@ -73,6 +77,10 @@ class GenerationJob:
     logprobs: int | None
     echoes_logprobs: bool = False
     prompt_logprobs: int | None = None
+    state: str | None = None
+    save_state: bool = False
+    state_name: str | None = None
+    state_ttl: int | None = None
 
     @property
     def num_choices(self) -> int:
@@ -129,6 +137,9 @@ class RequestValidator(ABC):
             n=request.n or 1,
             candidates=request.n or 1,
             priority=request.priority or 0,
+            save_state=request.save_state not in (None, False),
+            state_name=request.save_state if isinstance(request.save_state, str) else None,
+            state_ttl=request.state_ttl,
             checkpoint_at=checkpoint_at,
             params=params,
             stream=bool(request.stream),
@@ -162,10 +173,22 @@ class RequestValidator(ABC):
         if request.prompt_logprobs is not None and request.stream:
             raise invalid("prompt_logprobs", "is not available in a stream")
         num_choices = num_prompts * (candidates or request.n or 1)
+        self._check_states(request, num_choices, candidates)
         most = self._info.max_request_choices
         if num_choices > most:
             at_fault = param if num_prompts > most else "n" if num_prompts * (request.n or 1) > most else "best_of"
             raise invalid(at_fault, f"asks for {num_choices} choices; at most {most} are taken at once")
+
+    @staticmethod
+    def _check_states(request: GenerationFields, num_choices: int, candidates: int | None) -> None:
+        """Refuse what cannot be done with saved states, whatever the prompts are."""
+        if request.save_state in (None, False):
+            if request.state_ttl is not None:
+                raise invalid("state_ttl", "is only allowed together with 'save_state'")
+        elif candidates is not None and candidates > (request.n or 1):
+            raise invalid("save_state", "is not possible with 'best_of' above 'n'")
+        elif isinstance(request.save_state, str) and num_choices > 1:
+            raise invalid("save_state", f"names one state, and there are {num_choices} choices; true saves all of them")
 
     def _params(
         self,
@@ -267,11 +290,13 @@ class RequestValidator(ABC):
             length = None if limit is None else max(limit - answer, 1)
         return token_ids if length is None else token_ids[-length:]
 
-    def _check_prompts(self, param: str, prompts: list[list[int]], *, min_answer: int = 1) -> None:
+    def _check_prompts(
+        self, param: str, prompts: list[list[int]], *, min_answer: int = 1, may_be_empty: bool = False
+    ) -> None:
         """Refuse prompts that are empty, hold no token ids, or leave no room for an answer of so many tokens."""
         limit = self._info.max_model_len
         for token_ids in prompts:
-            if not token_ids:
+            if not token_ids and not may_be_empty:
                 raise invalid(param, "holds a text without a single token")
             check_vocabulary(param, token_ids, self._info.vocab_size)
             if limit is not None and len(token_ids) + min_answer > limit:
@@ -305,9 +330,11 @@ class CompletionValidator(RequestValidator):
             prompt_logprobs=max(wanted, default=None),
         )
         items: list[str | list[int]] = [*request.prompt]
+        if request.state is None and not all(items):
+            raise invalid("prompt", "must not hold an empty string or an empty list")
         whole = [self._token_ids(item, request) for item in items]
         prompts = [self._truncated(token_ids, request.truncate_prompt_tokens, max_tokens) for token_ids in whole]
-        self._check_prompts("prompt", prompts, min_answer=min(max_tokens, 1))
+        self._check_prompts("prompt", prompts, min_answer=min(max_tokens, 1), may_be_empty=request.state is not None)
         self._check_num_scores("prompt_logprobs" if echoed_logprobs is None else "logprobs", prompts, wanted, n)
         echoed = [""] * len(prompts)
         if request.echo:
@@ -315,6 +342,7 @@ class CompletionValidator(RequestValidator):
         return replace(
             self._job(request, prompts=prompts, echoed=echoed, params=params),
             candidates=candidates,
+            state=request.state,
             logprobs=request.logprobs,
             echoes_logprobs=echoed_logprobs is not None,
         )
@@ -324,16 +352,33 @@ class CompletionValidator(RequestValidator):
             raise invalid("best_of", f"must be at least 'n' ({n})")
         if candidates > n and request.stream:
             raise invalid("best_of", "must equal 'n' in a stream: which candidates are best shows only at the end")
-        if not max_tokens and not request.echo and request.prompt_logprobs is None:
-            raise invalid("max_tokens", "may be 0 only with 'echo' or 'prompt_logprobs': nothing would be answered")
+        if not max_tokens and not request.echo and request.prompt_logprobs is None and not request.save_state:
+            raise invalid(
+                "max_tokens", "may be 0 only with 'echo', 'prompt_logprobs' or 'save_state': nothing would be answered"
+            )
+        if request.state is not None:
+            self._check_continuation(request)
         if self._tokenizer is None and request.echo:
             raise invalid("echo", "is not possible: this server runs without a tokenizer")
+
+    @staticmethod
+    def _check_continuation(request: CompletionRequest) -> None:
+        """Refuse what cannot be done behind a saved state."""
+        for name in ("prompt_logprobs", "truncate_prompt_tokens"):
+            if getattr(request, name) is not None:
+                raise invalid(name, "is not possible together with 'state'")
+        if request.add_special_tokens:
+            raise invalid("add_special_tokens", "is not possible together with 'state': they are for beginnings")
+        if request.echo and request.logprobs is not None:
+            raise invalid("logprobs", "is not possible together with 'echo' and 'state'")
 
     def _token_ids(self, item: str | list[int], request: CompletionRequest) -> list[int]:
         if isinstance(item, list):
             return item
         if self._tokenizer is None:
             raise invalid("prompt", "must be token ids: this server runs without a tokenizer")
+        if request.state is not None:
+            return self._tokenizer.encode_continuation(item)
         return self._tokenizer.encode(item, add_special_tokens=request.add_special_tokens is not False)
 
     def _shown(self, item: str | list[int], whole: list[int], kept: list[int]) -> str:

@@ -18,14 +18,17 @@ from server.engine.constraints import Constraint, Constraints, Verdict
 from server.engine.detokenizer import StopMatcher
 from server.engine.identity import system_fingerprint
 from server.engine.memory import build_runner
+from server.engine.named_states import NamedStates
 from server.engine.outputs import Outbox
 from server.engine.prefix_cache import CacheFigures
+from server.engine.radix import TOKEN_BYTES
 from server.engine.reuse import build_reuse
 from server.engine.runner import PendingStep
 from server.engine.sampler import DEAD_END
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine.sequence import Save, Sequence
 from server.engine.state_pool import SlotAllocator
+from server.engine.state_requests import context_of, obey, reserve
 from server.engine.stats import Figures
 from server.settings import EngineConfig
 from server.tokenizer import load_tokenizer
@@ -37,6 +40,7 @@ from server.types import (
     PromptLogprobs,
     Refusal,
     RefusalReason,
+    StateCommand,
     StepOutput,
     unpack_tokens,
 )
@@ -91,6 +95,11 @@ class Engine:
             self._reuse = build_reuse(
                 config.state_cache, built.cache_bytes, built.runner.parked_bytes, built.device, self._figures
             )
+        self._states: NamedStates | None = None
+        if self._reuse is not None:
+            # The other half stays for prefix reuse.
+            capacity = sum(built.cache_bytes.values()) // 2 // built.runner.parked_bytes
+            self._states = NamedStates(self._reuse, max(capacity, 1))
         self.scheduler = Scheduler(
             SlotAllocator(built.num_slots),
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -134,22 +143,39 @@ class Engine:
             request: validated by the API process.
         """
         refusal = self.scheduler.refusal(request.tenant, request.num_choices)
+        context = b""
+        if refusal is None and request.state is not None:
+            found = context_of(self._states, request, request.state, self.info.max_model_len)
+            context, refusal = (b"", found) if isinstance(found, Refusal) else (found, None)
+        if refusal is None and request.save_state:
+            refusal = reserve(self._states, request.num_choices)
         if refusal is not None:
             self._outbox.reject(client, request.request_id, refusal)
             return
         try:
-            sequences = self._sequences(client, request)
+            sequences = self._sequences(client, request, context)
         except Exception as error:
             logger.exception("a request cannot be queued")
+            if request.save_state and self._states is not None:
+                for _ in range(request.num_choices):
+                    self._states.give_up()
             self._outbox.reject(client, request.request_id, Refusal(RefusalReason.FAILED, _complaint(error)))
             return
         self._requests[client, request.request_id] = sequences
         self.scheduler.add(sequences)
-        self._outbox.accept(client, request.request_id)
+        self._outbox.accept(client, request.request_id, len(unpack_tokens(context)))
 
-    def _sequences(self, client: bytes, request: GenerateRequest) -> list[Sequence]:
+    def command(self, client: bytes, command: StateCommand) -> None:
+        """Do something about saved states; the next outputs tell what came of it."""
+        told = obey(self._states, command)
+        if isinstance(told, Refusal):
+            self._outbox.reject(client, command.request_id, told)
+        else:
+            self._outbox.tell_states(client, command.request_id, told)
+
+    def _sequences(self, client: bytes, request: GenerateRequest, context: bytes) -> list[Sequence]:
         # One array per prompt, however many choices share it: nothing writes to it.
-        prompts = [unpack_tokens(prompt) for prompt in request.prompts]
+        prompts = [unpack_tokens(context + prompt) for prompt in request.prompts]
         sequences = [
             self._sequence(client, request, choice, prompts[choice // request.n])
             for choice in range(request.num_choices)
@@ -166,6 +192,7 @@ class Engine:
     def _sequence(self, client: bytes, request: GenerateRequest, choice: int, prompt: "array[int]") -> Sequence:
         params = request.params
         max_tokens = params.max_tokens
+        context = len(prompt) - len(request.prompts[choice // request.n]) // TOKEN_BYTES
         if self.info.max_model_len is not None:
             room = self.info.max_model_len - len(prompt)
             max_tokens = room if max_tokens is None else min(max_tokens, room)
@@ -187,8 +214,9 @@ class Engine:
             constraint=Constraint(params.grammar, phrases) if params.grammar is not None or phrases else None,
             arrived=request.arrived,
             priority=request.priority,
-            checkpoint_at=request.checkpoint_at,
+            checkpoint_at=tuple(context + position for position in request.checkpoint_at),
             tenant=request.tenant,
+            save=Save(request.state_name, request.state_ttl) if request.save_state else None,
         )
 
     def cancel(self, client: bytes, request_ids: Iterable[int]) -> None:
@@ -448,6 +476,12 @@ class Engine:
             # With fewer tokens, the state is the one at the prompt's end.
             if is_answered and seq.num_absorbed > len(seq.prompt):
                 self._reuse.keep_answer(seq, self._runner.snapshot(seq))
+        if seq.save is not None and self._states is not None:
+            if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT):
+                state = self._states.save(seq.tenant, seq.save.name, seq.save.ttl, seq.transcript)
+                seq.saved = state.info
+            else:
+                self._states.give_up()
         self.scheduler.finish(seq, reason)
         self._figures.finished[reason.name.lower()] += 1
         self._figures.end_to_end.observe(now - seq.arrived)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from server.engine.sequence import Sequence
-from server.types import PromptLogprobs, Refusal, StepOutput, TokenLogprobs
+from server.types import PromptLogprobs, Refusal, StateInfo, StepOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -43,9 +43,16 @@ class Outbox:
         """Forget what was collected for one API process."""
         self._collected.pop(client, None)
 
-    def accept(self, client: bytes, request_id: int) -> None:
-        """The request is queued or running."""
-        self._of(client).rest.accepted.append(request_id)
+    def accept(self, client: bytes, request_id: int, context: int = 0) -> None:
+        """The request is queued or running; ``context``: tokens of the saved state that it continues."""
+        rest = self._of(client).rest
+        rest.accepted.append(request_id)
+        if context:
+            rest.contexts[request_id] = context
+
+    def tell_states(self, client: bytes, request_id: int, states: list[StateInfo]) -> None:
+        """What a command about saved states has led to."""
+        self._of(client).rest.states_told[request_id] = states
 
     def reject(self, client: bytes, request_id: int, refusal: Refusal) -> None:
         """The request was refused as a whole."""
@@ -73,6 +80,8 @@ class Outbox:
             collected.rest.cached_tokens[len(rows)] = seq.cached_tokens
         if stop_reason is not None:
             collected.rest.stop_reasons[len(rows)] = stop_reason
+        if seq.saved is not None:
+            collected.rest.states[len(rows)] = seq.saved
         rows.append((seq.request_id, seq.choice, token_id, text, seq.finish_reason))
 
     def end(self, seq: Sequence, text: bytes = b"", *, error: str | None = None) -> None:
@@ -82,6 +91,8 @@ class Outbox:
             collected.rest.cached_tokens[len(collected.rows)] = seq.cached_tokens
         if error is not None:
             collected.rest.errors[len(collected.rows)] = error
+        if seq.saved is not None:
+            collected.rest.states[len(collected.rows)] = seq.saved
         collected.rows.append((seq.request_id, seq.choice, -1, text, seq.finish_reason))
 
     def _of(self, client: bytes) -> _Collected:

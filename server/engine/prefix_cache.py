@@ -74,6 +74,7 @@ class Entry(Generic[P]):
         complete: whether it holds the logits of the last position, too.
         nbytes: what it takes of its tier.
         pins: as long as there are any, it is neither moved down nor dropped.
+        holds: as long as there are any, it is not given up for want of room, but may be moved down.
     """
 
     node: "Node[_Spot[P]]"
@@ -83,6 +84,7 @@ class Entry(Generic[P]):
     payload: P
     tier: Tier
     pins: int = 0
+    holds: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -245,6 +247,20 @@ class PrefixCache(Generic[P]):
             node.value = _Spot()
         self._keep(scope, node, payload, tier, nbytes, complete=complete)
 
+    def hold(self, scope: str, tokens: bytes) -> Entry[P] | None:
+        """Have the snapshot of the longest beginning of these tokens kept until ``release``; None: there is none."""
+        tree = self._trees.get(scope)
+        found = [] if tree is None else tree.walk(tokens)[0]
+        entries = [node.value.entry for node in found if node.value is not None and node.value.entry is not None]
+        if not entries:
+            return None
+        entries[-1].holds += 1
+        return entries[-1]
+
+    def release(self, entry: Entry[P]) -> None:
+        """One holder less of a snapshot, which may be lost meanwhile."""
+        entry.holds -= 1
+
     def _await_other(self, ticket: Ticket[P], found: "list[Node[_Spot[P]]]", start: int, shared: int) -> bool:
         """Whether another prompt in flight will leave a snapshot that saves this one enough; remembers which."""
         if shared < ticket.length and shared - start >= LEAST_WAIT:
@@ -307,7 +323,7 @@ class PrefixCache(Generic[P]):
         spot = node.value
         assert spot is not None
         old = spot.entry
-        if old is not None and (old.complete or not complete or old.pins):
+        if old is not None and (old.complete or not complete or old.pins or old.holds):
             self._entries[old.tier].move_to_end(old)
             self._store.drop(payload)
             return
@@ -330,14 +346,17 @@ class PrefixCache(Generic[P]):
         """Hand snapshots down until so many bytes fit; whether they do."""
         if nbytes > self._budgets[tier]:
             return False
+        stuck: set[Entry[P]] = set()
         while self._used[tier] + nbytes > self._budgets[tier]:
-            victim = next((entry for entry in self._entries[tier] if not entry.pins), None)
+            victim = next((entry for entry in self._entries[tier] if not entry.pins and entry not in stuck), None)
             if victim is None:
                 return False
-            self._hand_down(victim)
+            if not self._hand_down(victim):
+                stuck.add(victim)
         return True
 
-    def _hand_down(self, entry: Entry[P]) -> None:
+    def _hand_down(self, entry: Entry[P]) -> bool:
+        """Move a snapshot down, or give it up; False: there is no room below, and it is held."""
         for tier in Tier:
             if tier > entry.tier and self._make_room(tier, entry.nbytes):
                 moved = self._store.move(entry.payload, tier)
@@ -345,9 +364,12 @@ class PrefixCache(Generic[P]):
                     self._account(entry, -1)
                     entry.payload, entry.tier = moved, tier
                     self._account(entry, +1)
-                    return
+                    return True
+        if entry.holds:
+            return False
         self.figures.evictions += 1
         self._drop(entry)
+        return True
 
     def _drop(self, entry: Entry[P]) -> None:
         self._account(entry, -1)

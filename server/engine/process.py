@@ -13,6 +13,7 @@ from server.types import (
     EngineInfo,
     GenerateRequest,
     Hello,
+    StateCommand,
     StepOutput,
 )
 
@@ -66,6 +67,8 @@ class EngineLoop:
             self._engine.submit(client, message)
         elif isinstance(message, Cancel):
             self._engine.cancel(client, message.request_ids)
+        elif isinstance(message, StateCommand):
+            self._engine.command(client, message)
         elif isinstance(message, Hello):
             self._deliver(client, self._engine.info)
             self._deliver(client, StepOutput(stats=self._engine.stats()))

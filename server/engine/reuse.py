@@ -13,7 +13,7 @@ import torch
 
 from server.engine.batch import Batch
 from server.engine.pinned import PinnedPieces
-from server.engine.prefix_cache import CacheFigures, PrefixCache, Ticket, Tier
+from server.engine.prefix_cache import CacheFigures, Entry, PrefixCache, Ticket, Tier
 from server.engine.sequence import Sequence
 from server.engine.snapshot import Snapshot
 from server.engine.snapshot_store import Payload, SnapshotStore
@@ -88,7 +88,7 @@ class PrefixReuse:
         if seq.ticket is None:
             # Who wants to know how likely the prompt is must absorb it.
             reuse = seq.params.prompt_logprobs is None or seq.leads_again
-            seq.ticket = Ticket(self._scope(seq), seq.prompt.tobytes(), seq.checkpoint_at, reuse, seq.priority)
+            seq.ticket = Ticket(self._scope(seq.tenant), seq.prompt.tobytes(), seq.checkpoint_at, reuse, seq.priority)
         if not self._cache.admit(seq.ticket):
             return False
         entry = seq.ticket.entry
@@ -137,7 +137,7 @@ class PrefixReuse:
         answer = pack_tokens(seq.outputs[: snapshot.num_tokens - len(seq.prompt)])
         tokens = seq.prompt.tobytes() + answer
         complete = snapshot.logits_V is not None
-        self._cache.keep(self._scope(seq), tokens, snapshot, self._tier, snapshot.nbytes, complete=complete)
+        self._cache.keep(self._scope(seq.tenant), tokens, snapshot, self._tier, snapshot.nbytes, complete=complete)
 
     @property
     def reads(self) -> "set[Future[None]]":
@@ -148,5 +148,15 @@ class PrefixReuse:
         """Give everything up."""
         self._store.close()
 
-    def _scope(self, seq: Sequence) -> str:
-        return "" if self._shared else seq.tenant
+    # The side of saved states.
+
+    def hold(self, tenant: str, tokens: bytes) -> Entry[Payload] | None:
+        """Keep the snapshot of the longest beginning of these tokens until it is released; None: there is none."""
+        return self._cache.hold(self._scope(tenant), tokens)
+
+    def release(self, entry: Entry[Payload]) -> None:
+        """One holder less."""
+        self._cache.release(entry)
+
+    def _scope(self, tenant: str) -> str:
+        return "" if self._shared else tenant

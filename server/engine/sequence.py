@@ -6,11 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 from server.engine.constraints import Constraint
 from server.engine.detokenizer import StopMatcher
-from server.types import FinishReason, SamplingParams
+from server.types import FinishReason, SamplingParams, StateInfo, pack_tokens
 
 if TYPE_CHECKING:
     from server.engine.prefix_cache import Ticket
     from server.engine.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """How a state is to be saved.
+
+    Attributes:
+        name: None: by its id only.
+        ttl: seconds for which it is kept; None: the default.
+    """
+
+    name: str | None
+    ttl: float | None
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +53,10 @@ class Sequence:
     """Whose turn it takes in the queue."""
     checkpoint_at: tuple[int, ...] = ()
     """Positions within the prompt at which to park its state."""
+    save: "Save | None" = None
+    """How to save its state at its end; None: it is not to be saved."""
+    saved: StateInfo | None = None
+    """The state that was saved."""
     priority: int = 0
     """Lower values are served first, among sequences of one tenant."""
 
@@ -94,6 +111,12 @@ class Sequence:
         if self.ticket is not None and self.ticket.points:
             return self.ticket.points[0]
         return len(self.prompt)
+
+    @property
+    def transcript(self) -> bytes:
+        """The prompt and the answer without the token that stopped it, int32 bytes."""
+        stopped = bool(self.outputs) and self.outputs[-1] in self.stop_ids
+        return self.prompt.tobytes() + pack_tokens(self.outputs[:-1] if stopped else self.outputs)
 
     @property
     def num_absorbed(self) -> int:

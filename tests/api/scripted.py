@@ -23,6 +23,8 @@ from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.api.client import EngineClient
 from server.engine.detokenizer import StopMatcher
+from server.engine.named_states import NamedStates
+from server.engine.state_requests import context_of, obey, reserve
 from server.keys import ApiKey, hash_key
 from server.settings import ApiSettings
 from server.types import (
@@ -39,8 +41,10 @@ from server.types import (
     Refusal,
     RefusalReason,
     SamplingParams,
+    StateCommand,
     StepOutput,
     TokenLogprobs,
+    pack_tokens,
     unpack_tokens,
 )
 
@@ -131,9 +135,20 @@ class Running:
 
     request: GenerateRequest
     choice: int
+    prompt: bytes
     matcher: StopMatcher | None
     tokens: Iterator[int]
     sent: int = 0
+
+
+class NoParking:
+    """Holds no snapshots: the scripted engine needs none."""
+
+    def hold(self, tenant: str, tokens: bytes) -> None:
+        return None
+
+    def release(self, entry: object) -> None:
+        raise AssertionError("nothing was held")
 
 
 @dataclass
@@ -164,6 +179,8 @@ class ScriptedEngine:
     """Choices for which there is no token."""
     cached_tokens: int = 0
     """What it says of every prompt."""
+    states: NamedStates | None = field(default_factory=lambda: NamedStates(NoParking(), 1 << 16))
+    """What clients have saved."""
     stop_after: int | None = None
     """A choice comes to its end of sequence after so many tokens."""
 
@@ -184,23 +201,39 @@ class ScriptedEngine:
             self.cancelled += message.request_ids
             for key in [key for key in self.running if key[0] in message.request_ids]:
                 del self.running[key]
+        elif isinstance(message, StateCommand):
+            if not self.mute:
+                self.loop.call_soon(self._obey, message)
         elif not self.mute:
             self.loop.call_soon(self._submit, message)
         return True
 
+    def _obey(self, command: StateCommand) -> None:
+        told = obey(self.states, command)
+        if isinstance(told, Refusal):
+            self._receive([StepOutput(rejected={command.request_id: told})])
+        else:
+            self._receive([StepOutput(states_told={command.request_id: told})])
+
     def _submit(self, request: GenerateRequest) -> None:
-        refusal = self._refusal(request)
+        refusal, context = self._refusal(request), b""
+        if refusal is None and request.state is not None:
+            found = context_of(self.states, request, request.state, self.info.max_model_len)
+            context, refusal = (b"", found) if isinstance(found, Refusal) else (found, None)
+        if refusal is None and request.save_state:
+            refusal = reserve(self.states, request.num_choices)
         if refusal is not None:
             self._receive([StepOutput(rejected={request.request_id: refusal})])
             return
         self.requests.append(request)
         idle = not self.running
         for choice in range(request.num_choices):
-            prompt = unpack_tokens(request.prompts[choice // request.n])
-            tokens = script(len(prompt), choice % request.n)
+            prompt = context + request.prompts[choice // request.n]
+            tokens = script(len(unpack_tokens(prompt)), choice % request.n)
             matcher = self._matcher(request.params)
-            self.running[request.request_id, choice] = Running(request, choice, matcher, tokens)
-        self._receive([StepOutput(accepted=[request.request_id])])
+            self.running[request.request_id, choice] = Running(request, choice, prompt, matcher, tokens)
+        contexts = {request.request_id: len(unpack_tokens(context))} if context else {}
+        self._receive([StepOutput(accepted=[request.request_id], contexts=contexts)])
         if idle:
             self.loop.call_soon(self._tick)
 
@@ -240,7 +273,7 @@ class ScriptedEngine:
             prompt = unpack_tokens(running.request.prompts[key[1] // running.request.n])
             output.prompt_logprobs += [(*key, piece) for piece in prompt_pieces(prompt, params.prompt_logprobs)]
         if params.max_tokens == 0 or key[1] in self.dead_ends:
-            del self.running[key]
+            self._end(output, key)
             output.request_ids.append(key[0])
             output.choices.append(key[1])
             output.token_ids.append(-1)
@@ -277,12 +310,23 @@ class ScriptedEngine:
                 self.sampled_logprob(key[1]), [item[0] for item in top], [item[1] for item in top]
             )
         if reason is not FinishReason.RUNNING:
-            del self.running[key]
+            self._end(output, key)
         output.request_ids.append(key[0])
         output.choices.append(key[1])
         output.token_ids.append(token)
         output.texts.append(text)
         output.finish_reasons.append(reason)
+
+    def _end(self, output: StepOutput, key: tuple[int, int]) -> None:
+        """End a choice in the row that comes next; of its state, all that was sent is a part."""
+        running = self.running.pop(key)
+        request = running.request
+        if request.save_state and self.states is not None:
+            prompt = unpack_tokens(running.prompt)
+            sent = script_tokens(len(prompt), key[1] % request.n, running.sent)
+            tokens = running.prompt + pack_tokens(sent)
+            state = self.states.save(request.tenant, request.state_name, request.state_ttl, tokens)
+            output.states[len(output.request_ids)] = state.info
 
     def sampled_logprob(self, choice: int) -> float:
         """Of every token that a choice samples."""

@@ -22,6 +22,10 @@ STATUSES = {
     ("/tokenize", "post"): ANSWERS,
     ("/detokenize", "post"): ANSWERS,
     ("/tokenizer_info", "get"): {"200", "400", "401"},
+    ("/v1/states", "get"): {"200", "400", "401", "503"},
+    ("/v1/states/{state}", "get"): {"200", "400", "401", "404", "503"},
+    ("/v1/states/{state}", "delete"): {"200", "400", "401", "404", "503"},
+    ("/v1/states/{state}/fork", "post"): {"201", "400", "401", "404", "413", "415", "503"},
     ("/v1/models", "get"): {"200", "401"},
     ("/v1/models/{model}", "get"): {"200", "401", "404"},
     ("/health", "get"): {"200", "503"},
@@ -81,7 +85,7 @@ def test_every_route_is_described_with_its_errors(document: dict[str, Any]) -> N
         for parameter in operation.get("parameters", ()):
             assert parameter["description"], at
         if at[1] == "post":
-            assert operation["requestBody"]["required"] is True
+            assert operation["requestBody"]["required"] is not at[0].endswith("/fork")
 
 
 def test_every_field_is_described(document: dict[str, Any]) -> None:
@@ -125,24 +129,28 @@ READS_ALL = "{{ messages[0].content }}{{ enable_thinking }}{{ documents }}"
 def test_requests_made_of_examples_are_answered(document: dict[str, Any]) -> None:
     """All required fields, and each optional one that has an example, alone."""
     with serve(served_model_names=("classics-11m",), chat_template=READS_ALL) as server:
+        assert server.complete("a", save_state="my-book").status_code == 200
         for (path, _), operation in operations(document):
             if "requestBody" not in operation:
                 continue
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
             for reference in schema.get("anyOf", [schema]):
-                answers(server, path, components(document)[reference["$ref"].rpartition("/")[2]])
+                answers(
+                    server, path.format(state="my-book"), components(document)[reference["$ref"].rpartition("/")[2]]
+                )
 
 
 def answers(server: Server, path: str, schema: dict[str, Any]) -> None:
-    needed = {name: schema["properties"][name]["examples"][0] for name in schema["required"]}
+    needed = {name: schema["properties"][name]["examples"][0] for name in schema.get("required", ())}
     if "tokens" in needed:
         needed["tokens"] = [token % 256 for token in needed["tokens"]]  # of the shipped model's vocabulary
     for field, properties in schema["properties"].items():
         for example in properties.get("examples", ()):
             body = needed | {field: example} if field not in needed else needed
             body |= {"logprobs": True} if field == "top_logprobs" else {}
+            body |= {"save_state": True} if field == "state_ttl" else {}
             response = server.http.post(path, json=body)
-            assert response.status_code == 200, (path, body, response.text)
+            assert response.status_code in (200, 201), (path, body, response.text)
 
 
 def test_keys_are_in_the_document() -> None:

@@ -83,6 +83,9 @@ plausible: dict[str, st.SearchStrategy[Any]] = {
     "best_of": st.integers(0, 5),
     "prompt_logprobs": st.integers(0, 6),
     "priority": st.integers(-3, 3),
+    "state": texts | st.just("mine"),
+    "save_state": st.booleans() | st.just("mine"),
+    "state_ttl": st.integers(0, 9),
     "return_token_ids": st.booleans(),
 }
 
@@ -119,7 +122,8 @@ def check_job(validator: RequestValidator, body: bytes) -> None:
         params = job.params
         assert 1 <= job.num_choices <= INFO.max_request_choices
         assert all(0 <= token < VOCAB for prompt in job.prompts for token in prompt)
-        assert all(0 < len(prompt) < INFO.max_model_len for prompt in job.prompts)  # type: ignore[operator]
+        assert job.state is not None or all(job.prompts)
+        assert all(len(prompt) < INFO.max_model_len for prompt in job.prompts)  # type: ignore[operator]
         assert params.max_tokens is not None
         assert 0 <= params.min_tokens <= params.max_tokens
         assert 0 <= params.top_k < VOCAB

@@ -16,6 +16,9 @@ from server.types import (
     PromptLogprobs,
     Refusal,
     SamplingParams,
+    StateAction,
+    StateCommand,
+    StateInfo,
     TokenLogprobs,
     pack_tokens,
 )
@@ -63,6 +66,7 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
     cached_tokens: int = 0
+    state: StateInfo | None = None
 
 
 @dataclass
@@ -90,6 +94,8 @@ class Driver:
         self.prompts: dict[tuple[int, int], PromptScores] = {}
         self.accepted: set[int] = set()
         self.rejected: dict[int, Refusal] = {}
+        self.contexts: dict[int, int] = {}
+        self.told: dict[int, list[StateInfo]] = {}
         self._next_id = 0
 
     def submit(
@@ -100,6 +106,10 @@ class Driver:
         priority: int = 0,
         tenant: str = "",
         checkpoint_at: tuple[int, ...] = (),
+        state: str | None = None,
+        save: bool = False,
+        name: str | None = None,
+        ttl: float | None = None,
         **params: object,
     ) -> int:
         request_id = self._next_id
@@ -113,10 +123,25 @@ class Driver:
             priority=priority,
             tenant=tenant,
             checkpoint_at=checkpoint_at,
+            state=state,
+            save_state=save,
+            state_name=name,
+            state_ttl=ttl,
         )
         self.engine.submit(CLIENT, request)
         self.collect()
         return request_id
+
+    def command(
+        self, action: StateAction, state: str = "", *, tenant: str = "", name: str | None = None
+    ) -> list[StateInfo] | Refusal:
+        """What the engine tells of saved states, or why it does not."""
+        request_id = self._next_id
+        self._next_id += 1
+        command = StateCommand(request_id=request_id, tenant=tenant, action=action, state=state, name=name)
+        self.engine.command(CLIENT, command)
+        self.collect()
+        return self.rejected[request_id] if request_id in self.rejected else self.told[request_id]
 
     def cancel(self, request_id: int) -> None:
         self.engine.cancel(CLIENT, [request_id])
@@ -138,6 +163,8 @@ class Driver:
             assert client == CLIENT
             self.accepted.update(message.accepted)
             self.rejected.update(message.rejected)
+            self.contexts.update(message.contexts)
+            self.told.update(message.states_told)
             for request_id, choice, piece in message.prompt_logprobs:
                 self.prompts.setdefault((request_id, choice), PromptScores()).add(piece)
             columns = (message.request_ids, message.choices, message.token_ids, message.texts, message.finish_reasons)
@@ -153,6 +180,7 @@ class Driver:
                 answer.stop_reason = message.stop_reasons.get(row)
                 answer.error = message.errors.get(row)
                 answer.cached_tokens += message.cached_tokens.get(row, 0)
+                answer.state = message.states.get(row)
                 if row in message.logprobs:
                     answer.logprobs.append(message.logprobs[row])
 

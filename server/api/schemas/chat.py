@@ -12,6 +12,7 @@ from server.api.schemas.generation import (
     FinishReason,
     GenerationFields,
     PromptLogprobs,
+    SavedStates,
     StopReason,
     TokenIds,
     Usage,
@@ -62,6 +63,7 @@ class ChatCompletionRequest(ConversationFields, GenerationFields):
     moderation: Annotated[object, Unsupported()] = None
     parallel_tool_calls: Annotated[object, Unsupported(True, False)] = None
     reasoning_effort: Annotated[object, Unsupported(hint="; a template may take it by 'chat_template_kwargs'")] = None
+    state: Annotated[object, Unsupported(hint="; send the whole history, of which only what is new is read")] = None
     tool_choice: Annotated[object, Unsupported("none", "auto")] = None
     verbosity: Annotated[object, Unsupported("medium")] = None
     web_search_options: Annotated[object, Unsupported()] = None
@@ -120,6 +122,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: Fingerprint
     choices: list[ChatChoice] = Field(description="`n` answers.")
     usage: Usage = Field(description="Token counts.")
+    state: SavedStates = None
     prompt_logprobs: PromptLogprobs = None
     prompt_token_ids: list[int] | None = Field(
         None, description="The prompt's token ids, if asked for.", examples=[[1, 366, 712, 435]]
@@ -154,6 +157,7 @@ class ChatCompletionChunk(BaseModel):
     system_fingerprint: Fingerprint
     choices: list[ChatChunkChoice] = Field(description="One choice; none in the chunk that carries the final usage.")
     usage: Usage | None = Field(None, description="Token counts, if asked for; in the last chunk those of all choices.")
+    state: SavedStates = None
     prompt_token_ids: list[int] | None = Field(
         None,
         description="The prompt's token ids, if asked for; in each choice's first chunk.",

@@ -11,6 +11,7 @@ from server.api.schemas.generation import (
     FinishReason,
     GenerationFields,
     PromptLogprobs,
+    SavedStates,
     StopReason,
     TokenIds,
     Usage,
@@ -21,8 +22,9 @@ class CompletionRequest(GenerationFields):
     """The body of `POST /v1/completions`. A field that is null counts as not given."""
 
     prompt: Prompt = Field(
-        description="A text, a list of texts, a list of token ids, or a list of such lists. None may be empty. Texts "
-        "get the tokenizer's special tokens (such as beginning of sequence), token ids are taken as they are.",
+        description="A text, a list of texts, a list of token ids, or a list of such lists. None may be empty, unless "
+        "a `state` is continued. Texts get the tokenizer's special tokens (such as beginning of sequence), save behind "
+        "a `state`; token ids are taken as they are.",
         examples=["The old man looked at the sea and"],
     )
     max_tokens: int | None = Field(
@@ -49,6 +51,14 @@ class CompletionRequest(GenerationFields):
     )
     echo: bool | None = Field(
         None, description="Begin each choice's text with its prompt. Default false.", examples=[True]
+    )
+
+    state: str | None = Field(
+        None,
+        min_length=1,
+        max_length=128,
+        description="Id or name of a saved state: the prompt is what comes after it.",
+        examples=["my-book"],
     )
 
     prompt_embeds: Annotated[object, Unsupported()] = None
@@ -105,3 +115,4 @@ class Completion(BaseModel):
         description="`n` for each prompt. In a chunk one, and none in that with the final usage."
     )
     usage: Usage | None = Field(None, description="Token counts; in a stream only if asked for.")
+    state: SavedStates = None

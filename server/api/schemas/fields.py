@@ -19,6 +19,9 @@ INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 """What a client may call its request; it stands in headers, answers and logs."""
+STATE_NAME: Final = re.compile(r"(?!state-)[A-Za-z0-9_][A-Za-z0-9._:@-]{0,127}")
+"""What a client may call a saved state; it stands in paths."""
+MAX_STATE_TTL: Final = 10 * 365 * 86400
 
 
 def _is_int(value: object) -> bool:
@@ -26,7 +29,7 @@ def _is_int(value: object) -> bool:
 
 
 def _prompt(value: object) -> list[str] | list[list[int]]:
-    """All four forms of a prompt as a list of texts or a list of token id lists."""
+    """All four forms of a prompt as a list of texts or a list of token id lists, each of which may be empty."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -37,14 +40,9 @@ def _prompt(value: object) -> list[str] | list[list[int]]:
     if kinds == {int}:
         return [value]
     if kinds == {str}:
-        if "" in value:
-            raise PydanticCustomError("prompt", "must not hold an empty string")
         return value
-    if kinds == {list}:
-        if not all(value):
-            raise PydanticCustomError("prompt", "must not hold an empty list")
-        if set().union(*(map(type, ids) for ids in value)) == {int}:
-            return value
+    if kinds == {list} and set().union(*(map(type, ids) for ids in value)) <= {int}:
+        return value
     raise PydanticCustomError("prompt", "must hold only strings, only token ids, or only lists of token ids")
 
 
@@ -132,6 +130,31 @@ def _request_id(value: object) -> str | None:
     return value
 
 
+def _save_state(value: object) -> bool | str | None:
+    if value is None or isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
+        raise PydanticCustomError("save_state", "must be true, false or a name")
+    return state_name(value)
+
+
+def state_name(value: object) -> str | None:
+    """The name that a client gives a state; None: none.
+
+    Raises:
+        PydanticCustomError: it cannot be one.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str) or not STATE_NAME.fullmatch(value):
+        raise PydanticCustomError(
+            "state_name",
+            "must be a name of 1 to 128 letters, digits and characters of ._:@- that begins with a letter, a digit or "
+            "_, and not with state-",
+        )
+    return value
+
+
 Prompt = Annotated[
     list[str] | list[list[int]],
     PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
@@ -153,4 +176,10 @@ LogitBias = Annotated[
 RequestId = Annotated[
     str | None,
     PlainValidator(_request_id, json_schema_input_type=Annotated[str, Field(pattern=f"^{REQUEST_ID.pattern}$")] | None),
+]
+SaveState = Annotated[
+    bool | str | None,
+    PlainValidator(
+        _save_state, json_schema_input_type=bool | Annotated[str, Field(pattern=f"^{STATE_NAME.pattern}$")] | None
+    ),
 ]

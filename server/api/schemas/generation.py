@@ -11,6 +11,7 @@ from server.api.schemas.fields import (
     MAX_BAD_WORDS,
     MAX_COUNT,
     MAX_PROMPT_LOGPROBS,
+    MAX_STATE_TTL,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     AllowedTokenIds,
@@ -18,6 +19,7 @@ from server.api.schemas.fields import (
     CheckpointAt,
     LogitBias,
     RequestId,
+    SaveState,
     Stop,
     StopTokenIds,
 )
@@ -199,6 +201,20 @@ class GenerationFields(StructureFields):
         "later prompts that begin alike, beside those where it is parked anyway. Changes nothing in the answer.",
         examples=[[4]],
     )
+    save_state: SaveState = Field(
+        None,
+        description="true, or a name: save the state at the end of every choice, for later requests to go on from; the "
+        "answer's `state` tells its id. A name is taken over from the state that had it, which is deleted. "
+        "Default false.",
+        examples=["my-book"],
+    )
+    state_ttl: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_STATE_TTL,
+        description="Seconds for which the state is saved, together with `save_state`. Default 86400.",
+        examples=[3600],
+    )
     priority: int | None = Field(
         None,
         ge=INT64_MIN,
@@ -226,6 +242,25 @@ class GenerationFields(StructureFields):
     spaces_between_special_tokens: Annotated[object, Unsupported(True, False)] = None
     typical_p: Annotated[object, Unsupported(1.0)] = None
     use_beam_search: Annotated[object, Unsupported(False)] = None
+
+
+class SavedState(BaseModel):
+    """A state that was saved."""
+
+    id: str = Field(description="For `state`.", examples=["state-5f0c6d6c0f5b4f6f8d6a3f6b"])
+    num_tokens: int = Field(description="Tokens of its transcript: the context and the answer.", examples=[8])
+    bytes: int = Field(
+        description="What it takes on the server; 0 if it has to be computed again from its tokens.", examples=[1179648]
+    )
+
+
+SavedStates = Annotated[
+    SavedState | list[SavedState | None] | None,
+    Field(
+        description="With `save_state`, what was saved; a list, one for each choice, if there are several. In a "
+        "stream, in the chunk that ends the choice."
+    ),
+]
 
 
 class PromptTokensDetails(BaseModel):

@@ -1,0 +1,56 @@
+"""`/v1/states`."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field, PlainValidator
+
+from server.api.schemas.base import Body
+from server.api.schemas.fields import MAX_STATE_TTL, STATE_NAME, state_name
+
+StateName = Annotated[
+    str | None,
+    PlainValidator(state_name, json_schema_input_type=Annotated[str, Field(pattern=f"^{STATE_NAME.pattern}$")] | None),
+]
+
+
+class ForkRequest(Body):
+    """The body of `POST /v1/states/{state}/fork`. It may be left out."""
+
+    name: StateName = Field(
+        None,
+        description="The fork's name, taken over from the state that had it, which is deleted. Default: none.",
+        examples=["my-copy"],
+    )
+    ttl: int | None = Field(
+        None, ge=1, le=MAX_STATE_TTL, description="Seconds for which the fork is kept. Default 86400.", examples=[3600]
+    )
+
+
+class State(BaseModel):
+    """A saved state."""
+
+    id: str = Field(description="Names it in `state`.", examples=["state-5f0c6d6c0f5b4f6f8d6a3f6b"])
+    object: str = Field("state", description="Always `state`.", examples=["state"])
+    name: str | None = Field(description="Names it, too; null if it was given no name.", examples=["my-book"])
+    num_tokens: int = Field(description="Tokens of its transcript: prompts and answers.", examples=[8])
+    bytes: int = Field(
+        description="What it takes, which forks share; 0 if it has to be computed again from its tokens.",
+        examples=[1179648],
+    )
+    created: int = Field(description="Unix time in seconds.", examples=[1795570400])
+    expires: int = Field(description="Unix time in seconds; from then on it is unknown.", examples=[1795656800])
+
+
+class StateList(BaseModel):
+    """The answer to `GET /v1/states`."""
+
+    object: str = Field("list", description="Always `list`.", examples=["list"])
+    data: list[State] = Field(description="The states saved with the request's API key, the oldest first.")
+
+
+class StateDeleted(BaseModel):
+    """The answer to `DELETE /v1/states/{state}`."""
+
+    id: str = Field(description="The id of the state that is no more.", examples=["state-5f0c6d6c0f5b4f6f8d6a3f6b"])
+    object: str = Field("state.deleted", description="Always `state.deleted`.", examples=["state.deleted"])
+    deleted: bool = Field(True, description="Always true.", examples=[True])

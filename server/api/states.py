@@ -1,0 +1,95 @@
+"""``/v1/states``: the states that were saved with a request's API key."""
+
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Path, Request
+
+from server.api.auth import tenant_of
+from server.api.body import check_content_type, parse_json, read_body
+from server.api.checks import parse_as
+from server.api.client import EngineClient
+from server.api.routing import errors, json_body
+from server.api.schemas.states import ForkRequest, State, StateDeleted, StateList
+from server.settings import ApiSettings
+from server.types import StateAction, StateInfo
+
+Reference = Annotated[
+    str, Path(description="The state's id or its name.", examples=["state-5f0c6d6c0f5b4f6f8d6a3f6b", "my-book"])
+]
+_MAX_BODY: Final = 4096
+
+
+def states_router(settings: ApiSettings, client: EngineClient) -> APIRouter:
+    """The routes, bound to one engine.
+
+    Args:
+        settings: limits.
+        client: the way to the engine.
+    """
+    router = APIRouter()
+    limit = min(settings.max_body_bytes, _MAX_BODY)
+
+    @router.get(
+        "/v1/states",
+        summary="List the saved states",
+        response_description="The states.",
+        responses=errors(400, 401, 503),
+    )
+    async def list_states(request: Request) -> StateList:
+        """The states that were saved with this API key, the oldest first."""
+        told = await client.command(StateAction.LIST, tenant_of(request.scope))
+        return StateList(data=[_state(info) for info in told])
+
+    @router.get(
+        "/v1/states/{state}",
+        summary="Describe a saved state",
+        response_description="The state.",
+        responses=errors(400, 401, 404, 503),
+    )
+    async def retrieve_state(request: Request, state: Reference) -> State:
+        """One state that was saved with this API key."""
+        (info,) = await client.command(StateAction.DESCRIBE, tenant_of(request.scope), state=state)
+        return _state(info)
+
+    @router.delete(
+        "/v1/states/{state}",
+        summary="Delete a saved state",
+        response_description="The state is no more.",
+        responses=errors(400, 401, 404, 503),
+    )
+    async def delete_state(request: Request, state: Reference) -> StateDeleted:
+        """Forget a state. Requests that continue it already, and its forks, go on."""
+        (info,) = await client.command(StateAction.DELETE, tenant_of(request.scope), state=state)
+        return StateDeleted(id=info.id)
+
+    @router.post(
+        "/v1/states/{state}/fork",
+        summary="Fork a saved state",
+        response_description="The new state.",
+        status_code=201,
+        responses=errors(400, 401, 404, 413, 415, 503),
+        openapi_extra=json_body(ForkRequest, required=False),
+    )
+    async def fork_state(request: Request, state: Reference) -> State:
+        """Save the same state once more, under an id of its own: it lives on when the other is deleted or expires."""
+        body = await read_body(request, limit)
+        if body:
+            check_content_type(request)
+        fork = parse_as(ForkRequest, parse_json(body) if body else {})
+        (info,) = await client.command(
+            StateAction.FORK, tenant_of(request.scope), state=state, name=fork.name, ttl=fork.ttl
+        )
+        return _state(info)
+
+    return router
+
+
+def _state(info: StateInfo) -> State:
+    return State(
+        id=info.id,
+        name=info.name,
+        num_tokens=info.num_tokens,
+        bytes=info.nbytes,
+        created=int(info.created),
+        expires=int(info.expires),
+    )

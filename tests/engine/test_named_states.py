@@ -1,0 +1,323 @@
+"""Saved states: whoever continues one gets what the uninterrupted transcript would have got."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from server.engine.engine import Engine
+from server.engine.named_states import DEFAULT_TTL, NamedStates, NoRoomError
+from server.engine.prefix_cache import Entry, PrefixCache, Tier
+from server.settings import StateCacheConfig
+from server.types import FinishReason, Refusal, RefusalReason, StateAction, pack_tokens
+from tests.engine.driving import FIXTURES, Answer, Driver, engine_config, random_prompt
+
+VOCAB = 512
+ROOMY = StateCacheConfig(gpu_bytes=256 << 20, host_bytes=256 << 20)
+GREEDY: dict[str, object] = {"temperature": 0.0, "ignore_eos": True}
+MODES = pytest.mark.parametrize(
+    ("device", "overlap"),
+    [
+        pytest.param("cpu", False, id="cpu-in-step"),
+        pytest.param("cpu", True, id="cpu-overlapped"),
+        pytest.param("cuda", True, id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+
+
+def make_driver(
+    name: str = "base",
+    *,
+    overlap: bool = False,
+    device: str = "cpu",
+    cache: StateCacheConfig = ROOMY,
+    **changes: object,
+) -> Driver:
+    config = engine_config(FIXTURES / name, device=device, state_cache=cache, **changes)
+    return Driver(Engine(config, overlap=overlap))
+
+
+def run(driver: Driver, prompts: list[list[int]], n: int = 1, **options: object) -> list[Answer]:
+    """Every answer to a request that the engine takes."""
+    request = driver.submit(prompts, n, **(GREEDY | options))  # type: ignore[arg-type]
+    assert request not in driver.rejected, driver.rejected[request]
+    driver.run()
+    return [driver.answers[request, choice] for choice in range(len(prompts) * n)]
+
+
+@MODES
+@pytest.mark.parametrize("name", ["base", "conv", "gqa"])
+def test_a_continued_state_answers_like_the_whole_transcript(name: str, device: str, overlap: bool) -> None:
+    driver = make_driver(name, device=device, overlap=overlap)
+    cold = make_driver(name, device=device, cache=StateCacheConfig())
+    transcript = random_prompt(50, VOCAB, 1)
+    reference = None
+    for turn in range(4):
+        new = random_prompt(turn * 5, VOCAB, 100 + turn)  # of the second turn on; the first is the beginning
+        before = driver.engine.stats().prompt_tokens
+        (answer,) = run(driver, [transcript if reference is None else new], state=reference, save=True, max_tokens=18)
+        if reference is not None:
+            # The last token of an answer that ends for its length has been sampled, not absorbed.
+            assert driver.engine.stats().prompt_tokens - before == len(new) + 1
+            assert answer.cached_tokens == len(transcript) - 1
+            transcript = transcript + new
+        assert answer.token_ids == cold.complete(transcript, max_tokens=18, **GREEDY).token_ids
+        transcript = transcript + answer.token_ids
+        assert answer.state is not None and answer.state.num_tokens == len(transcript)
+        assert answer.state.nbytes > 0
+        reference = answer.state.id
+    # Nothing at all after it: the answer just goes on.
+    (more,) = run(driver, [[]], state=reference, max_tokens=9)
+    assert more.token_ids == cold.complete(transcript, max_tokens=9, **GREEDY).token_ids
+
+
+@MODES
+def test_a_stop_token_is_no_part_of_the_state(device: str, overlap: bool) -> None:
+    driver = make_driver(device=device, overlap=overlap)
+    cold = make_driver(device=device, cache=StateCacheConfig())
+    prompt = random_prompt(30, VOCAB, 2)
+    free = cold.complete(prompt, max_tokens=20, **GREEDY)
+    (answer,) = run(driver, [prompt], save=True, max_tokens=99, stop_token_ids=(free.token_ids[12],))
+    assert answer.finish_reason is FinishReason.STOP
+    kept = prompt + answer.token_ids[:-1]
+    assert answer.state is not None and answer.state.num_tokens == len(kept)
+    new = random_prompt(5, VOCAB, 3)
+    before = driver.engine.stats().prompt_tokens
+    (more,) = run(driver, [new], state=answer.state.id, max_tokens=9)
+    assert more.token_ids == cold.complete(kept + new, max_tokens=9, **GREEDY).token_ids
+    assert driver.engine.stats().prompt_tokens - before == len(new)
+    # Without anything new, the stop token comes again, for that is what the model says here.
+    (same,) = run(driver, [[]], state=answer.state.id, max_tokens=9)
+    assert same.token_ids == cold.complete(kept, max_tokens=9, **GREEDY).token_ids
+
+
+def test_choices_and_prompts_are_saved_one_by_one() -> None:
+    driver, cold = make_driver(), make_driver(cache=StateCacheConfig())
+    base, other = random_prompt(20, VOCAB, 4), random_prompt(25, VOCAB, 5)
+    answers = run(driver, [base, other], 2, save=True, temperature=1.0, seed=1, max_tokens=6)
+    states = [answer.state for answer in answers]
+    assert len({state.id for state in states if state is not None}) == 4
+    for prompt, answer in zip((base, base, other, other), answers, strict=True):
+        assert answer.state is not None and answer.state.num_tokens == len(prompt) + 6
+        (more,) = run(driver, [[7]], state=answer.state.id, max_tokens=5)
+        assert more.token_ids == cold.complete([*prompt, *answer.token_ids, 7], max_tokens=5, **GREEDY).token_ids
+    # One state, several continuations at once.
+    assert states[0] is not None
+    ends = run(driver, [[8], [9], []], state=states[0].id, max_tokens=5)
+    transcript = base + answers[0].token_ids
+    for new, end in zip(([8], [9], []), ends, strict=True):
+        assert end.token_ids == cold.complete(transcript + new, max_tokens=5, **GREEDY).token_ids
+
+
+def test_penalties_count_what_the_state_holds() -> None:
+    driver, cold = make_driver(), make_driver(cache=StateCacheConfig())
+    prompt = random_prompt(40, VOCAB, 6)
+    (answer,) = run(driver, [prompt], save=True, max_tokens=8)
+    assert answer.state is not None
+    (more,) = run(driver, [[]], state=answer.state.id, max_tokens=20, repetition_penalty=1.7)
+    whole = prompt + answer.token_ids
+    assert more.token_ids == cold.complete(whole, max_tokens=20, **GREEDY, repetition_penalty=1.7).token_ids
+
+
+def test_a_state_of_a_prompt_alone() -> None:
+    driver, cold = make_driver(), make_driver(cache=StateCacheConfig())
+    prompt = random_prompt(300, VOCAB, 7)
+    (answer,) = run(driver, [prompt], save=True, name="book", max_tokens=0)
+    assert answer.state is not None and answer.state.num_tokens == 300
+    before = driver.engine.stats().prompt_tokens
+    (more,) = run(driver, [[5, 6]], state="book", max_tokens=5)
+    assert driver.engine.stats().prompt_tokens - before == 2
+    assert more.token_ids == cold.complete([*prompt, 5, 6], max_tokens=5, **GREEDY).token_ids
+
+
+def test_what_is_refused() -> None:
+    driver = make_driver(max_model_len=64)
+    (answer,) = run(driver, [random_prompt(20, VOCAB, 8)], tenant="a", save=True, name="mine", max_tokens=4)
+    assert answer.state is not None
+
+    def reason(**options: object) -> RefusalReason:
+        request = driver.submit([random_prompt(40, VOCAB, 9)], **options)  # type: ignore[arg-type]
+        return driver.rejected[request].reason
+
+    assert reason(state="mine", tenant="b") is RefusalReason.UNKNOWN_STATE
+    assert reason(state=answer.state.id, tenant="b") is RefusalReason.UNKNOWN_STATE
+    assert reason(state="other", tenant="a") is RefusalReason.UNKNOWN_STATE
+    assert reason(state="mine", tenant="a") is RefusalReason.TOO_LONG
+    for action in (StateAction.DESCRIBE, StateAction.DELETE, StateAction.FORK):
+        told = driver.command(action, "mine", tenant="b")
+        assert isinstance(told, Refusal) and told.reason is RefusalReason.UNKNOWN_STATE
+    assert driver.command(StateAction.LIST, tenant="b") == []
+    assert driver.command(StateAction.LIST, tenant="a") == [answer.state]
+    without = make_driver(cache=StateCacheConfig())
+    for options in ({"state": "mine"}, {"save": True}):
+        request = without.submit([[5]], **options)  # type: ignore[arg-type]
+        assert without.rejected[request].reason is RefusalReason.STATES_OFF
+
+
+def test_forks_and_names() -> None:
+    driver = make_driver()
+    prompt = random_prompt(20, VOCAB, 10)
+    (first,) = run(driver, [prompt], save=True, name="x", max_tokens=4)
+    forked = driver.command(StateAction.FORK, "x", name="y")
+    assert isinstance(forked, list) and first.state is not None
+    assert forked[0].num_tokens == first.state.num_tokens and forked[0].id != first.state.id
+    # The name goes to the newer state.
+    (second,) = run(driver, [[4]], state="x", save=True, name="x", max_tokens=4)
+    assert second.state is not None
+    assert driver.command(StateAction.DESCRIBE, "x") == [second.state]
+    told = driver.command(StateAction.DESCRIBE, first.state.id)
+    assert isinstance(told, Refusal)
+    assert driver.command(StateAction.DELETE, second.state.id) == [second.state]
+    assert isinstance(driver.command(StateAction.DESCRIBE, "x"), Refusal)
+    (more,) = run(driver, [[]], state="y", max_tokens=4)
+    cold = make_driver(cache=StateCacheConfig())
+    assert more.token_ids == cold.complete(prompt + first.token_ids, max_tokens=4, **GREEDY).token_ids
+
+
+def test_a_full_store_refuses_and_loses_nothing() -> None:
+    parked = make_driver().engine._runner.parked_bytes
+    driver = make_driver(cache=StateCacheConfig(host_bytes=4 * parked))
+    cold = make_driver(cache=StateCacheConfig())
+    prompts = [random_prompt(70, VOCAB, seed) for seed in range(20, 22)]
+    answers = run(driver, prompts, save=True, max_tokens=5)
+    request = driver.submit([[5, 6]], save=True)
+    assert driver.rejected[request].reason is RefusalReason.STATES_FULL
+    # Other prompts come and go, and take the rest of the room.
+    for seed in range(30, 36):
+        run(driver, [random_prompt(70, VOCAB, seed)], max_tokens=3)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.state is not None
+        (more,) = run(driver, [[9]], state=answer.state.id, max_tokens=5)
+        assert more.cached_tokens == len(prompt) + 4, "the snapshot is still there"
+        expected = cold.complete([*prompt, *answer.token_ids, 9], max_tokens=5, **GREEDY)
+        assert more.token_ids == expected.token_ids
+    assert answers[0].state is not None
+    driver.command(StateAction.DELETE, answers[0].state.id)
+    run(driver, [[5, 6]], save=True, max_tokens=2)
+
+
+def test_room_of_requests_that_save_nothing_is_given_back() -> None:
+    parked = make_driver().engine._runner.parked_bytes
+    driver = make_driver(cache=StateCacheConfig(host_bytes=4 * parked))
+    for seed in range(3):
+        request = driver.submit([random_prompt(20, VOCAB, seed)] * 2, save=True, max_tokens=50, **GREEDY)
+        assert request not in driver.rejected
+        if seed:
+            driver.step()
+        driver.cancel(request)
+        driver.run()
+    assert driver.command(StateAction.LIST) == []
+    run(driver, [[5, 6], [7]], save=True, max_tokens=2)
+
+
+def test_random_traces_say_what_they_would_have_said_alone() -> None:
+    cold = make_driver(cache=StateCacheConfig())
+    for seed in range(4):
+        rng = random.Random(seed)
+        parked = cold.engine._runner.parked_bytes
+        driver = make_driver(
+            overlap=bool(seed % 2), cache=StateCacheConfig(gpu_bytes=2 * parked, host_bytes=20 * parked)
+        )
+        saved: dict[str, list[int]] = {}
+        for _ in range(25):
+            reference = rng.choice([None, *saved])
+            new = random_prompt(rng.choice([0 if reference else 1, 3, 40]), VOCAB, rng.randrange(100))
+            save = len(saved) < 9 and rng.random() < 0.6
+            stop = {"stop_token_ids": tuple(range(3, VOCAB, 7))} if rng.random() < 0.4 else {}
+            (answer,) = run(driver, [new], state=reference, save=save, max_tokens=rng.randrange(1, 12), **stop)
+            transcript = saved.get(reference or "", []) + new
+            expected = cold.complete(transcript, max_tokens=len(answer.token_ids), **GREEDY)
+            assert answer.token_ids == expected.token_ids
+            if save:
+                stopped = answer.finish_reason is FinishReason.STOP
+                assert answer.state is not None
+                saved[answer.state.id] = transcript + answer.token_ids[: -1 if stopped else None]
+                assert answer.state.num_tokens == len(saved[answer.state.id])
+            if saved and rng.random() < 0.2:
+                gone = rng.choice(list(saved))
+                driver.command(StateAction.DELETE, gone)
+                del saved[gone]
+        listed = driver.command(StateAction.LIST)
+        assert isinstance(listed, list) and [state.id for state in listed] == list(saved)
+
+
+@dataclass
+class Shelf:
+    """Holds no bytes; remembers what it was told to give up."""
+
+    dropped: list[int] = field(default_factory=list)
+
+    def move(self, payload: int, tier: Tier) -> int | None:
+        return payload
+
+    def drop(self, payload: int) -> None:
+        self.dropped.append(payload)
+
+    def ready(self, payload: int) -> bool:
+        return True
+
+
+def test_held_snapshots_move_down_and_are_never_given_up() -> None:
+    shelf = Shelf()
+    cache: PrefixCache[int] = PrefixCache({Tier.DEVICE: 2, Tier.HOST: 2}, shelf)
+    held: list[Entry[int]] = []
+    for number in range(3):
+        cache.keep("", pack_tokens([number]), number, Tier.DEVICE, 1, complete=True)
+        entry = cache.hold("", pack_tokens([number, 9]))
+        assert entry is not None and entry.payload == number
+        held.append(entry)
+    for number in range(10, 20):
+        cache.keep("", pack_tokens([number]), number, Tier.DEVICE, 1, complete=True)
+    assert {entry.payload for entry in held} == {0, 1, 2} and not {0, 1, 2} & set(shelf.dropped)
+    assert cache.usage(Tier.DEVICE)[0] + cache.usage(Tier.HOST)[0] == 4
+    for entry in held:
+        cache.release(entry)
+    for number in range(20, 30):
+        cache.keep("", pack_tokens([number]), number, Tier.DEVICE, 1, complete=True)
+    assert {0, 1, 2} <= set(shelf.dropped)
+    assert cache.hold("", pack_tokens([1, 2])) is None
+
+
+@dataclass
+class Lot:
+    """Parking for as many snapshots as there are transcripts."""
+
+    entries: dict[bytes, Entry[int]] = field(default_factory=dict)
+
+    def hold(self, tenant: str, tokens: bytes) -> Entry[int] | None:
+        cache: PrefixCache[int] = PrefixCache({Tier.HOST: 1}, Shelf())
+        if tokens not in self.entries:
+            cache.keep("", tokens, 0, Tier.HOST, 1, complete=True)
+            entry = cache.hold("", tokens)
+            assert entry is not None
+            self.entries[tokens] = entry
+        else:
+            self.entries[tokens].holds += 1
+        return self.entries[tokens]
+
+    def release(self, entry: Entry[int]) -> None:
+        entry.holds -= 1
+
+
+def test_states_expire_and_make_room() -> None:
+    now = [1000.0]
+    lot = Lot()
+    states = NamedStates(lot, 2, lambda: now[0])
+    states.reserve(2)
+    first = states.save("a", "one", 10, pack_tokens([1]))
+    second = states.save("a", None, None, pack_tokens([2]))
+    assert (first.expires, second.expires) == (1010, 1000 + DEFAULT_TTL)
+    with pytest.raises(NoRoomError, match="delete some"):
+        states.reserve(1)
+    fork = states.fork(first, "two", 50)
+    now[0] = 1010
+    assert states.find("a", "one") is None and states.find("a", first.id) is None
+    assert states.find("a", "two") is fork
+    assert lot.entries[pack_tokens([1])].holds == 1
+    with pytest.raises(NoRoomError):
+        states.reserve(1)
+    now[0] = 1050
+    assert list(states.of("a")) == [second]
+    states.reserve(1)
+    states.give_up()
+    assert lot.entries[pack_tokens([1])].holds == 0

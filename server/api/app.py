@@ -25,7 +25,7 @@ from server.api.routing import ERRORS
 from server.api.schemas.chat import ChatCompletionChunk, ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
 from server.api.schemas.server import ErrorResponse
-from server.api.schemas.states import ForkRequest
+from server.api.schemas.states import ForkRequest, PrefillRequest
 from server.api.schemas.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from server.api.states import states_router
 from server.api.structured import Grammars
@@ -43,6 +43,7 @@ _UNBOUND = (
     TokenizeChatRequest,
     DetokenizeRequest,
     ForkRequest,
+    PrefillRequest,
 )
 """Models that the framework does not see: bodies are read by the routes themselves, chunks are written by hand."""
 
@@ -92,7 +93,7 @@ def create_app(
     app.include_router(chat_router(settings, client, tokenizer, grammars, conversations))
     app.include_router(tokenization_router(settings, client, tokenizer, conversations))
     app.include_router(models_router(settings))
-    app.include_router(states_router(settings, client))
+    app.include_router(states_router(settings, client, tokenizer, grammars))
     metrics = HttpMetrics()
     app.include_router(operations_router(client, metrics))
     app.include_router(playground_router())

@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from server.api import schemas
-from tests.api.scripted import Server, serve
+from tests.api.scripted import ScriptedEngine, Server, serve
 
 GENERATES = {"200", "400", "401", "404", "413", "415", "429", "500", "503"}
 ANSWERS = GENERATES - {"429"}
@@ -22,6 +22,7 @@ STATUSES = {
     ("/tokenize", "post"): ANSWERS,
     ("/detokenize", "post"): ANSWERS,
     ("/tokenizer_info", "get"): {"200", "400", "401"},
+    ("/v1/states/prefill", "post"): GENERATES - {"200"} | {"201"},
     ("/v1/states", "get"): {"200", "400", "401", "503"},
     ("/v1/states/{state}", "get"): {"200", "400", "401", "404", "503"},
     ("/v1/states/{state}", "delete"): {"200", "400", "401", "404", "503"},
@@ -128,7 +129,8 @@ READS_ALL = "{{ messages[0].content }}{{ enable_thinking }}{{ documents }}"
 
 def test_requests_made_of_examples_are_answered(document: dict[str, Any]) -> None:
     """All required fields, and each optional one that has an example, alone."""
-    with serve(served_model_names=("classics-11m",), chat_template=READS_ALL) as server:
+    engine = ScriptedEngine(stop_after=5)
+    with serve(engine, served_model_names=("classics-11m",), chat_template=READS_ALL) as server:
         assert server.complete("a", save_state="my-book").status_code == 200
         for (path, _), operation in operations(document):
             if "requestBody" not in operation:

@@ -90,6 +90,31 @@ def test_the_routes(fresh: Server) -> None:
     assert fresh.complete("", state="copy", max_tokens=3).json()["choices"][0]["text"] == script_text(8, 0, 3)
 
 
+def test_a_text_is_read_and_nothing_generated(fresh: Server) -> None:
+    def prefill(**body: Any) -> Any:
+        return fresh.http.post("/v1/states/prefill", json=body)
+
+    response = prefill(prompt="abc", name="book", ttl=50)
+    assert response.status_code == 201, response.text
+    state = response.json()
+    assert (state["name"], state["num_tokens"], state["expires"] - state["created"]) == ("book", 4, 50)
+    assert fresh.engine.generated == 0
+    assert prefill(prompt=[1, 2], state="book").json()["num_tokens"] == 6
+    assert prefill(prompt="abc", add_special_tokens=False).json()["num_tokens"] == 3
+    assert fresh.complete("", state="book", max_tokens=3).json()["choices"][0]["text"] == script_text(4, 0, 3)
+    for body, param in (
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "a", "max_tokens": 1}, "max_tokens"),
+        ({"prompt": "a", "name": "a b"}, "name"),
+        ({"prompt": "a", "ttl": -1}, "ttl"),
+        ({"prompt": "a", "state": "book", "add_special_tokens": True}, "add_special_tokens"),
+    ):
+        refused = prefill(**body)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
+    assert prefill(prompt="a", state="none").status_code == 404
+
+
 def test_unknown_states_are_404(fresh: Server) -> None:
     for response in (
         fresh.complete("a", state="none"),

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, PlainValidator
 
-from server.api.schemas.base import Body
-from server.api.schemas.fields import MAX_STATE_TTL, STATE_NAME, state_name
+from server.api.schemas.base import Body, ModelName
+from server.api.schemas.fields import MAX_STATE_TTL, STATE_NAME, Prompt, state_name
 
 StateName = Annotated[
     str | None,
@@ -23,6 +23,37 @@ class ForkRequest(Body):
     )
     ttl: int | None = Field(
         None, ge=1, le=MAX_STATE_TTL, description="Seconds for which the fork is kept. Default 86400.", examples=[3600]
+    )
+
+
+class PrefillRequest(Body):
+    """The body of `POST /v1/states/prefill`."""
+
+    model: ModelName = None
+    prompt: Prompt = Field(
+        description="A text or a list of token ids: one, empty only behind a `state`. A text gets the tokenizer's "
+        "special tokens (such as beginning of sequence), save behind a `state`.",
+        examples=["The old man looked at the sea and"],
+    )
+    state: str | None = Field(
+        None,
+        min_length=1,
+        max_length=128,
+        description="Id or name of a saved state that the prompt continues.",
+        examples=["my-book"],
+    )
+    name: StateName = Field(
+        None,
+        description="The new state's name, taken over from the state that had it, which is deleted. Default: none.",
+        examples=["my-chapter"],
+    )
+    ttl: int | None = Field(
+        None, ge=1, le=MAX_STATE_TTL, description="Seconds for which it is kept. Default 86400.", examples=[3600]
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Whether a text gets the tokenizer's special tokens. Default: true, behind a `state` false.",
+        examples=[False],
     )
 
 

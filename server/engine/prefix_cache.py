@@ -72,7 +72,7 @@ class Entry(Generic[P]):
     Attributes:
         node: its place in the tree.
         complete: whether it holds the logits of the last position, too.
-        nbytes: what it takes of its tier.
+        nbytes: what it takes of its tier; 0 once it has been given up.
         pins: as long as there are any, it is neither moved down nor dropped.
         holds: as long as there are any, it is not given up for want of room, but may be moved down.
     """
@@ -374,6 +374,7 @@ class PrefixCache(Generic[P]):
     def _drop(self, entry: Entry[P]) -> None:
         self._account(entry, -1)
         self._store.drop(entry.payload)
+        entry.nbytes = 0
         assert entry.node.value is not None
         entry.node.value.entry = None
         self._tidy(entry.scope, entry.node)

@@ -32,7 +32,7 @@ def paths_of(routes: Iterable[BaseRoute]) -> Iterator[str]:
             yield from paths_of(router.routes)
         else:
             assert isinstance(route, Route), "a mounted application has routes of its own"
-            yield route.path_format.replace("{model}", "scripted")
+            yield route.path_format.replace("{model}", "scripted").replace("{state}", "mine")
 
 
 def test_every_route_but_a_few_wants_a_key(locked: Server) -> None:

@@ -276,6 +276,7 @@ def test_held_snapshots_move_down_and_are_never_given_up() -> None:
         cache.keep("", pack_tokens([number]), number, Tier.DEVICE, 1, complete=True)
     assert {0, 1, 2} <= set(shelf.dropped)
     assert cache.hold("", pack_tokens([1, 2])) is None
+    assert [entry.nbytes for entry in held] == [0, 0, 0], "whoever still knows them sees that they are gone"
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """Every failure becomes OpenAI's error shape, also those that nobody foresaw."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.body import ClientGoneError, discard_body
@@ -70,8 +71,26 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         return ErrorAnswer(NotFoundError(f"There is no route {call}.", code="unknown_url"))
     if error.status_code == 405:
-        return ErrorAnswer(MethodNotAllowedError(f"The method is not allowed: {call}."), error.headers)
+        allow = ", ".join(sorted(_methods(request)))
+        return ErrorAnswer(MethodNotAllowedError(f"The method is not allowed: {call}."), {"allow": allow})
     return ErrorAnswer(InvalidRequestError(str(error.detail)), error.headers)
+
+
+def _routes(routes: Iterable[BaseRoute]) -> Iterator[Route]:
+    for route in routes:
+        # FastAPI keeps the routes of a router together.
+        if (router := getattr(route, "original_router", None)) is not None:
+            yield from _routes(router.routes)
+        elif isinstance(route, Route):
+            yield route
+
+
+def _methods(request: Request) -> set[str]:
+    """What the path of a request allows: the router knows the methods of a path route by route."""
+    matching = [route for route in _routes(request.app.routes) if route.matches(request.scope)[0] is not Match.NONE]
+    # A path written out is not the one with a parameter that would match it too.
+    path = request.url.path if any(route.path == request.url.path for route in matching) else matching[0].path
+    return {method for route in matching if route.path == path for method in route.methods or ()}
 
 
 class ErrorMiddleware:

@@ -73,6 +73,22 @@ def test_health_and_version(server: Server) -> None:
     assert server.http.get("/version").json() == {"version": __version__}
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/states", "GET"),
+        ("/v1/states/prefill", "POST"),
+        ("/v1/states/some", "DELETE, GET"),
+        ("/v1/completions", "POST"),
+        ("/v1/models/some", "GET"),
+    ],
+)
+def test_a_wrong_method_is_told_which_are_right(server: Server, path: str, methods: str) -> None:
+    response = server.http.request("PATCH", path)
+    assert (response.status_code, response.headers["allow"]) == (405, methods)
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 @pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/completions/", "/metrics/", "/docs", "/nope", "/V1/models"])
 def test_unknown_routes(server: Server, path: str) -> None:
     response = server.http.get(path)

@@ -43,7 +43,8 @@ def test_thousands_of_cases(
     )
     with RunningServer(folder, *flags) as server:
         command = [str(Path(sys.executable).with_name("st")), "run", f"{server.base_url}/openapi.json"]
-        command += ["--header", f"Authorization: Bearer {KEY}", "--seed", "1", "--workers", "4"]
+        # One worker: CPython 3.11 may raise SystemError where several threads build syntax trees (its issue 106905).
+        command += ["--header", f"Authorization: Bearer {KEY}", "--seed", "1", "--workers", "1"]
         command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(EXAMPLES_PER_OPERATION)]
         command += ["--continue-on-failure", "--exclude-checks", EXCLUDED, "--suppress-health-check", "all"]
         command += ["--request-timeout", "60", "--report", "json", "--report-json-path", str(folder / "report.json")]

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import platform
+import time
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -226,6 +227,35 @@ def _run_worst_case(
     It also compiles the kernels and fills the allocator's pools before the first request. On the CPU,
     where memory is not the limit, a short one does.
     """
+    steps = _steps(states, config, device)
+    if device.type == "cuda":
+        from server.kernels.compiling import compile_together
+
+        start = time.monotonic()
+        # No logits: what is sampled from them would be looked up.
+        count = compile_together(lambda: [model.forward(inputs, states) for inputs in steps], device)
+        logger.info("%d kernels compiled, or found compiled, in %.2f s", count, time.monotonic() - start)
+    for inputs in steps:
+        logits = model.forward(inputs, states)
+        step_rows = inputs.output_rows_R
+        # Where prompts fork, the logits are in memory three times.
+        forked = logits.repeat(2, 1)
+        plan = SamplePlan(0, 0, len(step_rows), True, True, True, config.max_logprobs)
+        sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
+        masks = torch.full((len(step_rows), mask_words(vocab_size)), -1, dtype=torch.int32, device=device)
+        sampler.sample(logits, torch.ones_like(step_rows), torch.zeros_like(step_rows), plan, masks)
+        del forked
+    num_tokens = max(len(inputs.token_ids_T) for inputs in steps)
+    hidden = Hidden(torch.zeros((num_tokens, model.config.hidden_size), dtype=model.dtype, device=device))
+    scored = torch.arange(num_tokens, device=device)[:SCORED_ROWS]
+    score_rows(model, hidden, scored, torch.zeros_like(scored), config.max_logprobs)
+    snapshot = to_host(take_snapshot(states, 1, logits[0], num_tokens=1, num_folded=1))
+    restore_snapshot(states, snapshot, [2, 3])
+    fork_slot(states, 2, [1])
+
+
+def _steps(states: StateTensors, config: EngineConfig, device: torch.device) -> list[ModelInputs]:
+    """The steps that take most memory, and one for every kernel that is chosen by a step's shape."""
     on_cuda = device.type == "cuda"
     num_tokens = config.max_num_batched_tokens if on_cuda else 64
     num_rows = config.max_num_seqs if on_cuda else 1
@@ -245,42 +275,31 @@ def _run_worst_case(
             # Beside a decode, the prompts' rows may be aligned otherwise.
             steps += [(num_decodes, (1,) * spans, rows % spans) for num_decodes in (0, 1)]
         steps.append((0, (num_tokens // most,) * most, rows))
-    for num_decodes, lengths, step_rows in steps:
-        spans = num_decodes + len(lengths)
-        # A slot each while there are some, then the null slot.
-        slots = torch.arange(1, spans + 1, device=device)
-        slots = torch.where(slots <= _PROFILE_SLOTS, slots, NULL_SLOT)
-        ring_rows = None
-        if states.ring_size:
-            none = torch.zeros(num_decodes + 1, dtype=torch.int64, device=device)
-            ring_rows = RingRows(pending_N=none[:num_decodes], folding=none)
-        tokens = num_decodes + sum(lengths)
-        logits = model.forward(
-            ModelInputs(
-                token_ids_T=torch.zeros(tokens, dtype=torch.int64, device=device),
-                num_decodes=num_decodes,
-                slots_N=slots,
-                from_zero_N=torch.ones(spans, dtype=torch.bool, device=device),
-                cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-                longest_prefill=max(lengths),
-                output_rows_R=step_rows,
-                ring_rows=ring_rows,
-            ),
-            states,
-        )
-        # Where prompts fork, the logits are in memory three times.
-        forked = logits.repeat(2, 1)
-        plan = SamplePlan(0, 0, len(step_rows), True, True, True, config.max_logprobs)
-        sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
-        masks = torch.full((len(step_rows), mask_words(vocab_size)), -1, dtype=torch.int32, device=device)
-        sampler.sample(logits, torch.ones_like(step_rows), torch.zeros_like(step_rows), plan, masks)
-        del forked
-    hidden = Hidden(torch.zeros((num_tokens, model.config.hidden_size), dtype=model.dtype, device=device))
-    scored = torch.arange(num_tokens, device=device)[:SCORED_ROWS]
-    score_rows(model, hidden, scored, torch.zeros_like(scored), config.max_logprobs)
-    snapshot = to_host(take_snapshot(states, 1, logits[0], num_tokens=1, num_folded=1))
-    restore_snapshot(states, snapshot, [2, 3])
-    fork_slot(states, 2, [1])
+    return [_inputs(states, device, *step) for step in steps]
+
+
+def _inputs(
+    states: StateTensors, device: torch.device, num_decodes: int, lengths: tuple[int, ...], output_rows_R: Tensor
+) -> ModelInputs:
+    """A step of so many decodes and of prompts of these lengths."""
+    spans = num_decodes + len(lengths)
+    # A slot each while there are some, then the null slot.
+    slots = torch.arange(1, spans + 1, device=device)
+    slots = torch.where(slots <= _PROFILE_SLOTS, slots, NULL_SLOT)
+    ring_rows = None
+    if states.ring_size:
+        none = torch.zeros(num_decodes + 1, dtype=torch.int64, device=device)
+        ring_rows = RingRows(pending_N=none[:num_decodes], folding=none)
+    return ModelInputs(
+        token_ids_T=torch.zeros(num_decodes + sum(lengths), dtype=torch.int64, device=device),
+        num_decodes=num_decodes,
+        slots_N=slots,
+        from_zero_N=torch.ones(spans, dtype=torch.bool, device=device),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+        longest_prefill=max(lengths),
+        output_rows_R=output_rows_R,
+        ring_rows=ring_rows,
+    )
 
 
 def _available_bytes(device: torch.device, utilization: float) -> int:

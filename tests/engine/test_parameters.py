@@ -88,7 +88,7 @@ def test_256_sets_of_parameters_in_one_batch(
     for one in together:
         driver = make(one, **size)
         requests = [driver.submit([prompt(index)], **fields) for index, fields in enumerate(sets)]
-        # On a CPU one step takes all the prompts. Graphs take so many at a time, and the shortest answers end meanwhile.
+        # On a CPU one step takes all the prompts. Graphs take so many at a time; the shortest answers end meanwhile.
         most = 0
         for _ in range(NUM_REQUESTS):
             driver.step()

@@ -67,6 +67,7 @@ def compile_all(capability: int, model: str) -> list[Variant]:
 
     import server.kernels
     from server.kernels import buffered, decode, gate, linear, mlp, norm, pick, prefill, skinny
+    from server.kernels.compiling import compile_together
 
     variants: list[Variant] = []
     compile_kernel = triton.JITFunction.run
@@ -99,8 +100,18 @@ def compile_all(capability: int, model: str) -> list[Variant]:
     ]
     for patch in patches:
         patch.start()
-    for call in _calls(server.kernels, model):
-        call()
+
+    def call_all() -> None:
+        for call in _calls(server.kernels, model):
+            call()
+
+    together = compile_together(call_all, torch.device("cpu"))
+    assert not variants, "kernels were to be compiled, not run"
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **_: compiled.append(1)
+    call_all()
+    assert not compiled, "a kernel was compiled that had been compiled ahead"
+    assert together == len(variants), "two of the kernels compiled ahead are one"
     return variants
 
 

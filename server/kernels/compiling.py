@@ -1,0 +1,51 @@
+"""Compiles the kernels of a piece of work side by side, before any of them runs.
+
+Triton compiles a kernel when it is first launched, one after the other: some twenty variants of one to two seconds
+each, of which the assembler, a process of its own, takes a large part. Here the work is gone through once without
+launching anything, which says what it needs, and all of that is compiled by threads.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import torch
+from triton import knobs
+
+MAX_THREADS: Final = 16
+"""More do not help: what the compiler does in Python, one thread does at a time."""
+
+
+def compile_together(work: Callable[[], object], device: torch.device) -> int:
+    """Compile what a piece of work launches, as far as this process has not; how many kernels those were.
+
+    Args:
+        work: runs with no kernel of Triton's launched, so what they would write is garbage, and it must not look at
+            that. Everything else in it, PyTorch's own operations among it, does run.
+        device: whose kernels they are.
+
+    Raises:
+        Exception: what the compiler says of the first kernel that cannot be compiled.
+    """
+    wanted: dict[tuple[int, str], Callable[[], object]] = {}
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        kernel, data = fn.jit_function, compile["specialization_data"]
+        wanted.setdefault((id(kernel), compile["key"]), lambda: kernel.preload(data))
+        return True
+
+    def compile_one(preload: Callable[[], object]) -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the current device is a thread's own
+        preload()
+
+    before = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = note
+    try:
+        work()
+    finally:
+        knobs.runtime.jit_cache_hook = before
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as threads:
+        list(threads.map(compile_one, wanted.values()))
+    return len(wanted)

@@ -47,6 +47,7 @@ from server.types import (
     pack_tokens,
     unpack_tokens,
 )
+from tests.made_up import engine_stats
 
 SCRIPT = "Grüße, naïve 世界! It was 🌊 and then. ".encode()
 BOS, EOS, ALIAS, VOCAB = 256, 257, 258, 300
@@ -333,31 +334,14 @@ class ScriptedEngine:
         return self.logprob_of_choice.get(choice, -1.0)
 
     def stats(self) -> EngineStats:
-        histogram = HistogramSnapshot((0.1, 1.0), [1, 2, 3], 12.5)
-        return EngineStats(
+        return engine_stats(
+            HistogramSnapshot((0.1, 1.0), [1, 2, 3], 12.5),
             running=len(self.running),
-            waiting=0,
             slots_used=len(self.running),
             slots_total=self.info.max_num_seqs,
             prompt_tokens=7,
             generated_tokens=self.generated,
             finished={"stop": 1, "length": 2, "cancelled": 3, "error": 0},
-            time_to_first_token=histogram,
-            time_per_output_token=histogram,
-            end_to_end=histogram,
-            queue_time=histogram,
-            tokens_per_step=histogram,
-            step_parts={"schedule": histogram},
-            prefix_hits=0,
-            prefix_misses=0,
-            prefix_tokens_saved=0,
-            states_evicted=0,
-            states_parked={"device": 0, "host": 0, "disk": 0},
-            states_parked_bytes={"device": 0, "host": 0, "disk": 0},
-            state_restore=histogram,
-            state_save=histogram,
-            state_read=histogram,
-            state_write=histogram,
         )
 
 

@@ -13,12 +13,12 @@ from server.types import (
     EngineStats,
     FinishReason,
     GenerateRequest,
-    HistogramSnapshot,
     Refusal,
     RefusalReason,
     StepOutput,
     TokenLogprobs,
 )
+from tests.made_up import engine_stats
 
 INFO = EngineInfo(
     vocab_size=256,
@@ -101,31 +101,12 @@ class ScriptedEngine:
         return outputs
 
     def stats(self) -> EngineStats:
-        empty = HistogramSnapshot((1.0,), [0, 0], 0.0)
-        return EngineStats(
+        return engine_stats(
             running=len(self.running),
-            waiting=0,
             slots_used=len(self.running),
             slots_total=4,
-            prompt_tokens=0,
             generated_tokens=self.steps,
             finished=dict(self.finished),
-            time_to_first_token=empty,
-            time_per_output_token=empty,
-            end_to_end=empty,
-            queue_time=empty,
-            tokens_per_step=empty,
-            step_parts={"schedule": empty},
-            prefix_hits=0,
-            prefix_misses=0,
-            prefix_tokens_saved=0,
-            states_evicted=0,
-            states_parked={"device": 0, "host": 0, "disk": 0},
-            states_parked_bytes={"device": 0, "host": 0, "disk": 0},
-            state_restore=empty,
-            state_save=empty,
-            state_read=empty,
-            state_write=empty,
         )
 
     def _row(

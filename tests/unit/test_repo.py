@@ -25,7 +25,7 @@ from server.api.schemas.completion import CompletionRequest
 from server.api.schemas.generation import GenerationFields
 from server.metrics import EngineCollector, HttpMetrics
 from server.settings import Settings
-from server.types import EngineStats, HistogramSnapshot
+from tests.made_up import engine_stats
 from tests.ops.observed import alert_queries, metric_names, panel_queries
 
 REPOSITORY = Path(__file__).parents[2]
@@ -96,32 +96,7 @@ def test_readme_lists_every_request_field() -> None:
 
 
 def test_readme_lists_every_metric() -> None:
-    histogram = HistogramSnapshot((1.0,), [0, 0], 0.0)
-    stats = EngineStats(
-        running=0,
-        waiting=0,
-        slots_used=0,
-        slots_total=0,
-        prompt_tokens=0,
-        generated_tokens=0,
-        finished={"stop": 0},
-        time_to_first_token=histogram,
-        time_per_output_token=histogram,
-        end_to_end=histogram,
-        queue_time=histogram,
-        tokens_per_step=histogram,
-        step_parts={"schedule": histogram},
-        prefix_hits=0,
-        prefix_misses=0,
-        prefix_tokens_saved=0,
-        states_evicted=0,
-        states_parked={"device": 0, "host": 0, "disk": 0},
-        states_parked_bytes={"device": 0, "host": 0, "disk": 0},
-        state_restore=histogram,
-        state_save=histogram,
-        state_read=histogram,
-        state_write=histogram,
-    )
+    stats = engine_stats()
     served = []
     registry = CollectorRegistry()
     HttpMetrics().register(registry)

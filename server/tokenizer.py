@@ -22,8 +22,8 @@ from server.tokenizer_config import AddedToken, TokenizerConfig
 
 _SPACE = "\u2581"  # SentencePiece's visible space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-_ANCHOR = "\n"
-"""A text to stand before another; few tokenizers join it with what follows."""
+_ANCHORS = ("\n", "x")
+"""Texts to stand before another. Few tokenizers join the first with what follows, or both of them with the same."""
 
 
 class Tokenizer(ABC):
@@ -87,41 +87,62 @@ class Tokenizer(ABC):
                 table[token] = data
         return table
 
-    def encode_continuation(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str, *, parse_special_tokens: bool = False) -> list[int]:
         """Token ids whose bytes are exactly the text's, as it would be tokenized behind other text.
 
-        No special token is among them, and no space that the tokenizer puts before a text. Where the tokenizer itself
-        would change the text, the longest tokens that fit are taken; characters that no token has are left out.
+        No space that the tokenizer puts before a text is among them, and no special token but those of the text.
+        Where the tokenizer itself would change the text, the longest tokens that fit are taken; characters that no
+        token has are left out.
+
+        Args:
+            text: any text.
+            parse_special_tokens: the text of a special token is that token.
         """
         wanted = text.encode("utf-8", errors="replace")
-        behind = len(self._anchor)
-        ids = self.encode(_ANCHOR + text, add_special_tokens=False)
-        if ids[:behind] == self._anchor and b"".join(self._token_bytes[token] for token in ids[behind:]) == wanted:
-            return ids[behind:]
-        return self._longest_tokens(wanted)
+        written = self._written if parse_special_tokens else self._token_bytes
+        for anchor_text, anchor in self._anchors.items():
+            ids = self.encode(anchor_text + text, add_special_tokens=False, parse_special_tokens=parse_special_tokens)
+            behind = ids[len(anchor) :]
+            if ids[: len(anchor)] == anchor and b"".join(written[token] for token in behind) == wanted:
+                return behind
+        return self._longest_tokens(wanted, self._ids_by_text if parse_special_tokens else self._ids_by_bytes)
 
     @cached_property
-    def _anchor(self) -> list[int]:
-        return self.encode(_ANCHOR, add_special_tokens=False)
+    def _anchors(self) -> dict[str, list[int]]:
+        return {text: self.encode(text, add_special_tokens=False) for text in _ANCHORS}
+
+    @cached_property
+    def _written(self) -> list[bytes]:
+        return self.token_bytes(special=True)
 
     @cached_property
     def _ids_by_bytes(self) -> dict[bytes, int]:
-        return {data: token for token, data in reversed(list(enumerate(self._token_bytes))) if data}
+        return _by_bytes(self._token_bytes)
 
-    def _longest_tokens(self, text: bytes) -> list[int]:
+    @cached_property
+    def _ids_by_text(self) -> dict[bytes, int]:
+        return _by_bytes(self._written)
+
+    @staticmethod
+    def _longest_tokens(text: bytes, ids_by_bytes: Mapping[bytes, int]) -> list[int]:
         ids: list[int] = []
-        longest = max(map(len, self._ids_by_bytes), default=0)
+        longest = max(map(len, ids_by_bytes), default=0)
         position = 0
         while position < len(text):
             for length in range(longest, 0, -1):
-                token = self._ids_by_bytes.get(text[position : position + length])
+                token = ids_by_bytes.get(text[position : position + length])
                 if token is not None:
                     ids.append(token)
-                    position += len(self._token_bytes[token])
+                    position += length
                     break
             else:
                 position += 1
         return ids
+
+
+def _by_bytes(token_bytes: Sequence[bytes]) -> dict[bytes, int]:
+    """The first id of each text that a token adds."""
+    return {data: token for token, data in reversed(list(enumerate(token_bytes))) if data}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

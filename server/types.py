@@ -137,6 +137,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The name of the state to be saved; only with one choice."""
     state_ttl: float | None = None
     """Seconds for which it is kept; None: as the engine likes."""
+    state_turn: str | None = None
+    """The role of the message within which the transcripts of the saved states end, see :class:`StateInfo`."""
 
     @property
     def num_choices(self) -> int:
@@ -196,6 +198,9 @@ class StateInfo(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Unix time."""
     expires: float
     """Unix time."""
+    turn: str | None = None
+    """The role of the chat message within which the transcript ends, for the next message comes behind it; None: it
+    is not known to end within any."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.api.auth import tenant_of
 from server.api.body import check_content_type
 from server.api.chat_validation import ChatValidator
 from server.api.client import EngineClient
@@ -10,11 +11,12 @@ from server.api.conversation import Conversations
 from server.api.deltas import TokenNames
 from server.api.forms import ChatForm
 from server.api.generation import GenerationAnswer
-from server.api.routing import errors, event_stream, json_body, read_json, ready_info
+from server.api.routing import errors, event_stream, json_body, parse_body, ready_info
 from server.api.schemas.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from server.api.structured import Grammars
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
+from server.types import StateAction
 
 
 def chat_router(
@@ -33,7 +35,7 @@ def chat_router(
         grammars: made with the same tokenizer.
         conversations: makes the prompts.
     """
-    names = TokenNames.of(tokenizer)
+    token_names = TokenNames.of(tokenizer)
     router = APIRouter()
 
     @router.post(
@@ -53,8 +55,14 @@ def chat_router(
     async def create_chat_completion(request: Request) -> Response:
         """Answer the last message of a conversation, or continue it, with one or several choices."""
         check_content_type(request)
-        validator = ChatValidator(settings.served_model_names, ready_info(client), tokenizer, grammars, conversations)
-        job = await read_json(request, settings.max_body_bytes, validator.job)
-        return GenerationAnswer(job, ChatForm(names.written_for(job), job.role), client)
+        info = ready_info(client)
+        body = await parse_body(request, settings.max_body_bytes)
+        continued = None
+        if isinstance(reference := body.fields.get("state"), str) and reference:
+            # How new messages are written depends on what they come behind.
+            (continued,) = await client.command(StateAction.DESCRIBE, tenant_of(request.scope), state=reference)
+        names = settings.served_model_names
+        job = await body.work(ChatValidator(names, info, tokenizer, grammars, conversations, continued).job)
+        return GenerationAnswer(job, ChatForm(token_names.written_for(job), job.role), client)
 
     return router

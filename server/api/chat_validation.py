@@ -1,5 +1,6 @@
 """From the JSON of a chat completion to a job."""
 
+from dataclasses import replace
 from typing import Any, Final
 
 from server.api.checks import invalid, parse_as
@@ -8,7 +9,7 @@ from server.api.schemas.chat import ChatCompletionRequest
 from server.api.structured import Grammars
 from server.api.validation import GenerationJob, RequestValidator
 from server.tokenizer import Tokenizer
-from server.types import EngineInfo
+from server.types import EngineInfo, StateInfo
 
 DEFAULT_MAX_TOKENS: Final = 4096
 """Where no --max-model-len bounds an answer, this does: a recurrent model could go on for ever."""
@@ -23,6 +24,7 @@ class ChatValidator(RequestValidator):
         tokenizer: None: every request is refused.
         grammars: made with the same tokenizer.
         conversations: makes the prompts.
+        continued: the saved state that a request with ``state`` means.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class ChatValidator(RequestValidator):
         tokenizer: Tokenizer | None,
         grammars: Grammars,
         conversations: Conversations,
+        continued: StateInfo | None = None,
     ) -> None:
         super().__init__(names, info, tokenizer, grammars)
         self._conversations = conversations
+        self._continued = continued
 
     def job(self, body: dict[str, Any]) -> GenerationJob:
         """See :meth:`RequestValidator.job`."""
@@ -42,24 +46,43 @@ class ChatValidator(RequestValidator):
         self._check_request(request, "messages", 1)
         logprobs = self._logprobs(request)
         asked = self._max_tokens(request)
-        if request.echo and not request.continue_final_message:
+        if request.echo and not (request.continue_final_message and request.messages):
             raise invalid("echo", "is only allowed together with 'continue_final_message'")
-        prompt = self._conversations.token_ids(request, add_special_tokens=bool(request.add_special_tokens))
+        prompt = self._prompt(request)
         prompt = self._truncated(prompt, request.truncate_prompt_tokens, asked or 1)
-        self._check_prompts("messages", [prompt])
+        self._check_prompts("messages", [prompt], may_be_empty=request.state is not None)
         if request.prompt_logprobs is not None:
             self._check_num_scores("prompt_logprobs", [prompt], [request.prompt_logprobs], 1)
         limit = self._info.max_model_len
         max_tokens = asked or (DEFAULT_MAX_TOKENS if limit is None else limit - len(prompt))
-        return self._job(
+        role = self._role(request)
+        job = self._job(
             request,
             prompts=[prompt],
             echoed=[_text(request) if request.echo else ""],
             params=self._params(
                 request, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs
             ),
-            role="assistant" if begins_answer(request) else request.messages[-1].role,
+            role=role,
         )
+        # By its id: a name may be taken over before the engine sees the request.
+        state = None if self._continued is None else self._continued.id
+        return replace(job, state=state, state_turn=role)
+
+    def _prompt(self, request: ChatCompletionRequest) -> list[int]:
+        """The token ids of the messages, or of what comes behind the state."""
+        if self._continued is not None:
+            return self._conversations.continuation_ids(request, self._continued.turn)
+        if not request.messages:
+            raise invalid("messages", "must not be empty, save behind a 'state'")
+        return self._conversations.token_ids(request, add_special_tokens=bool(request.add_special_tokens))
+
+    def _role(self, request: ChatCompletionRequest) -> str:
+        """Who speaks in the answer."""
+        if not request.messages:
+            turn = None if self._continued is None else self._continued.turn
+            return turn or "assistant"
+        return "assistant" if begins_answer(request) else request.messages[-1].role
 
     def _logprobs(self, request: ChatCompletionRequest) -> int | None:
         """Alternatives to report per token; None: no log-probabilities."""

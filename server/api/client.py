@@ -312,6 +312,7 @@ class EngineClient:
         save_state: bool = False,
         state_name: str | None = None,
         state_ttl: float | None = None,
+        state_turn: str | None = None,
     ) -> Mailbox:
         """Hand a request to the engine and wait until it is queued there.
 
@@ -328,6 +329,7 @@ class EngineClient:
             save_state: whether to save each choice's state at its end.
             state_name: of the state to be saved; only with one choice.
             state_ttl: seconds for which it is kept; None: as the engine likes.
+            state_turn: the role of the chat message within which the transcripts will end; None: of none.
 
         Raises:
             NotFoundError: there is no such state.
@@ -351,6 +353,7 @@ class EngineClient:
             save_state=save_state,
             state_name=state_name,
             state_ttl=state_ttl,
+            state_turn=state_turn,
         )
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         mailbox = Mailbox(

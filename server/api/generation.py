@@ -70,6 +70,7 @@ class GenerationAnswer(Response):
             save_state=job.save_state,
             state_name=job.state_name,
             state_ttl=job.state_ttl,
+            state_turn=job.state_turn,
         )
         self._record.prompt_tokens += mailbox.context * len(job.prompts)
         async with mailbox:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
@@ -70,6 +71,41 @@ def ready_info(client: EngineClient) -> EngineInfo:
     return info
 
 
+@dataclass(frozen=True, slots=True)
+class JsonBody:
+    """A request's JSON body.
+
+    Attributes:
+        fields: the object.
+        is_slow: whether it takes a while to work on it, as on large ones and on those of some fields.
+    """
+
+    fields: dict[str, Any]
+    is_slow: bool
+
+    async def work(self, work: Callable[[dict[str, Any]], Answer]) -> Answer:
+        """What becomes of the body; slow ones are worked on in a thread."""
+        return await asyncio.to_thread(work, self.fields) if self.is_slow else work(self.fields)
+
+
+async def parse_body(request: Request, limit: int) -> JsonBody:
+    """The request's JSON body, which has not been read yet.
+
+    Args:
+        request: as it came.
+        limit: most bytes of the body.
+
+    Raises:
+        ApiError: the body cannot be accepted.
+        ClientGoneError: the client left before the end of the body.
+    """
+    body = await read_body(request, limit)
+    if len(body) >= OFFLOAD_BYTES:
+        return JsonBody(await asyncio.to_thread(parse_json, body), is_slow=True)
+    fields = parse_json(body)
+    return JsonBody(fields, is_slow=not fields.keys().isdisjoint(_SLOW_FIELDS))
+
+
 async def read_json(request: Request, limit: int, work: Callable[[dict[str, Any]], Answer]) -> Answer:
     """What becomes of the request's JSON body; large ones, and slow ones, are worked on in a thread.
 
@@ -82,10 +118,4 @@ async def read_json(request: Request, limit: int, work: Callable[[dict[str, Any]
         ApiError: the body cannot be accepted, or what ``work`` raises.
         ClientGoneError: the client left before the end of the body.
     """
-    body = await read_body(request, limit)
-    if len(body) < OFFLOAD_BYTES:
-        fields = parse_json(body)
-        if fields.keys().isdisjoint(_SLOW_FIELDS):
-            return work(fields)
-        return await asyncio.to_thread(work, fields)
-    return await asyncio.to_thread(lambda: work(parse_json(body)))
+    return await (await parse_body(request, limit)).work(work)

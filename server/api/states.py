@@ -149,6 +149,7 @@ def _state(info: StateInfo) -> State:
         name=info.name,
         num_tokens=info.num_tokens,
         bytes=info.nbytes,
+        turn=info.turn,
         created=int(info.created),
         expires=int(info.expires),
     )

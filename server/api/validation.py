@@ -43,6 +43,7 @@ class GenerationJob:
         save_state: whether to save the choices' states.
         state_name: of the state to be saved.
         state_ttl: seconds for which it is kept; None: as the engine likes.
+        state_turn: the role of the chat message within which the saved transcripts end; None: of none.
         checkpoint_at: positions at which the prompts' states are parked.
         params: how all choices sample.
         stream: whether to answer with server-sent events.
@@ -81,6 +82,7 @@ class GenerationJob:
     save_state: bool = False
     state_name: str | None = None
     state_ttl: int | None = None
+    state_turn: str | None = None
 
     @property
     def num_choices(self) -> int:
@@ -137,6 +139,7 @@ class RequestValidator(ABC):
             n=request.n or 1,
             candidates=request.n or 1,
             priority=request.priority or 0,
+            state=request.state,
             save_state=request.save_state not in (None, False),
             state_name=request.save_state if isinstance(request.save_state, str) else None,
             state_ttl=request.state_ttl,
@@ -182,6 +185,12 @@ class RequestValidator(ABC):
     @staticmethod
     def _check_states(request: GenerationFields, num_choices: int, candidates: int | None) -> None:
         """Refuse what cannot be done with saved states, whatever the prompts are."""
+        if request.state is not None:
+            for name in ("prompt_logprobs", "truncate_prompt_tokens"):
+                if getattr(request, name) is not None:
+                    raise invalid(name, "is not possible together with 'state'")
+            if request.add_special_tokens:
+                raise invalid("add_special_tokens", "is not possible together with 'state': they are for beginnings")
         if request.save_state in (None, False):
             if request.state_ttl is not None:
                 raise invalid("state_ttl", "is only allowed together with 'save_state'")
@@ -342,7 +351,6 @@ class CompletionValidator(RequestValidator):
         return replace(
             self._job(request, prompts=prompts, echoed=echoed, params=params),
             candidates=candidates,
-            state=request.state,
             logprobs=request.logprobs,
             echoes_logprobs=echoed_logprobs is not None,
         )
@@ -356,21 +364,10 @@ class CompletionValidator(RequestValidator):
             raise invalid(
                 "max_tokens", "may be 0 only with 'echo', 'prompt_logprobs' or 'save_state': nothing would be answered"
             )
-        if request.state is not None:
-            self._check_continuation(request)
+        if request.state is not None and request.echo and request.logprobs is not None:
+            raise invalid("logprobs", "is not possible together with 'echo' and 'state'")
         if self._tokenizer is None and request.echo:
             raise invalid("echo", "is not possible: this server runs without a tokenizer")
-
-    @staticmethod
-    def _check_continuation(request: CompletionRequest) -> None:
-        """Refuse what cannot be done behind a saved state."""
-        for name in ("prompt_logprobs", "truncate_prompt_tokens"):
-            if getattr(request, name) is not None:
-                raise invalid(name, "is not possible together with 'state'")
-        if request.add_special_tokens:
-            raise invalid("add_special_tokens", "is not possible together with 'state': they are for beginnings")
-        if request.echo and request.logprobs is not None:
-            raise invalid("logprobs", "is not possible together with 'echo' and 'state'")
 
     def _token_ids(self, item: str | list[int], request: CompletionRequest) -> list[int]:
         if isinstance(item, list):

@@ -10,15 +10,19 @@ class StopMatcher:
     Args:
         stops: what to look for.
         include: whether the text ends with the stop string found; else before it.
+
+    Attributes:
+        num_dropped: bytes from the end of the text that was found to end earlier.
     """
 
-    __slots__ = ("_include", "_longest", "_pending", "_stops")
+    __slots__ = ("_include", "_longest", "_pending", "_stops", "num_dropped")
 
     def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
         self._stops = [(stop.encode(), stop) for stop in stops]
         self._longest = max(len(encoded) for encoded, _ in self._stops)
         self._include = include
         self._pending = b""
+        self.num_dropped = 0
 
     def feed(self, piece: bytes) -> tuple[bytes, str | None]:
         """Take the next piece.
@@ -35,7 +39,9 @@ class StopMatcher:
                 first, found = position, stop
         if found is not None:
             self._pending = b""
-            return text[: first + len(found.encode())] if self._include else text[:first], found
+            end = first + len(found.encode()) if self._include else first
+            self.num_dropped = len(text) - end
+            return text[:end], found
         certain = self._certain(text)
         self._pending = text[certain:]
         return text[:certain], None

@@ -216,7 +216,7 @@ class Engine:
             priority=request.priority,
             checkpoint_at=tuple(context + position for position in request.checkpoint_at),
             tenant=request.tenant,
-            save=Save(request.state_name, request.state_ttl) if request.save_state else None,
+            save=Save(request.state_name, request.state_ttl, request.state_turn) if request.save_state else None,
         )
 
     def cancel(self, client: bytes, request_ids: Iterable[int]) -> None:
@@ -456,6 +456,8 @@ class Engine:
         if matcher is not None and len(seq.outputs) > seq.params.min_tokens:
             text, found = matcher.feed(text)
             if found is not None:
+                assert table is not None
+                seq.num_dropped = _num_tokens_of(matcher.num_dropped, seq.outputs, table)
                 return text, FinishReason.STOP, found
         if len(seq.outputs) == seq.max_tokens:
             complete = seq.constraint is not None and seq.constraint.ends_with(token)
@@ -478,7 +480,7 @@ class Engine:
                 self._reuse.keep_answer(seq, self._runner.snapshot(seq))
         if seq.save is not None and self._states is not None:
             if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT):
-                state = self._states.save(seq.tenant, seq.save.name, seq.save.ttl, seq.transcript)
+                state = self._states.save(seq.tenant, seq.save.name, seq.save.ttl, seq.transcript, seq.save.turn)
                 seq.saved = state.info
             else:
                 self._states.give_up()
@@ -491,6 +493,15 @@ class Engine:
         choices.remove(seq)
         if not choices:
             del self._requests[seq.client, seq.request_id]
+
+
+def _num_tokens_of(num_bytes: int, outputs: list[int], table: list[bytes]) -> int:
+    """How many of the last tokens hold any of the last bytes."""
+    count = 0
+    while num_bytes > 0:
+        count += 1
+        num_bytes -= len(table[outputs[-count]])
+    return count
 
 
 def _complaint(error: Exception) -> str:

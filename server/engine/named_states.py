@@ -47,6 +47,7 @@ class NamedState:
         tokens: the transcript, int32 bytes, at least one.
         created, expires: Unix time.
         entry: the snapshot, of as many of the tokens as had been absorbed; None: none was left.
+        turn: the role of the chat message within which the transcript ends; None: of none.
     """
 
     id: str
@@ -56,6 +57,7 @@ class NamedState:
     created: float
     expires: float
     entry: Entry[Any] | None
+    turn: str | None = None
 
     @property
     def info(self) -> StateInfo:
@@ -67,6 +69,7 @@ class NamedState:
             nbytes=0 if self.entry is None else self.entry.nbytes,
             created=self.created,
             expires=self.expires,
+            turn=self.turn,
         )
 
 
@@ -112,11 +115,13 @@ class NamedStates:
         """One state that room was reserved for will not be saved."""
         self._reserved -= 1
 
-    def save(self, tenant: str, name: str | None, ttl: float | None, tokens: bytes) -> NamedState:
+    def save(
+        self, tenant: str, name: str | None, ttl: float | None, tokens: bytes, turn: str | None = None
+    ) -> NamedState:
         """Save the state after these tokens, for which room is reserved. It takes over the name from an earlier one,
         which is deleted."""
         self._reserved -= 1
-        return self._add(tenant, name, ttl, tokens)
+        return self._add(tenant, name, ttl, tokens, turn)
 
     def find(self, tenant: str, reference: str) -> NamedState | None:
         """A tenant's state by its id or name; None: there is none, or it has expired."""
@@ -138,7 +143,7 @@ class NamedStates:
             NoRoomError: there are too many states.
         """
         self._check_number(1)
-        return self._add(state.tenant, name, ttl, state.tokens)
+        return self._add(state.tenant, name, ttl, state.tokens, state.turn)
 
     def delete(self, state: NamedState) -> None:
         """Forget a state; its snapshot lives on as long as any other."""
@@ -148,11 +153,11 @@ class NamedStates:
         if state.entry is not None:
             self._parking.release(state.entry)
 
-    def _add(self, tenant: str, name: str | None, ttl: float | None, tokens: bytes) -> NamedState:
+    def _add(self, tenant: str, name: str | None, ttl: float | None, tokens: bytes, turn: str | None) -> NamedState:
         now = self._clock()
         expires = now + (DEFAULT_TTL if ttl is None else ttl)
         entry = self._parking.hold(tenant, tokens)
-        state = NamedState(STATE_ID_PREFIX + secrets.token_hex(12), name, tenant, tokens, now, expires, entry)
+        state = NamedState(STATE_ID_PREFIX + secrets.token_hex(12), name, tenant, tokens, now, expires, entry, turn)
         if name is not None:
             if (older := self._by_name.get((tenant, name))) is not None:
                 self.delete(older)

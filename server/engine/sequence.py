@@ -20,10 +20,12 @@ class Save:
     Attributes:
         name: None: by its id only.
         ttl: seconds for which it is kept; None: the default.
+        turn: the role of the chat message within which its transcript ends; None: of none.
     """
 
     name: str | None
     ttl: float | None
+    turn: str | None
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +87,8 @@ class Sequence:
     outputs: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     """Tokens of the prompt that had been absorbed for an earlier request."""
+    num_dropped: int = 0
+    """Of the outputs, those at the end that hold any of what a stop string has cut off the text."""
     finish_reason: FinishReason = FinishReason.RUNNING
     admitted: float = 0.0
     first_token: float = 0.0
@@ -114,9 +118,10 @@ class Sequence:
 
     @property
     def transcript(self) -> bytes:
-        """The prompt and the answer without the token that stopped it, int32 bytes."""
+        """The prompt and the answer without the token, or the tokens of the string, that stopped it, int32 bytes."""
         stopped = bool(self.outputs) and self.outputs[-1] in self.stop_ids
-        return self.prompt.tobytes() + pack_tokens(self.outputs[:-1] if stopped else self.outputs)
+        kept = len(self.outputs) - (1 if stopped else self.num_dropped)
+        return self.prompt.tobytes() + pack_tokens(self.outputs[:kept])
 
     @property
     def num_absorbed(self) -> int:

@@ -89,8 +89,8 @@ class ByteTokenizer:
         table = self.token_bytes()
         return b"".join(table[token] for token in token_ids if token < len(table)).decode(errors="replace")
 
-    def encode_continuation(self, text: str) -> list[int]:
-        return list(text.encode())
+    def encode_continuation(self, text: str, *, parse_special_tokens: bool = False) -> list[int]:
+        return self.encode(text, add_special_tokens=False, parse_special_tokens=parse_special_tokens)
 
     def token_bytes(self, *, special: bool = False) -> list[bytes]:
         named = [b"<s>", b"</s>"] if special else [b"", b""]
@@ -326,7 +326,7 @@ class ScriptedEngine:
             prompt = unpack_tokens(running.prompt)
             sent = script_tokens(len(prompt), key[1] % request.n, running.sent)
             tokens = running.prompt + pack_tokens(sent)
-            state = self.states.save(request.tenant, request.state_name, request.state_ttl, tokens)
+            state = self.states.save(request.tenant, request.state_name, request.state_ttl, tokens, request.state_turn)
             output.states[len(output.request_ids)] = state.info
 
     def sampled_logprob(self, choice: int) -> float:

@@ -63,6 +63,13 @@ def test_prompts_are_those_of_transformers(source: str, folder: Path) -> None:
             expected = theirs.apply_chat_template(messages, add_generation_prompt=begin, return_dict=False)
             assert ids == expected
             assert ids.count(0) == (source == MISTRAL), "a BOS where the template writes one, and no other"
+        # Behind a saved answer: what the whole conversation has behind it.
+        answered = [*messages, {"role": "assistant", "content": "They say"}, {"role": "user", "content": " it ends"}]
+        whole = theirs.apply_chat_template(answered, tokenize=False, add_generation_prompt=True)
+        request = ConversationFields.model_validate({"messages": answered[-1:]})
+        expected = theirs.encode(whole.partition("They say")[2], add_special_tokens=False)
+        if source != THINKING:  # which writes how many messages there are
+            assert conversations.continuation_ids(request, "assistant") == expected
         begun = [*messages, {"role": "assistant", "content": "They say"}]
         request = ConversationFields.model_validate({"messages": begun, "continue_final_message": True})
         expected = theirs.apply_chat_template(begun, continue_final_message=True, return_dict=False)

@@ -190,15 +190,6 @@ def test_a_server_that_parks_no_states_says_so() -> None:
             assert "--state-cache-host" in error["message"]
 
 
-def test_a_chat_saves_its_state(fresh: Server) -> None:
-    with serve(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}") as server:
-        body = server.chat("abc", save_state="talk", max_tokens=4).json()
-        assert body["state"]["num_tokens"] == 7
-        assert server.complete("", state="talk", max_tokens=4).json()["choices"][0]["text"] == script_text(7, 0, 4)
-        refused = server.chat("abc", state="talk")
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == "state"
-
-
 def test_a_dying_engine_ends_commands(fresh: Server) -> None:
     fresh.engine.mute = True
     with ThreadPoolExecutor(1) as pool:

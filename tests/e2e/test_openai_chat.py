@@ -297,3 +297,31 @@ def test_a_conversation_that_is_sent_again_reads_only_what_is_new(client: openai
         known = usage.prompt_tokens
         messages.append({"role": "assistant", "content": answer.choices[0].message.content or ""})
         messages.append({"role": "user", "content": f"And what do they answer, in the year {1800 + turn}?"})
+
+
+def test_a_conversation_goes_on_from_its_state(client: openai.OpenAI, base_url: str) -> None:
+    """The answers are those to the whole transcript, as token ids, and nothing but the new message is read."""
+    ids = tokenize(base_url)
+    asked: dict[str, Any] = {**FINISHED, "max_completion_tokens": 60}
+    states = {"save_state": True, "return_token_ids": True}
+    first = client.chat.completions.create(**asked, extra_body=states)
+    (choice,) = first.choices
+    state = first.model_extra["state"] if first.model_extra else {}
+    kept = state["num_tokens"] - len(ids)
+    answer: list[int] = choice.to_dict()["token_ids"]  # type: ignore[assignment]
+    said = httpx.post(f"{base_url}/detokenize", json={"tokens": ids + answer[:kept]}).json()["prompt"]
+    text = RENDERED.removeprefix("<s>") + (choice.message.content or "")
+    assert text.startswith(said) and '"' not in said[len(RENDERED) - 3 :], "no part of the stop string was kept"
+    body = {**asked, "messages": [{"role": "user", "content": "And then?"}]}
+    more = client.chat.completions.create(**body, extra_body={"state": state["id"], "return_token_ids": True})
+    new: list[int] = more.to_dict()["prompt_token_ids"]  # type: ignore[assignment]
+    whole = client.completions.create(
+        model=MODEL, prompt=ids + answer[:kept] + new, temperature=0, max_tokens=60, stop='"'
+    )
+    assert more.choices[0].message.content == whole.choices[0].text
+    assert more.usage is not None and more.usage.prompt_tokens == len(ids) + kept + len(new)
+    go_on = client.chat.completions.create(
+        model=MODEL, messages=[], temperature=0, max_completion_tokens=5, extra_body={"state": state["id"]}
+    )
+    plain = client.completions.create(model=MODEL, prompt=ids + answer[:kept], temperature=0, max_tokens=5)
+    assert go_on.choices[0].message.content == plain.choices[0].text

@@ -10,7 +10,7 @@ from server.engine.named_states import DEFAULT_TTL, NamedStates, NoRoomError
 from server.engine.prefix_cache import Entry, PrefixCache, Tier
 from server.settings import StateCacheConfig
 from server.types import FinishReason, Refusal, RefusalReason, StateAction, pack_tokens
-from tests.engine.driving import FIXTURES, Answer, Driver, engine_config, random_prompt
+from tests.engine.driving import CLASSICS, FIXTURES, Answer, Driver, engine_config, random_prompt
 
 VOCAB = 512
 ROOMY = StateCacheConfig(gpu_bytes=256 << 20, host_bytes=256 << 20)
@@ -89,6 +89,33 @@ def test_a_stop_token_is_no_part_of_the_state(device: str, overlap: bool) -> Non
     # Without anything new, the stop token comes again, for that is what the model says here.
     (same,) = run(driver, [[]], state=answer.state.id, max_tokens=9)
     assert same.token_ids == cold.complete(kept, max_tokens=9, **GREEDY).token_ids
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_is_no_part_of_the_state(overlap: bool, include: bool) -> None:
+    """The transcript ends with the last token that holds nothing of what was cut off."""
+    cache = StateCacheConfig(host_bytes=256 << 20)
+    config = engine_config(CLASSICS, tokenizer=True, state_cache=cache)
+    driver, cold = Driver(Engine(config, overlap=overlap)), Driver(Engine(engine_config(CLASSICS, tokenizer=True)))
+    table = driver.engine._token_bytes
+    assert table is not None
+    prompt = [1, 366, 712, 435]
+    free = cold.complete(prompt, max_tokens=40, **GREEDY)
+    text = free.text.decode()
+    for stop in (text[20:23], text[31:32], text[41:49], text[1:2]):
+        (answer,) = run(
+            driver, [prompt], save=True, max_tokens=40, stop=("\0none", stop), include_stop_str_in_output=include
+        )
+        assert answer.finish_reason is FinishReason.STOP and answer.stop_reason == stop
+        assert answer.state is not None
+        kept = answer.state.num_tokens - len(prompt)
+        said = [b"".join(table[token] for token in answer.token_ids[:count]) for count in (kept, kept + 1)]
+        assert answer.text.startswith(said[0])
+        assert kept == len(answer.token_ids) or not answer.text.startswith(said[1]), "as much as there is"
+        transcript = prompt + answer.token_ids[:kept]
+        (more,) = run(driver, [[366]], state=answer.state.id, max_tokens=9)
+        assert more.token_ids == cold.complete([*transcript, 366], max_tokens=9, **GREEDY).token_ids
 
 
 def test_choices_and_prompts_are_saved_one_by_one() -> None:

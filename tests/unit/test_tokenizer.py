@@ -125,6 +125,16 @@ def test_a_continuation_is_tokenized_as_behind_other_text() -> None:
     assert tokenizer.encode_continuation("") == []
 
 
+def test_a_continuation_may_hold_special_tokens(json_folder: Path) -> None:
+    tokenizer = load_tokenizer(json_folder)
+    special = tokenizer.token_bytes(special=True).index(b"</s>")
+    for text in ("</s>", "</s>the", "the</s>the"):
+        ids = tokenizer.encode_continuation(text, parse_special_tokens=True)
+        assert ids.count(special) == 1, text
+        assert joined(tokenizer, ids) == text.replace("</s>", "").encode()
+    assert classics().encode_continuation("</s>\n", parse_special_tokens=True)[0] == 2
+
+
 def test_a_json_continuation_has_exactly_the_bytes_of_its_text(json_folder: Path) -> None:
     tokenizer = load_tokenizer(json_folder)
     unigram = "unigram" in json_folder.name  # without byte pieces it has no tokens for some of it

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from server.api.schemas.base import Ignored, Unsupported
-from server.api.schemas.conversation import ConversationFields
+from server.api.schemas.conversation import ConversationFields, Message
 from server.api.schemas.fields import MAX_COUNT
 from server.api.schemas.generation import (
     Fingerprint,
@@ -22,6 +22,11 @@ from server.api.schemas.generation import (
 class ChatCompletionRequest(ConversationFields, GenerationFields):
     """The body of `POST /v1/chat/completions`. A field that is null counts as not given."""
 
+    messages: list[Message] = Field(
+        description="The conversation so far, oldest message first. Behind a `state` only what is new of it; empty: "
+        "the text of the state goes on.",
+        examples=[[{"role": "user", "content": "Tell me about the sea."}]],
+    )
     max_completion_tokens: int | None = Field(
         None,
         ge=1,
@@ -63,7 +68,6 @@ class ChatCompletionRequest(ConversationFields, GenerationFields):
     moderation: Annotated[object, Unsupported()] = None
     parallel_tool_calls: Annotated[object, Unsupported(True, False)] = None
     reasoning_effort: Annotated[object, Unsupported(hint="; a template may take it by 'chat_template_kwargs'")] = None
-    state: Annotated[object, Unsupported(hint="; send the whole history, of which only what is new is read")] = None
     tool_choice: Annotated[object, Unsupported("none", "auto")] = None
     verbosity: Annotated[object, Unsupported("medium")] = None
     web_search_options: Annotated[object, Unsupported()] = None

@@ -53,14 +53,6 @@ class CompletionRequest(GenerationFields):
         None, description="Begin each choice's text with its prompt. Default false.", examples=[True]
     )
 
-    state: str | None = Field(
-        None,
-        min_length=1,
-        max_length=128,
-        description="Id or name of a saved state: the prompt is what comes after it.",
-        examples=["my-book"],
-    )
-
     prompt_embeds: Annotated[object, Unsupported()] = None
     suffix: Annotated[object, Unsupported("", hint="; a text is continued at its end only")] = None
 

@@ -201,6 +201,14 @@ class GenerationFields(StructureFields):
         "later prompts that begin alike, beside those where it is parked anyway. Changes nothing in the answer.",
         examples=[[4]],
     )
+    state: str | None = Field(
+        None,
+        min_length=1,
+        max_length=128,
+        description="Id or name of a saved state: the prompt, or the messages, are what comes after it, and may be "
+        "empty.",
+        examples=["my-book"],
+    )
     save_state: SaveState = Field(
         None,
         description="true, or a name: save the state at the end of every choice, for later requests to go on from; the "

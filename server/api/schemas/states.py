@@ -68,6 +68,11 @@ class State(BaseModel):
         description="What it takes, which forks share; 0 if it has to be computed again from its tokens.",
         examples=[1179648],
     )
+    turn: str | None = Field(
+        description="The role of the chat message within which its transcript ends, and behind which further messages "
+        "come; null if it was not saved by a chat.",
+        examples=["assistant"],
+    )
     created: int = Field(description="Unix time in seconds.", examples=[1795570400])
     expires: int = Field(description="Unix time in seconds; from then on it is unknown.", examples=[1795656800])
 

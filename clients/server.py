@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
@@ -15,7 +16,17 @@ FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError)
 
 
 class ServerError(Exception):
-    """The server does not answer, refuses, or fails; the message has its own words."""
+    """The server does not answer, refuses, or fails; the message has its own words.
+
+    Attributes:
+        status: of an answer that says so; None: there was none, or it failed on the way.
+        code: of the error in that answer, if it has one.
+    """
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
 
 
 def open_session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
@@ -67,12 +78,18 @@ class Server:
             async with self._session.request(method, url, json=body) as response:
                 text = await response.text()
                 if response.status >= 400:
-                    raise ServerError(f"{url} answers {response.status}: {message(text)}")
+                    raise _refusal(url, response.status, text)
                 return json.loads(text) if text else None
         except aiohttp.ClientError as error:
-            raise ServerError(f"no server answers at {self.root}: {error}") from error
+            raise self._silence(error) from error
         except ValueError as error:
             raise ServerError(f"{url} does not answer in JSON") from error
+
+    def _silence(self, error: Exception) -> ServerError:
+        reason = getattr(error, "strerror", None) or error
+        return ServerError(
+            f"no server answers at {self.root} ({reason}); start one with 'gale serve', or name another with --base-url"
+        )
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a streamed answer, to its end.
@@ -82,9 +99,10 @@ class Server:
             OSError, aiohttp.ClientError: the connection fails.
             ValueError: a chunk is not JSON.
         """
-        async with self._session.post(self.root + path, json=body, read_bufsize=_READ_BUFFER) as response:
+        url = self.root + path
+        async with self._session.post(url, json=body, read_bufsize=_READ_BUFFER) as response:
             if response.status != 200:
-                raise ServerError(f"{response.status}: {message(await response.text())}")
+                raise _refusal(url, response.status, await response.text())
             async for line in response.content:
                 if not line.startswith(b"data:"):
                     continue
@@ -98,6 +116,16 @@ class Server:
         raise ServerError("the stream ended without [DONE]")
 
 
+def _refusal(url: str, status: int, body: str) -> ServerError:
+    """The error of an answer that is one; where keys are concerned, with where the client takes its own from."""
+    error = _error_of(body)
+    code = error.get("code")
+    words = f"{status}: {message(body)}" if error else f"{url} answers {status}: {message(body)}"
+    if status == HTTPStatus.UNAUTHORIZED:
+        words += " (The key is taken from the environment variable OPENAI_API_KEY.)"
+    return ServerError(words, status, code if isinstance(code, str) else None)
+
+
 def text_of(chunk: Mapping[str, Any]) -> str:
     """The text in a chunk's first choice, of a completion or of a chat; empty if there is none."""
     if not chunk.get("choices"):
@@ -108,7 +136,13 @@ def text_of(chunk: Mapping[str, Any]) -> str:
 
 def message(body: str) -> str:
     """The server's own words, if the body has OpenAI's form of an error."""
+    return str(_error_of(body).get("message") or body.strip() or "(no body)")[:_LONGEST_ERROR]
+
+
+def _error_of(body: str) -> dict[str, Any]:
+    """OpenAI's form of an error; empty if the body has another."""
     try:
-        return str(json.loads(body)["error"]["message"])[:_LONGEST_ERROR]
+        error = json.loads(body)["error"]
     except (ValueError, LookupError, TypeError):
-        return body[:_LONGEST_ERROR].strip() or "(no body)"
+        return {}
+    return error if isinstance(error, dict) else {}

@@ -18,3 +18,5 @@ def add_arguments(parser: argparse.ArgumentParser, *, chat: bool) -> None:
     parser.add_argument("--top-p", metavar="X", type=float, help="default: the server's")
     parser.add_argument("--seed", metavar="N", type=int)
     parser.add_argument("--stop", metavar="TEXT", action="append", help="ends an answer; repeatable")
+    parser.add_argument("--load", metavar="NAME", help="go on from a state that is saved in the server (Gale)")
+    parser.add_argument("--save", metavar="NAME", help="save the state at the end, under this name (Gale)")

@@ -15,7 +15,13 @@ class Scripted(BaseHTTPRequestHandler):
     server: "ScriptedServer"
 
     def do_GET(self) -> None:
-        self._json(200, {"data": [{"id": "scripted"}]})
+        if self.server.script == "key":
+            self.server.keys.append(self.headers.get("authorization"))
+            self._json(401, {"error": {"message": "no such key", "code": "invalid_api_key"}})
+        elif self.path == "/v1/models":
+            self._json(200, {"data": [{"id": "scripted"}]})
+        else:
+            self._json(404, {"detail": "Not Found"})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))

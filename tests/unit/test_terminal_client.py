@@ -1,22 +1,13 @@
 """``gale chat`` and ``gale complete``, in a terminal and in a pipe, against a server that plays a script."""
 
-import codecs
-import fcntl
 import os
-import pty
-import select
 import subprocess
-import sys
-import termios
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from tests.unit.scripted_http import ScriptedServer, scripted_server
-
-SECONDS = 60
+from tests.unit.typist import SECONDS, command, terminal
 
 
 @pytest.fixture
@@ -25,60 +16,8 @@ def scripted() -> Iterator[ScriptedServer]:
         yield running
 
 
-class Typist:
-    """A program in a terminal: what it shows, and what is typed."""
-
-    def __init__(self, terminal: int) -> None:
-        self._terminal = terminal
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self.shown = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._terminal, text.encode())
-
-    def expect(self, text: str) -> None:
-        """Read until this has been shown; what came before it is done with."""
-        deadline = time.monotonic() + SECONDS
-        while text not in self.shown:
-            ready, _, _ = select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"no {text!r} in {self.shown!r}"
-            try:
-                data = os.read(self._terminal, 4096)
-            except OSError:  # the program has ended
-                data = b""
-            assert data, f"the program ended; no {text!r} in {self.shown!r}"
-            self.shown += self._decoder.decode(data)
-        self.shown = self.shown.split(text, 1)[1]
-
-
-def command(server: ScriptedServer, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "server", *arguments, "--base-url", server.url]
-
-
-@contextmanager
-def terminal(server: ScriptedServer, *arguments: str) -> Iterator[tuple[Typist, "subprocess.Popen[bytes]"]]:
-    """Run a client in a terminal of its own."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command(server, *arguments),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        env=os.environ | {"TERM": "dumb"},
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
-    )
-    os.close(theirs)
-    try:
-        yield Typist(ours), process
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-
-
 def test_a_chat_with_an_answer_that_is_stopped(scripted: ScriptedServer) -> None:
-    with terminal(scripted, "chat", "--system", "Be brief.", "--temperature", "0.5") as (typist, process):
+    with terminal(scripted.url, "chat", "--system", "Be brief.", "--temperature", "0.5") as (typist, process):
         typist.expect("scripted")
         typist.expect("> ")
         typist.type("Hello\n")
@@ -114,7 +53,7 @@ def test_a_chat_with_an_answer_that_is_stopped(scripted: ScriptedServer) -> None
 
 
 def test_a_text_grows_and_settings_change(scripted: ScriptedServer) -> None:
-    with terminal(scripted, "complete") as (typist, process):
+    with terminal(scripted.url, "complete") as (typist, process):
         typist.expect("> ")
         for line, answered in (
             ("Once ", True),
@@ -137,7 +76,12 @@ def test_a_text_grows_and_settings_change(scripted: ScriptedServer) -> None:
 
 def test_in_a_pipe_only_the_text_is_on_standard_output(scripted: ScriptedServer) -> None:
     done = subprocess.run(
-        command(scripted, "complete"), input="From a pipe", capture_output=True, text=True, timeout=SECONDS, check=False
+        command(scripted.url, "complete"),
+        input="From a pipe",
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, "abc\n")
     assert "3 tokens" in done.stderr
@@ -148,7 +92,72 @@ def test_in_a_pipe_only_the_text_is_on_standard_output(scripted: ScriptedServer)
 def test_failures_are_told(scripted: ScriptedServer, script: str, message: str) -> None:
     scripted.script = script
     done = subprocess.run(
-        command(scripted, "complete", "x"), capture_output=True, text=True, timeout=SECONDS, check=False
+        command(scripted.url, "complete", "x"), capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def complete(url: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | variables
+    return subprocess.run(
+        command(url, "complete", *arguments), capture_output=True, text=True, timeout=SECONDS, env=environment
+    )
+
+
+def test_a_wrong_key_is_told_with_where_it_comes_from(scripted: ScriptedServer) -> None:
+    scripted.script = "key"
+    done = complete(scripted.url, "x", OPENAI_API_KEY="wrong")
+    assert done.returncode == 1
+    assert done.stderr.startswith("gale: error: 401: no such key")
+    assert "OPENAI_API_KEY" in done.stderr and done.stderr.count("\n") == 1
+    assert scripted.keys == ["Bearer wrong"]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense"])
+def test_no_server_is_told_with_what_to_do(url: str) -> None:
+    done = complete(url, "x")
+    assert done.returncode == 1
+    assert f"no server answers at {url}" in done.stderr and "--base-url" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_server_without_states_is_told(scripted: ScriptedServer) -> None:
+    for flags in (("x", "--load", "book"), ("x", "--save", "book")):
+        done = complete(scripted.url, *flags)
+        assert done.returncode == 1
+        assert "saves no states: that takes Gale" in done.stderr
+    with terminal(scripted.url, "chat") as (typist, process):
+        typist.expect("> ")
+        for line in ("/states", "/load book", "/delete book"):
+            typist.type(f"{line}\n")
+            typist.expect("saves no states")
+            typist.expect("> ")
+        typist.type("Hello\n")
+        typist.expect("3 tokens")
+        typist.expect("> ")
+        typist.type("/save talk\n")
+        typist.expect("saves no states")
+        typist.expect("> ")
+        typist.type("\x04")
+        assert process.wait(SECONDS) == 0
+
+
+def test_nobody_reads_the_output_any_more(scripted: ScriptedServer) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as out:
+        done = subprocess.run(
+            command(scripted.url, "complete", "x"), stdout=out, stderr=subprocess.PIPE, text=True, timeout=SECONDS
+        )
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr
+
+
+def test_an_answer_that_is_stopped_says_so_in_its_exit_code(scripted: ScriptedServer) -> None:
+    scripted.script = "stall"
+    with terminal(scripted.url, "complete", "x") as (typist, process):
+        typist.expect("a")
+        typist.type("\x03")
+        typist.expect("stopped")
+        assert process.wait(SECONDS) == 130

@@ -137,6 +137,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The name of the state to be saved; only with one choice."""
     state_ttl: float | None = None
     """Seconds for which it is kept; None: as the engine likes."""
+    session: str | None = None
+    """Names the conversation, among the tenant's, whose next message is likely to go on from an answer of this."""
     state_turn: str | None = None
     """The role of the message within which the transcripts of the saved states end, see :class:`StateInfo`."""
 

@@ -13,6 +13,7 @@ from server.api.forms import ChatForm
 from server.api.generation import GenerationAnswer
 from server.api.routing import errors, event_stream, json_body, parse_body, ready_info
 from server.api.schemas.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from server.api.sessions import SESSION_HEADER
 from server.api.structured import Grammars
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def chat_router(
             },
             **errors(400, 401, 404, 413, 415, 429, 500, 503),
         },
-        openapi_extra=json_body(ChatCompletionRequest),
+        openapi_extra=json_body(ChatCompletionRequest) | SESSION_HEADER,
     )
     async def create_chat_completion(request: Request) -> Response:
         """Answer the last message of a conversation, or continue it, with one or several choices."""

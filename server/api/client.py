@@ -313,6 +313,7 @@ class EngineClient:
         state_name: str | None = None,
         state_ttl: float | None = None,
         state_turn: str | None = None,
+        session: str | None = None,
     ) -> Mailbox:
         """Hand a request to the engine and wait until it is queued there.
 
@@ -330,6 +331,7 @@ class EngineClient:
             state_name: of the state to be saved; only with one choice.
             state_ttl: seconds for which it is kept; None: as the engine likes.
             state_turn: the role of the chat message within which the transcripts will end; None: of none.
+            session: names the conversation that it is a part of.
 
         Raises:
             NotFoundError: there is no such state.
@@ -354,6 +356,7 @@ class EngineClient:
             state_name=state_name,
             state_ttl=state_ttl,
             state_turn=state_turn,
+            session=session,
         )
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         mailbox = Mailbox(

@@ -10,6 +10,7 @@ from server.api.forms import CompletionForm
 from server.api.generation import GenerationAnswer
 from server.api.routing import errors, event_stream, json_body, read_json, ready_info
 from server.api.schemas.completion import Completion, CompletionRequest
+from server.api.sessions import SESSION_HEADER
 from server.api.structured import Grammars
 from server.api.validation import CompletionValidator
 from server.settings import ApiSettings
@@ -42,7 +43,7 @@ def completions_router(
             },
             **errors(400, 401, 404, 413, 415, 429, 500, 503),
         },
-        openapi_extra=json_body(CompletionRequest),
+        openapi_extra=json_body(CompletionRequest) | SESSION_HEADER,
     )
     async def create_completion(request: Request) -> Response:
         """Continue one or several prompts, each with one or several choices."""

@@ -16,6 +16,7 @@ from server.api.client import ChoiceEvent, EngineClient, Mailbox
 from server.api.errors import error_json
 from server.api.rendering import DONE, AnswerForm, ChunkRenderer, Envelope, render_answer
 from server.api.request_id import name_request
+from server.api.sessions import session_of
 from server.api.validation import GenerationJob
 from server.errors import ApiError, InternalError
 
@@ -54,9 +55,9 @@ class GenerationAnswer(Response):
         answer_id = self._form.id_prefix + name_request(scope, self._job.request_id)
         envelope = Envelope(answer_id, int(time.time()), info.fingerprint)
         self._record = begin_generation(scope, sum(map(len, self._job.prompts)))
-        await while_connected(receive, self._answer(envelope, tenant_of(scope), send))
+        await while_connected(receive, self._answer(envelope, tenant_of(scope), session_of(scope), send))
 
-    async def _answer(self, envelope: Envelope, tenant: str, send: Send) -> None:
+    async def _answer(self, envelope: Envelope, tenant: str, session: str | None, send: Send) -> None:
         job = self._job
         # No header is sent before the engine has accepted: a full queue is a proper 503.
         mailbox = await self._client.submit(
@@ -71,6 +72,7 @@ class GenerationAnswer(Response):
             state_name=job.state_name,
             state_ttl=job.state_ttl,
             state_turn=job.state_turn,
+            session=session,
         )
         self._record.prompt_tokens += mailbox.context * len(job.prompts)
         async with mailbox:

@@ -216,6 +216,7 @@ class Engine:
             priority=request.priority,
             checkpoint_at=tuple(context + position for position in request.checkpoint_at),
             tenant=request.tenant,
+            session=request.session,
             save=Save(request.state_name, request.state_ttl, request.state_turn) if request.save_state else None,
         )
 
@@ -478,6 +479,8 @@ class Engine:
             # With fewer tokens, the state is the one at the prompt's end.
             if is_answered and seq.num_absorbed > len(seq.prompt):
                 self._reuse.keep_answer(seq, self._runner.snapshot(seq))
+            if is_answered:
+                self._reuse.note_session(seq)
         if seq.save is not None and self._states is not None:
             if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT):
                 state = self._states.save(seq.tenant, seq.save.name, seq.save.ttl, seq.transcript, seq.save.turn)

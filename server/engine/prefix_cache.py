@@ -75,6 +75,7 @@ class Entry(Generic[P]):
         nbytes: what it takes of its tier; 0 once it has been given up.
         pins: as long as there are any, it is neither moved down nor dropped.
         holds: as long as there are any, it is not given up for want of room, but may be moved down.
+        favours: as long as there are any, it is given up only where nothing without them can be.
     """
 
     node: "Node[_Spot[P]]"
@@ -85,6 +86,7 @@ class Entry(Generic[P]):
     tier: Tier
     pins: int = 0
     holds: int = 0
+    favours: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -249,17 +251,32 @@ class PrefixCache(Generic[P]):
 
     def hold(self, scope: str, tokens: bytes) -> Entry[P] | None:
         """Have the snapshot of the longest beginning of these tokens kept until ``release``; None: there is none."""
-        tree = self._trees.get(scope)
-        found = [] if tree is None else tree.walk(tokens)[0]
-        entries = [node.value.entry for node in found if node.value is not None and node.value.entry is not None]
-        if not entries:
-            return None
-        entries[-1].holds += 1
-        return entries[-1]
+        entry = self._longest(scope, tokens)
+        if entry is not None:
+            entry.holds += 1
+        return entry
 
     def release(self, entry: Entry[P]) -> None:
         """One holder less of a snapshot, which may be lost meanwhile."""
         entry.holds -= 1
+
+    def favour(self, scope: str, tokens: bytes) -> Entry[P] | None:
+        """Have the snapshot of the longest beginning of these tokens given up after others, until ``unfavour``."""
+        entry = self._longest(scope, tokens)
+        if entry is not None:
+            entry.favours += 1
+        return entry
+
+    def unfavour(self, entry: Entry[P]) -> None:
+        """One favour less for a snapshot, which may be lost meanwhile."""
+        entry.favours -= 1
+
+    def _longest(self, scope: str, tokens: bytes) -> Entry[P] | None:
+        """The snapshot of the longest beginning of these tokens."""
+        tree = self._trees.get(scope)
+        found = [] if tree is None else tree.walk(tokens)[0]
+        entries = [node.value.entry for node in found if node.value is not None and node.value.entry is not None]
+        return entries[-1] if entries else None
 
     def _await_other(self, ticket: Ticket[P], found: "list[Node[_Spot[P]]]", start: int, shared: int) -> bool:
         """Whether another prompt in flight will leave a snapshot that saves this one enough; remembers which."""
@@ -323,27 +340,45 @@ class PrefixCache(Generic[P]):
         spot = node.value
         assert spot is not None
         old = spot.entry
-        if old is not None and (old.complete or not complete or old.pins or old.holds):
+        if old is not None and (old.complete or not complete or old.pins):
             self._entries[old.tier].move_to_end(old)
             self._store.drop(payload)
             return
         if old is not None:
-            # Not by _drop, which would tidy the place away.
-            self._account(old, -1)
-            self._store.drop(old.payload)
-            spot.entry = None
+            old.pins += 1  # it stays where it is until there is a place for the new one
+        place = self._place(payload, tier, nbytes)
+        if old is not None:
+            old.pins -= 1
+        if place is None:
+            self._store.drop(payload)
+            self._tidy(scope, node)
+            return
+        moved, target = place
+        if old is None:
+            spot.entry = Entry(node, scope, complete, nbytes, moved, target)
+            self._account(spot.entry, +1)
+            return
+        # Whoever holds the old one holds the better one from now on.
+        self._account(old, -1)
+        self._store.drop(old.payload)
+        old.complete, old.nbytes, old.payload, old.tier = complete, nbytes, moved, target
+        self._account(old, +1)
+
+    def _place(self, payload: P, tier: Tier, nbytes: int) -> tuple[P, Tier] | None:
+        """Bring a new snapshot to the fastest tier, from its own on, that has room for it; None: none has."""
         for target in Tier:
             if target >= tier and self._make_room(target, nbytes):
                 moved = payload if target is tier else self._store.move(payload, target)
                 if moved is not None:
-                    spot.entry = Entry(node, scope, complete, nbytes, moved, target)
-                    self._account(spot.entry, +1)
-                    return
-        self._store.drop(payload)
-        self._tidy(scope, node)
+                    return moved, target
+        return None
 
     def _make_room(self, tier: Tier, nbytes: int) -> bool:
-        """Hand snapshots down until so many bytes fit; whether they do."""
+        """Hand snapshots down until so many bytes fit; whether they do. What sessions need is given up last."""
+        return self._hand_down_until(tier, nbytes, spare=True) or self._hand_down_until(tier, nbytes, spare=False)
+
+    def _hand_down_until(self, tier: Tier, nbytes: int, *, spare: bool) -> bool:
+        """Make room; ``spare``: without giving up what sessions need."""
         if nbytes > self._budgets[tier]:
             return False
         stuck: set[Entry[P]] = set()
@@ -351,21 +386,21 @@ class PrefixCache(Generic[P]):
             victim = next((entry for entry in self._entries[tier] if not entry.pins and entry not in stuck), None)
             if victim is None:
                 return False
-            if not self._hand_down(victim):
+            if not self._hand_down(victim, spare=spare):
                 stuck.add(victim)
         return True
 
-    def _hand_down(self, entry: Entry[P]) -> bool:
-        """Move a snapshot down, or give it up; False: there is no room below, and it is held."""
+    def _hand_down(self, entry: Entry[P], *, spare: bool) -> bool:
+        """Move a snapshot down, or give it up; False: there is no room below, and it is held, or to be spared."""
         for tier in Tier:
-            if tier > entry.tier and self._make_room(tier, entry.nbytes):
+            if tier > entry.tier and self._hand_down_until(tier, entry.nbytes, spare=spare):
                 moved = self._store.move(entry.payload, tier)
                 if moved is not None:
                     self._account(entry, -1)
                     entry.payload, entry.tier = moved, tier
                     self._account(entry, +1)
                     return True
-        if entry.holds:
+        if entry.holds or (spare and entry.favours):
             return False
         self.figures.evictions += 1
         self._drop(entry)

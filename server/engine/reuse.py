@@ -15,6 +15,7 @@ from server.engine.batch import Batch
 from server.engine.pinned import PinnedPieces
 from server.engine.prefix_cache import CacheFigures, Entry, PrefixCache, Ticket, Tier
 from server.engine.sequence import Sequence
+from server.engine.sessions import Sessions
 from server.engine.snapshot import Snapshot
 from server.engine.snapshot_store import Payload, SnapshotStore
 from server.engine.stats import Figures
@@ -66,6 +67,7 @@ class PrefixReuse:
         self._shared = shared
         self._tier = Tier.HOST if store.device.type == "cpu" else Tier.DEVICE
         self._cache: PrefixCache[Payload] = PrefixCache(budgets, store)
+        self._sessions = Sessions(self)
 
     @property
     def figures(self) -> CacheFigures:
@@ -113,6 +115,7 @@ class PrefixReuse:
 
     def launched(self, batch: Batch, snapshots: Seq[Snapshot]) -> None:
         """Take over the snapshots of a launched batch, in the order of its ``saves``."""
+        self._sessions.expire()
         for seq in batch.leased:
             if seq.ticket is not None:
                 self._cache.started(seq.ticket)
@@ -139,6 +142,11 @@ class PrefixReuse:
         complete = snapshot.logits_V is not None
         self._cache.keep(self._scope(seq.tenant), tokens, snapshot, self._tier, snapshot.nbytes, complete=complete)
 
+    def note_session(self, seq: Sequence) -> None:
+        """A sequence has ended, and what it leaves behind is what its session will go on from."""
+        if seq.session is not None:
+            self._sessions.note(seq.tenant, seq.session, seq.transcript)
+
     @property
     def reads(self) -> "set[Future[None]]":
         """What sequences wait for that begin from a file."""
@@ -148,7 +156,7 @@ class PrefixReuse:
         """Give everything up."""
         self._store.close()
 
-    # The side of saved states.
+    # The side of saved states, and of sessions.
 
     def hold(self, tenant: str, tokens: bytes) -> Entry[Payload] | None:
         """Keep the snapshot of the longest beginning of these tokens until it is released; None: there is none."""
@@ -157,6 +165,14 @@ class PrefixReuse:
     def release(self, entry: Entry[Payload]) -> None:
         """One holder less."""
         self._cache.release(entry)
+
+    def favour(self, tenant: str, tokens: bytes) -> Entry[Payload] | None:
+        """Give the snapshot of the longest beginning of these tokens up after others; None: there is none."""
+        return self._cache.favour(self._scope(tenant), tokens)
+
+    def unfavour(self, entry: Entry[Payload]) -> None:
+        """One session less needs it."""
+        self._cache.unfavour(entry)
 
     def _scope(self, tenant: str) -> str:
         return "" if self._shared else tenant

@@ -53,6 +53,8 @@ class Sequence:
     arrived: float
     tenant: str = ""
     """Whose turn it takes in the queue."""
+    session: str | None = None
+    """The conversation, among its tenant's, that it is a part of."""
     checkpoint_at: tuple[int, ...] = ()
     """Positions within the prompt at which to park its state."""
     save: "Save | None" = None

@@ -325,3 +325,40 @@ def test_a_conversation_goes_on_from_its_state(client: openai.OpenAI, base_url: 
     )
     plain = client.completions.create(model=MODEL, prompt=ids + answer[:kept], temperature=0, max_tokens=5)
     assert go_on.choices[0].message.content == plain.choices[0].text
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-Session-Id": "talk:1"}], ids=["unnamed", "session"])
+def test_a_conversation_that_is_sent_again_is_not_read_again(
+    client: openai.OpenAI, headers: dict[str, str], base_url: str
+) -> None:
+    """What follows the answer is read; and the answer, where it comes back in other tokens."""
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": f"Where are you{'?' * len(headers)}"}]
+    absorbed = None
+    for turn in range(4):
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=messages,
+            seed=turn,
+            max_completion_tokens=12,
+            extra_headers=headers,
+            extra_body={"return_token_ids": True},
+        )
+        fields = answer.to_dict()
+        ids: list[int] = fields["prompt_token_ids"]  # type: ignore[assignment]
+        new: list[int] = fields["choices"][0]["token_ids"]  # type: ignore[index]
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        if absorbed is not None:
+            before, whole = absorbed
+            expected = whole if ids[: len(whole)] == whole else before
+            assert ids[: len(before)] == before
+            assert (expected == before) == (turn == 3)
+            assert answer.usage.prompt_tokens_details.cached_tokens == len(expected)
+        absorbed = ids, ids + new[:-1]  # the last token of an answer that was cut has not been absorbed
+        content = answer.choices[0].message.content
+        assert content
+        content = content[turn == 2 :]
+        messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "And then?"}]
+    refused = httpx.post(
+        f"{base_url}/v1/chat/completions", json={"messages": messages}, headers={"X-Session-Id": "two words"}
+    )
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "X-Session-Id")

@@ -107,6 +107,7 @@ class Driver:
         tenant: str = "",
         checkpoint_at: tuple[int, ...] = (),
         state: str | None = None,
+        session: str | None = None,
         save: bool = False,
         name: str | None = None,
         ttl: float | None = None,
@@ -127,6 +128,7 @@ class Driver:
             save_state=save,
             state_name=name,
             state_ttl=ttl,
+            session=session,
         )
         self.engine.submit(CLIENT, request)
         self.collect()

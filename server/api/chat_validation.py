@@ -49,12 +49,14 @@ class ChatValidator(RequestValidator):
         if request.echo and not (request.continue_final_message and request.messages):
             raise invalid("echo", "is only allowed together with 'continue_final_message'")
         prompt = self._prompt(request)
-        prompt = self._truncated(prompt, request.truncate_prompt_tokens, asked or 1)
-        self._check_prompts("messages", [prompt], may_be_empty=request.state is not None)
+        least = 1 if asked is None else min(asked, 1)
+        prompt = self._truncated(prompt, request.truncate_prompt_tokens, 1 if asked is None else asked)
+        self._check_prompts("messages", [prompt], min_answer=least, may_be_empty=request.state is not None)
         if request.prompt_logprobs is not None:
             self._check_num_scores("prompt_logprobs", [prompt], [request.prompt_logprobs], 1)
         limit = self._info.max_model_len
-        max_tokens = asked or (DEFAULT_MAX_TOKENS if limit is None else limit - len(prompt))
+        most = DEFAULT_MAX_TOKENS if limit is None else limit - len(prompt)
+        max_tokens = most if asked is None else asked
         role = self._role(request)
         job = self._job(
             request,
@@ -100,7 +102,13 @@ class ChatValidator(RequestValidator):
             raise invalid(
                 "max_tokens", f"differs from 'max_completion_tokens' ({newer}), of which it is the older name"
             )
-        return newer if newer is not None else older
+        asked = newer if newer is not None else older
+        if asked == 0 and request.prompt_logprobs is None and not request.save_state:
+            raise invalid(
+                "max_tokens" if newer is None else "max_completion_tokens",
+                "may be 0 only with 'prompt_logprobs' or 'save_state': nothing would be answered",
+            )
+        return asked
 
 
 def _text(request: ChatCompletionRequest) -> str:

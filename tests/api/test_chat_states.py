@@ -89,6 +89,19 @@ def test_a_users_message_goes_on_and_is_answered(helpful: Server) -> None:
     assert newest_prompt(helpful) == [EOS, *b"a:Well,"]
 
 
+def test_a_conversation_is_read_and_saved_without_an_answer(helpful: Server) -> None:
+    conversation = [says("user", "abc"), says("assistant", "So")]
+    unfinished = {"continue_final_message": True, "max_tokens": None}
+    for name in ("max_tokens", "max_completion_tokens"):
+        read = chat(helpful, conversation, save_state="talk", **unfinished | {name: 0})
+        assert read["choices"][0]["message"] == {"role": "assistant", "content": ""}
+        assert read["usage"]["completion_tokens"] == 0 and read["state"]["num_tokens"] == read["usage"]["prompt_tokens"]
+        assert helpful.http.get("/v1/states/talk").json()["turn"] == "assistant"
+    chat(helpful, [says("user", "f")], state="talk")
+    assert newest_prompt(helpful) == [EOS, *b"u:f", EOS, *b"a:"]
+    assert len(chat(helpful, conversation, max_tokens=0, prompt_logprobs=0)["prompt_logprobs"]) > len("abcSo")
+
+
 def test_a_conversation_about_a_text(helpful: Server) -> None:
     """Behind what no chat has saved stands a conversation of its own, without a beginning of sequence."""
     prefilled = helpful.http.post("/v1/states/prefill", json={"prompt": "abc", "name": "book"}).json()

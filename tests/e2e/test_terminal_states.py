@@ -79,3 +79,33 @@ def test_a_text_that_goes_on_from_a_state_is_the_whole_texts(base_url: str, stat
     ).json()
     assert first + "".join(parts) == answer["choices"][0]["text"]
     assert named(states)["sea"]["num_tokens"] == answer["usage"]["total_tokens"]
+
+
+def answered(typist: Typist, line: str) -> list[str]:
+    """The lines of the answer to one that is typed."""
+    typist.type(f"{line}\n")
+    typist.expect(f"{line}\r\n")
+    *answer, _figures = typist.expect(" · first after").split("\r\n")
+    typist.expect("> ")
+    return answer
+
+
+def test_a_chat_goes_on_from_a_state_as_from_its_history(base_url: str, states: str) -> None:
+    flags = ("chat", "--temperature", "0", "--max-tokens", "8", "--stop", '"')
+    with terminal(base_url, *flags, "--system", "They met on the bridge.") as (typist, process):
+        typist.expect("> ")
+        assert answered(typist, "Where have you been?") != [""]
+        type_all(typist, ("/save talk", "saved as talk"))
+        from_history = answered(typist, "And then?")
+        typist.type("\x04")
+        assert process.wait(SECONDS) == 0
+    assert named(states)["talk"]["turn"] == "assistant"
+    with terminal(base_url, *flags, "--load", "talk") as (typist, process):
+        typist.expect("talk> ")
+        type_all(typist, ("/go", "no text to continue"))
+        assert answered(typist, "And then?") == from_history
+        type_all(typist, ("/save", "saved as talk"), ("/fork other", "saved as other"))
+        typist.type("\x04")
+        assert process.wait(SECONDS) == 0
+    kept = named(states)
+    assert set(kept) == {"talk", "other"} and kept["talk"]["num_tokens"] == kept["other"]["num_tokens"]

@@ -26,8 +26,8 @@ class Typist:
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
 
-    def expect(self, text: str) -> None:
-        """Read until this has been shown; what came before it is done with."""
+    def expect(self, text: str) -> str:
+        """Read until this has been shown; what came before it, and is done with."""
         deadline = time.monotonic() + SECONDS
         while text not in self.shown:
             ready, _, _ = select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))
@@ -38,7 +38,8 @@ class Typist:
                 data = b""
             assert data, f"the program ended; no {text!r} in {self.shown!r}"
             self.shown += self._decoder.decode(data)
-        self.shown = self.shown.split(text, 1)[1]
+        before, self.shown = self.shown.split(text, 1)
+        return before
 
 
 def command(url: str, *arguments: str) -> list[str]:

@@ -29,15 +29,15 @@ class ChatCompletionRequest(ConversationFields, GenerationFields):
     )
     max_completion_tokens: int | None = Field(
         None,
-        ge=1,
+        ge=0,
         le=MAX_COUNT,
         description="Most tokens to generate per choice. Default: what `--max-model-len` leaves; without that limit, "
-        "4096.",
+        "4096. 0, with `save_state` or `prompt_logprobs`, only reads the messages.",
         examples=[256],
     )
     max_tokens: int | None = Field(
         None,
-        ge=1,
+        ge=0,
         le=MAX_COUNT,
         description="The older name of `max_completion_tokens`; of both only one may be given, or the same value.",
         examples=[256],

@@ -24,6 +24,8 @@ class Span(NamedTuple):
     """Whether the span's last token yields a new one."""
     position: int
     """Index of the sampled token among the sequence's outputs (the random stream's counter)."""
+    discards: bool = False
+    """Whether the new token is thrown away: only the logits are wanted, which a snapshot will hold."""
 
 
 @dataclass(frozen=True, slots=True)

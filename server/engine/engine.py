@@ -361,13 +361,16 @@ class Engine:
         for row, (span, token) in enumerate(zip(step.rows, tokens, strict=True)):
             seq = span.seq
             # A sequence that ended meanwhile was still part of the step launched ahead.
-            if seq.finish_reason is FinishReason.RUNNING:
+            if seq.finish_reason is FinishReason.RUNNING and not span.discards:
                 try:
                     self._advance(seq, token, step, row, now)
                 except Exception as error:
                     self._break({seq: error})
-                if seq.constraint is not None and not seq.finished:
+                if seq.constraint is not None and not seq.finished and not seq.last_reason:
                     followed.append((seq.constraint, token))
+        for span in step.batch.decodes:
+            if span.discards and not span.seq.finished:
+                self._end(span.seq, span.seq.last_reason)
         for span in step.batch.prefills + step.batch.replays:
             self._figures.prompt_tokens += span.length
             if span.seq.max_tokens == 0 and span.start + span.length == len(span.seq.prompt):
@@ -463,6 +466,9 @@ class Engine:
         if len(seq.outputs) == seq.max_tokens:
             complete = seq.constraint is not None and seq.constraint.ends_with(token)
             reason = FinishReason.STOP if complete else FinishReason.LENGTH
+            if seq.save is not None:
+                # Not before its last token has been absorbed.
+                seq.last_reason, reason = reason, FinishReason.RUNNING
             return text if matcher is None else text + matcher.flush(), reason, None
         return text, FinishReason.RUNNING, None
 

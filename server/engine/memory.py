@@ -238,8 +238,8 @@ def _run_worst_case(
     for inputs in steps:
         logits = model.forward(inputs, states)
         step_rows = inputs.output_rows_R
-        # Where prompts fork, the logits are in memory three times.
-        forked = logits.repeat(2, 1)
+        # Where prompts fork, the logits are in memory three times, and sequences to be saved keep those of two steps.
+        forked = logits.repeat(4, 1)
         plan = SamplePlan(0, 0, len(step_rows), True, True, True, config.max_logprobs)
         sampler = Sampler(_PROFILE_SLOTS, vocab_size, device=device)
         masks = torch.full((len(step_rows), mask_words(vocab_size)), -1, dtype=torch.int32, device=device)

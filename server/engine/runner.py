@@ -199,6 +199,7 @@ class Runner:
             pending, folding = self._advance_rings(batch, every_token=graphs.folds_every_token(shape))
             graphs.absorb(shape, batch, logits.spans, pending, folding)
             logits_UV, slots_R, positions_R = graphs.rows(len(logits.spans))
+            self._keep_logits(batch, logits_UV, logits.spans)
             if logits.of_row is None:
                 snapshots = self._save(batch, logits_UV, logits.spans)
                 sampled = graphs.sample(shape, plan) if rows else None
@@ -215,6 +216,7 @@ class Runner:
             else:
                 logits_UV = torch.empty((0, self._sampler.vocab_size), device=self._device)
             slots_R, positions_R = slots_R1[columns.order_R[:wanted]], columns.positions_R[:wanted]
+            self._keep_logits(batch, logits_UV, logits.spans)
         snapshots = self._save(batch, logits_UV, logits.spans)
         sampled = None
         if rows:
@@ -243,7 +245,13 @@ class Runner:
         num_folded = seq.num_folded if num_tokens == seq.num_launched else seq.num_folded_before
         with self.copies.time(self.copies.saves):
             return self._shrunk(
-                take_snapshot(self._states, seq.slot, None, num_tokens=num_tokens, num_folded=num_folded)
+                take_snapshot(
+                    self._states,
+                    seq.slot,
+                    seq.logits.get(num_tokens),
+                    num_tokens=num_tokens,
+                    num_folded=num_folded,
+                )
             )
 
     @property
@@ -361,6 +369,23 @@ class Runner:
                 snapshots.append(self._shrunk(self._take(batch, index, logits_UV, spans)))
         return snapshots
 
+    def _keep_logits(self, batch: Batch, logits_UV: Tensor, spans: list[int]) -> None:
+        """Let sequences to be saved keep their logits, for any token may turn out to be their last.
+
+        Those of the step before stay, too: a step launched ahead may turn out not to have counted.
+        """
+        absorbing = batch.decodes + batch.prefills
+        rows = [row for row, index in enumerate(spans) if absorbing[index].seq.save is not None]
+        if not rows:
+            return
+        kept_UV = logits_UV[self._to_device(torch.tensor(rows))]
+        for row, logits_V in zip(rows, kept_UV, strict=True):
+            span = absorbing[spans[row]]
+            logits = span.seq.logits
+            while len(logits) > 1:
+                del logits[min(logits)]
+            logits[span.start + span.length] = logits_V
+
     def _take(self, batch: Batch, index: int, logits_UV: Tensor, spans: list[int]) -> Snapshot:
         """What a prefill of the batch has led to; with the last position's logits where it samples."""
         span = batch.prefills[index]
@@ -409,6 +434,9 @@ def _plan(spans: tuple[Span, ...], *, masked: bool = False) -> tuple[list[Span],
         if not span.samples:
             continue
         seq = span.seq
+        if span.discards:
+            greedy.append(index)
+            continue
         if seq.constraint is not None and not masked:
             held.append(index)
             continue

@@ -172,7 +172,7 @@ class Scheduler:
         forks = [
             self._fork(index, span.seq, candidates, now)
             for index, span in enumerate(prefills)
-            if span.samples and span.seq.followers
+            if span.samples and not span.discards and span.seq.followers
         ]
         for seq in ready:
             self._lease(seq, now)
@@ -269,7 +269,12 @@ class Scheduler:
 
     def _may_decode(self, seq: Sequence) -> bool:
         """Whether a sequence without prompt tokens left has, or will have on the device, another token to absorb."""
-        return (seq.max_tokens is None or seq.num_sampled < seq.max_tokens) and seq not in self.held
+        if seq in self.held:
+            return False
+        if seq.max_tokens is None or seq.num_sampled < seq.max_tokens:
+            return True
+        # The last token of an answer is absorbed for whoever goes on with its state, and for nobody else.
+        return seq.save is not None and not seq.closes and seq.num_sampled > 0
 
     def resume(self, sequences: Iterable[Sequence]) -> Batch:
         """Sample held sequences: a batch that absorbs nothing."""
@@ -296,11 +301,16 @@ class Scheduler:
         slot = seq.slot
         assert slot is not None
         start = seq.num_launched
-        samples = start + length >= len(seq.prompt) and seq.max_tokens != 0
-        span = Span(seq, slot, start, length, samples, seq.num_sampled)
+        discards = seq.num_sampled == seq.max_tokens
+        # A prompt that is only read leaves logits to the next one.
+        samples = start + length >= len(seq.prompt) and not (discards and (not length or self._reuse is None))
+        span = Span(seq, slot, start, length, samples, seq.num_sampled, discards)
         seq.num_launched = start + length
-        seq.num_sampled += samples
         seq.in_flight += 1
+        if discards:
+            seq.closes = samples
+            return span
+        seq.num_sampled += samples
         if samples and seq.constraint is not None:
             self.held[seq] = None
         return span

@@ -61,6 +61,12 @@ class Sequence:
     """How to save its state at its end; None: it is not to be saved."""
     saved: StateInfo | None = None
     """The state that was saved."""
+    closes: bool = False
+    """Whether its last token has been, or is being, absorbed: of a sequence to be saved whose length ends it."""
+    last_reason: FinishReason = FinishReason.RUNNING
+    """Why it ends, once its last token has been absorbed."""
+    logits: dict[int, Any] = field(default_factory=dict)
+    """Of a sequence to be saved: the logits behind so many tokens, float32 [V] on the device, of its newest steps."""
     priority: int = 0
     """Lower values are served first, among sequences of one tenant."""
 

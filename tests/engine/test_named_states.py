@@ -8,6 +8,7 @@ import pytest
 from server.engine.engine import Engine
 from server.engine.named_states import DEFAULT_TTL, NamedStates, NoRoomError
 from server.engine.prefix_cache import Entry, PrefixCache, Tier
+from server.grammar import from_regex
 from server.settings import StateCacheConfig
 from server.types import FinishReason, Refusal, RefusalReason, StateAction, pack_tokens
 from tests.engine.driving import CLASSICS, FIXTURES, Answer, Driver, engine_config, random_prompt
@@ -57,9 +58,8 @@ def test_a_continued_state_answers_like_the_whole_transcript(name: str, device: 
         before = driver.engine.stats().prompt_tokens
         (answer,) = run(driver, [transcript if reference is None else new], state=reference, save=True, max_tokens=18)
         if reference is not None:
-            # The last token of an answer that ends for its length has been sampled, not absorbed.
-            assert driver.engine.stats().prompt_tokens - before == len(new) + 1
-            assert answer.cached_tokens == len(transcript) - 1
+            assert driver.engine.stats().prompt_tokens - before == len(new)
+            assert answer.cached_tokens == len(transcript)
             transcript = transcript + new
         assert answer.token_ids == cold.complete(transcript, max_tokens=18, **GREEDY).token_ids
         transcript = transcript + answer.token_ids
@@ -67,8 +67,10 @@ def test_a_continued_state_answers_like_the_whole_transcript(name: str, device: 
         assert answer.state.nbytes > 0
         reference = answer.state.id
     # Nothing at all after it: the answer just goes on.
+    before = driver.engine.stats().prompt_tokens
     (more,) = run(driver, [[]], state=reference, max_tokens=9)
     assert more.token_ids == cold.complete(transcript, max_tokens=9, **GREEDY).token_ids
+    assert driver.engine.stats().prompt_tokens == before and more.cached_tokens == len(transcript)
 
 
 @MODES
@@ -87,8 +89,10 @@ def test_a_stop_token_is_no_part_of_the_state(device: str, overlap: bool) -> Non
     assert more.token_ids == cold.complete(kept + new, max_tokens=9, **GREEDY).token_ids
     assert driver.engine.stats().prompt_tokens - before == len(new)
     # Without anything new, the stop token comes again, for that is what the model says here.
+    before = driver.engine.stats().prompt_tokens
     (same,) = run(driver, [[]], state=answer.state.id, max_tokens=9)
     assert same.token_ids == cold.complete(kept, max_tokens=9, **GREEDY).token_ids
+    assert driver.engine.stats().prompt_tokens == before and same.cached_tokens == len(kept)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -155,6 +159,75 @@ def test_a_state_of_a_prompt_alone() -> None:
     (more,) = run(driver, [[5, 6]], state="book", max_tokens=5)
     assert driver.engine.stats().prompt_tokens - before == 2
     assert more.token_ids == cold.complete([*prompt, 5, 6], max_tokens=5, **GREEDY).token_ids
+    before = driver.engine.stats().prompt_tokens
+    (same,) = run(driver, [[]], state="book", max_tokens=5)
+    assert driver.engine.stats().prompt_tokens == before and same.cached_tokens == 300
+    assert same.token_ids == cold.complete(prompt, max_tokens=5, **GREEDY).token_ids
+
+
+@MODES
+def test_nothing_is_absorbed_twice_for_want_of_logits(device: str, overlap: bool) -> None:
+    """However a state came to its end, going on from it without anything new absorbs nothing."""
+    config = engine_config(CLASSICS, tokenizer=True, device=device, state_cache=ROOMY)
+    driver = Driver(Engine(config, overlap=overlap))
+    cold = Driver(Engine(engine_config(CLASSICS, tokenizer=True, device=device)))
+    prompt = [1, 366, 712, 435]
+    free = cold.complete(prompt, max_tokens=30, **GREEDY).token_ids
+    sampling: list[dict[str, object]] = [
+        {"max_tokens": 0},
+        {"max_tokens": 1},
+        {"max_tokens": 20},
+        {"max_tokens": 20, "logprobs": 2},
+        {"max_tokens": 20, "stop": ("\0never",)},
+        {"max_tokens": 20, "repetition_penalty": 1.5, "min_tokens": 20},
+        {"max_tokens": 20, "temperature": 1.0, "seed": 3},
+        {"max_tokens": 20, "stop_token_ids": (free[8],)},
+        {"max_tokens": 1, "stop_token_ids": (free[0],)},
+        {"max_tokens": 20, "stop_token_ids": (free[19],)},
+        {"max_tokens": 12, "grammar": from_regex("[a-z ]{40,90}"), "ignore_eos": False},
+        {"max_tokens": 30, "grammar": from_regex(" [a-z]{4}"), "ignore_eos": False},
+    ]
+    for params in sampling:
+        answers = run(driver, [prompt, [*prompt, 9]], 2, save=True, **params)
+        for choice, answer in enumerate(answers):
+            assert answer.state is not None and answer.error is None
+            stops = params.get("stop_token_ids", ())
+            said = [token for token in answer.token_ids if token not in (*stops, 2)]  # type: ignore[misc]
+            transcript = [*prompt, 9][: 4 + choice // 2] + said
+            assert answer.state.num_tokens == len(transcript), params
+            assert len(answer.token_ids) <= params["max_tokens"]  # type: ignore[operator]
+            before = driver.engine.stats().prompt_tokens
+            (more,) = run(driver, [[]], state=answer.state.id, max_tokens=4, logprobs=0)
+            assert driver.engine.stats().prompt_tokens == before, params
+            assert more.cached_tokens == len(transcript)
+            expected = cold.complete(transcript, max_tokens=4, logprobs=0, **GREEDY)
+            assert more.token_ids == expected.token_ids
+            first = [one.logprobs[0].sampled for one in (more, expected)]
+            assert first[0] == pytest.approx(first[1], abs=1e-3)
+
+
+@MODES
+def test_a_prompt_that_was_only_read_replays(device: str, overlap: bool) -> None:
+    driver, cold = make_driver(device=device, overlap=overlap), make_driver(device=device, cache=StateCacheConfig())
+    prompt = random_prompt(130, VOCAB, 11)
+    run(driver, [prompt], 1, max_tokens=0)
+    (answer,) = run(driver, [prompt], max_tokens=6)
+    assert answer.token_ids == cold.complete(prompt, max_tokens=6, **GREEDY).token_ids
+    assert answer.cached_tokens == len(prompt) == driver.engine.stats().prompt_tokens
+
+
+def test_cancelled_while_the_last_token_is_absorbed() -> None:
+    for steps in range(1, 8):
+        driver = make_driver(overlap=True)
+        request = driver.submit([random_prompt(20, VOCAB, 12)], save=True, name="x", max_tokens=4, **GREEDY)
+        for _ in range(steps):
+            driver.step()
+        driver.cancel(request)
+        driver.run()
+        answer = driver.answers[request, 0]
+        assert (answer.finish_reason is FinishReason.LENGTH) == (answer.state is not None)
+        assert driver.engine._states is not None and driver.engine._states._reserved == 0
+        assert driver.engine.scheduler.allocator.num_used == 0
 
 
 def test_what_is_refused() -> None:
@@ -215,7 +288,7 @@ def test_a_full_store_refuses_and_loses_nothing() -> None:
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.state is not None
         (more,) = run(driver, [[9]], state=answer.state.id, max_tokens=5)
-        assert more.cached_tokens == len(prompt) + 4, "the snapshot is still there"
+        assert more.cached_tokens == len(prompt) + 5, "the snapshot is still there"
         expected = cold.complete([*prompt, *answer.token_ids, 9], max_tokens=5, **GREEDY)
         assert more.token_ids == expected.token_ids
     assert answers[0].state is not None

@@ -8,13 +8,15 @@
      +- ApiError                 answered over HTTP as {"error": {message, type, param, code}}
          +- InvalidRequestError  400
          +- AuthenticationError  401
+         +- StatesLimitError     403: delete some
          +- NotFoundError        404
          +- MethodNotAllowedError  405
          +- BodyTooLargeError    413
          +- UnsupportedMediaTypeError  415
          +- RateLimitError       429 with Retry-After
          +- QueueFullError       503 with Retry-After
-         +- StatesFullError      503: delete some
+         +- StatesFullError      507: delete some
+         +- StateNotSavedError   507: the disk
          +- EngineUnavailableError  503 with Retry-After: starting, draining or dead
          +- InternalError        500
 """
@@ -74,6 +76,14 @@ class AuthenticationError(ApiError):
     code = "invalid_api_key"
 
 
+class StatesLimitError(ApiError):
+    """As many states are saved with the API key as may be."""
+
+    status = 403
+    type = "permission_error"
+    code = "states_limit_exceeded"
+
+
 class NotFoundError(ApiError):
     """Unknown model or route."""
 
@@ -126,10 +136,16 @@ class QueueFullError(ApiError):
 class StatesFullError(ApiError):
     """As many states are saved as may be."""
 
-    status = 503
+    status = 507
     type = "overloaded_error"
     code = "states_full"
-    retry_after = 60
+
+
+class StateNotSavedError(ApiError):
+    """A state's file could not be written, or not be removed: the disk is full, or ill."""
+
+    status = 507
+    code = "state_not_saved"
 
 
 class EngineUnavailableError(ApiError):

@@ -48,6 +48,8 @@ class StateCacheConfig:
         disk_bytes: in the folder.
         dtype: to which they are rounded, if they are held in a larger one; ``exact``: to none.
         shared: whether all API keys share them.
+        max_saved: saved states in all.
+        max_saved_per_key, saved_bytes_per_key: saved states of one API key, and what they may take; None: no limit.
     """
 
     gpu_bytes: int | None = 0
@@ -56,6 +58,9 @@ class StateCacheConfig:
     disk_bytes: int = 0
     dtype: StateCacheDtype = "exact"
     shared: bool = False
+    max_saved: int = 1 << 16
+    max_saved_per_key: int | None = None
+    saved_bytes_per_key: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,14 +303,14 @@ class Settings(BaseModel):
         str | None,
         _flag(
             _ENGINE,
-            "Folder for states that memory has no room for; its own, and emptied at start and end. "
-            "Default: they are given up.",
+            "Folder for states that memory has no room for, and for saved ones, which are there after a restart. "
+            "Its own. Default: the ones are given up, the others end with the server.",
         ),
     ] = None
     state_cache_disk: Annotated[
         float,
         Field(ge=0, le=_MAX_GIB),
-        _flag(_ENGINE, "GiB that --state-cache-dir may take.", metavar="GIB"),
+        _flag(_ENGINE, "GiB that --state-cache-dir may take; half of it is for saved states.", metavar="GIB"),
     ] = 16.0
     state_cache_dtype: Annotated[
         StateCacheDtype,
@@ -323,6 +328,24 @@ class Settings(BaseModel):
             "have asked.",
         ),
     ] = False
+    max_saved_states: Annotated[
+        int,
+        Field(ge=1, le=1 << 24),
+        _flag(_ENGINE, "States that may be saved; beyond it requests are refused with 507."),
+    ] = 65536
+    max_saved_states_per_key: Annotated[
+        int | None,
+        Field(ge=1),
+        _flag(
+            _ENGINE,
+            "States that may be saved with one API key; beyond it requests are refused with 403. Default: unlimited.",
+        ),
+    ] = None
+    max_saved_gib_per_key: Annotated[
+        float | None,
+        Field(gt=0, le=_MAX_GIB),
+        _flag(_ENGINE, "GiB that these may take. Default: unlimited.", metavar="GIB"),
+    ] = None
     seed: Annotated[
         int, Field(ge=0, lt=1 << 63), _flag(_ENGINE, "Seed of requests that bring none, and of dummy weights.")
     ] = 0
@@ -365,7 +388,12 @@ class Settings(BaseModel):
         if not all(key.get_secret_value() for key in self.api_key):
             raise ValueError("--api-key: a key must not be empty")
         if not self.keys:
-            for needs_keys in ("protect_all_routes", "max_concurrent_seqs_per_key"):
+            for needs_keys in (
+                "protect_all_routes",
+                "max_concurrent_seqs_per_key",
+                "max_saved_states_per_key",
+                "max_saved_gib_per_key",
+            ):
                 if getattr(self, needs_keys):
                     raise ValueError(f"--{needs_keys.replace('_', '-')} needs --api-key or --api-key-file")
         for origin in self.allowed_origins:
@@ -458,6 +486,9 @@ class Settings(BaseModel):
             disk_bytes=to_bytes(self.state_cache_disk) or 0,
             dtype=self.state_cache_dtype,
             shared=self.state_cache_shared,
+            max_saved=self.max_saved_states,
+            max_saved_per_key=self.max_saved_states_per_key,
+            saved_bytes_per_key=to_bytes(self.max_saved_gib_per_key),
         )
 
     def process_settings(self) -> ProcessSettings:

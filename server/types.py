@@ -62,6 +62,10 @@ class RefusalReason(enum.IntEnum):
     """This engine parks no states, so it saves none."""
     TOO_LONG = 7
     """A saved state and what is to come after it exceed the model length limit."""
+    STATES_LIMIT = 8
+    """The tenant saves as many states as it may."""
+    NOT_WRITTEN = 9
+    """The file of a saved state could not be written."""
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
@@ -335,6 +339,8 @@ class StepOutput(msgspec.Struct, kw_only=True, tag=True):
     """By request id: requests that were not taken."""
     errors: dict[int, str] = {}
     """By row: message of a choice that ended with FinishReason.ERROR."""
+    unsaved: dict[int, str] = {}
+    """By row: why the state of a choice that ended so could not be saved; otherwise it would have ended well."""
     stats: EngineStats | None = None
 
 

@@ -49,7 +49,7 @@ def chat_router(
                 'ended by `data: [DONE]`; an error after the stream\'s start is one event, `data: {"error": ...}`.',
                 "content": event_stream(ChatCompletionChunk),
             },
-            **errors(400, 401, 404, 413, 415, 429, 500, 503),
+            **errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 507),
         },
         openapi_extra=json_body(ChatCompletionRequest) | SESSION_HEADER,
     )

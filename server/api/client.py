@@ -23,7 +23,9 @@ from server.errors import (
     NotFoundError,
     QueueFullError,
     RateLimitError,
+    StateNotSavedError,
     StatesFullError,
+    StatesLimitError,
 )
 from server.ipc import ClientChannel
 from server.types import (
@@ -55,6 +57,8 @@ _REFUSALS: dict[RefusalReason, Callable[[str], ApiError]] = {
     RefusalReason.FAILED: InternalError,
     RefusalReason.UNKNOWN_STATE: partial(NotFoundError, param="state", code="state_not_found"),
     RefusalReason.STATES_FULL: StatesFullError,
+    RefusalReason.STATES_LIMIT: StatesLimitError,
+    RefusalReason.NOT_WRITTEN: StateNotSavedError,
     RefusalReason.STATES_OFF: partial(InvalidRequestError, param="state", code="states_off"),
     RefusalReason.TOO_LONG: partial(InvalidRequestError, param="state", code="context_length_exceeded"),
 }
@@ -215,6 +219,9 @@ class Mailbox:
         reason = _REASONS[message.finish_reasons[row]]
         if reason is not FinishReason.RUNNING:
             self._open.discard(choice)
+            if row in message.unsaved:
+                self._fail(StateNotSavedError(message.unsaved[row]))
+                return
             if reason is FinishReason.ERROR:
                 self._fail(InternalError(message.errors.get(row, "the engine could not finish the request")))
                 return
@@ -336,7 +343,7 @@ class EngineClient:
         Raises:
             NotFoundError: there is no such state.
             InvalidRequestError: the state and a prompt are too long together, or the engine parks no states.
-            StatesFullError: no state can be saved.
+            StatesFullError, StatesLimitError: no state can be saved.
             RateLimitError: the tenant has as many choices waiting and running as it may.
             QueueFullError: too many wait already.
             EngineUnavailableError: the engine is starting, draining, dead or does not read.
@@ -393,7 +400,8 @@ class EngineClient:
         Raises:
             NotFoundError: there is no such state.
             InvalidRequestError: the engine parks no states.
-            StatesFullError: no more states can be kept.
+            StatesFullError, StatesLimitError: no more states can be kept.
+            StateNotSavedError: the disk does not take it.
             EngineUnavailableError: the engine is starting, draining, dead or does not read.
         """
         self._require_ready()

@@ -25,12 +25,14 @@ _SLOW_FIELDS: Final = ("response_format", "structured_outputs")
 ERRORS: Final[dict[int, str]] = {
     400: "The request can never succeed as it is; `param` names the field at fault.",
     401: "No API key, or a wrong one.",
+    403: "The API key has saved as many states as it may.",
     404: "There is no model, or no saved state, of that name.",
     413: "The body is too large.",
     415: "The body is declared to be something else than plain JSON.",
     429: "The API key has as many choices waiting and running as it may; see Retry-After.",
     500: "The server failed.",
-    503: "The queue or the store of saved states is full, or the engine cannot serve; see Retry-After.",
+    503: "The queue is full, or the engine cannot serve; see Retry-After.",
+    507: "The store of saved states is full, or a state's file cannot be written.",
 }
 """What each status of an error means."""
 

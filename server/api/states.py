@@ -65,7 +65,7 @@ def states_router(
         "/v1/states/{state}",
         summary="Delete a saved state",
         response_description="The state is no more.",
-        responses=errors(400, 401, 404, 503),
+        responses=errors(400, 401, 404, 503, 507),
     )
     async def delete_state(request: Request, state: Reference) -> StateDeleted:
         """Forget a state. Requests that continue it already, and its forks, go on."""
@@ -77,7 +77,7 @@ def states_router(
         summary="Fork a saved state",
         response_description="The new state.",
         status_code=201,
-        responses=errors(400, 401, 404, 413, 415, 503),
+        responses=errors(400, 401, 403, 404, 413, 415, 503, 507),
         openapi_extra=json_body(ForkRequest, required=False),
     )
     async def fork_state(request: Request, state: Reference) -> State:
@@ -96,7 +96,7 @@ def states_router(
         summary="Read a text and save its state",
         response_description="The new state.",
         status_code=201,
-        responses=errors(400, 401, 404, 413, 415, 429, 500, 503),
+        responses=errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 507),
         openapi_extra=json_body(PrefillRequest),
     )
     async def prefill_state(request: Request) -> State:

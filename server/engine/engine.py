@@ -9,26 +9,28 @@ import logging
 import random
 import time
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 
 from server.engine.batch import Batch
 from server.engine.config import GenerationConfig, GLAConfig
 from server.engine.constraints import Constraint, Constraints, Verdict
 from server.engine.detokenizer import StopMatcher
-from server.engine.identity import system_fingerprint
+from server.engine.identity import model_fingerprint, system_fingerprint
 from server.engine.memory import build_runner
-from server.engine.named_states import NamedStates
+from server.engine.named_states import NamedState, NamedStates
 from server.engine.outputs import Outbox
 from server.engine.prefix_cache import CacheFigures
 from server.engine.radix import TOKEN_BYTES
-from server.engine.reuse import build_reuse
+from server.engine.reuse import build_reuse, state_limits
 from server.engine.runner import PendingStep
 from server.engine.sampler import DEAD_END
+from server.engine.saved_files import SavedFiles
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Save, Sequence
 from server.engine.state_pool import SlotAllocator
-from server.engine.state_requests import context_of, obey, reserve
+from server.engine.state_requests import Waiting, complete, context_of, obey, reserve
 from server.engine.stats import Figures
 from server.settings import EngineConfig
 from server.tokenizer import load_tokenizer
@@ -41,6 +43,7 @@ from server.types import (
     Refusal,
     RefusalReason,
     StateCommand,
+    StateInfo,
     StepOutput,
     unpack_tokens,
 )
@@ -93,13 +96,21 @@ class Engine:
         self._reuse = None
         if any(built.cache_bytes.values()):
             self._reuse = build_reuse(
-                config.state_cache, built.cache_bytes, built.runner.parked_bytes, built.device, self._figures
+                config.state_cache,
+                built.cache_bytes,
+                built.runner.parked_bytes,
+                built.runner.pool_layout,
+                built.device,
+                self._figures,
             )
+        self._files: SavedFiles | None = None
         self._states: NamedStates | None = None
         if self._reuse is not None:
-            # The other half stays for prefix reuse.
-            capacity = sum(built.cache_bytes.values()) // 2 // built.runner.parked_bytes
-            self._states = NamedStates(self._reuse, max(capacity, 1))
+            if config.state_cache.folder is not None:
+                model = model_fingerprint(config.model_folder, config.load_format, config.seed)
+                self._files = SavedFiles(config.state_cache.folder, self._reuse.store, model, model_config.vocab_size)
+            limits = state_limits(config.state_cache, built.cache_bytes, built.runner.parked_bytes)
+            self._states = NamedStates(self._reuse, limits, self._files)
         self.scheduler = Scheduler(
             SlotAllocator(built.num_slots),
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -134,6 +145,7 @@ class Engine:
         self._outbox = Outbox()
         self._pending: PendingStep | None = None
         self._failed_steps = 0
+        self._waiting = Waiting()
 
     def submit(self, client: bytes, request: GenerateRequest) -> None:
         """Queue all choices of a request, or refuse it; the next outputs say which.
@@ -143,43 +155,50 @@ class Engine:
             request: validated by the API process.
         """
         refusal = self.scheduler.refusal(request.tenant, request.num_choices)
-        context = b""
+        state = None
         if refusal is None and request.state is not None:
             found = context_of(self._states, request, request.state, self.info.max_model_len)
-            context, refusal = (b"", found) if isinstance(found, Refusal) else (found, None)
+            state, refusal = (None, found) if isinstance(found, Refusal) else (found, None)
         if refusal is None and request.save_state:
-            refusal = reserve(self._states, request.num_choices)
+            refusal = reserve(self._states, request.tenant, request.num_choices)
         if refusal is not None:
             self._outbox.reject(client, request.request_id, refusal)
             return
         try:
-            sequences = self._sequences(client, request, context)
+            sequences = self._sequences(client, request, state)
         except Exception as error:
             logger.exception("a request cannot be queued")
             if request.save_state and self._states is not None:
                 for _ in range(request.num_choices):
-                    self._states.give_up()
+                    self._states.give_up(request.tenant)
             self._outbox.reject(client, request.request_id, Refusal(RefusalReason.FAILED, _complaint(error)))
             return
         self._requests[client, request.request_id] = sequences
         self.scheduler.add(sequences)
-        self._outbox.accept(client, request.request_id, len(unpack_tokens(context)))
+        self._outbox.accept(client, request.request_id, 0 if state is None else state.num_tokens)
 
     def command(self, client: bytes, command: StateCommand) -> None:
         """Do something about saved states; the next outputs tell what came of it."""
-        told = obey(self._states, command)
-        if isinstance(told, Refusal):
-            self._outbox.reject(client, command.request_id, told)
-        else:
-            self._outbox.tell_states(client, command.request_id, told)
 
-    def _sequences(self, client: bytes, request: GenerateRequest, context: bytes) -> list[Sequence]:
+        def tell(told: list[StateInfo] | Refusal) -> None:
+            if isinstance(told, Refusal):
+                self._outbox.reject(client, command.request_id, told)
+            else:
+                self._outbox.tell_states(client, command.request_id, told)
+
+        self._waiting.after(obey(self._states, command), tell)
+
+    def _sequences(self, client: bytes, request: GenerateRequest, state: NamedState | None) -> list[Sequence]:
+        context = b"" if state is None else state.tokens
         # One array per prompt, however many choices share it: nothing writes to it.
         prompts = [unpack_tokens(context + prompt) for prompt in request.prompts]
         sequences = [
             self._sequence(client, request, choice, prompts[choice // request.n])
             for choice in range(request.num_choices)
         ]
+        if state is not None:
+            for seq in sequences:
+                seq.island = state.island
         for index in range(0, len(sequences), request.n):
             leader, *followers = sequences[index : index + request.n]
             leader.followers = followers
@@ -234,7 +253,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return self.scheduler.has_work or self._pending is not None
+        return self.scheduler.has_work or self._pending is not None or bool(self._waiting.futures)
 
     def step(self) -> None:
         """Launch the next batch and retire a completed one.
@@ -245,6 +264,7 @@ class Engine:
         Raises:
             Exception: the engine cannot go on.
         """
+        self._waiting.settle()
         resumed = self._resume()
         if resumed is not None and not self._overlap:
             self._retire(resumed)
@@ -279,10 +299,16 @@ class Engine:
             self._abandon(batch, failure)
         if idle:
             reads = set() if self._reuse is None else self._reuse.reads
-            wait(self._missing_masks() | reads, timeout=_IDLE_WAIT_SECONDS, return_when=FIRST_COMPLETED)
+            wait(
+                self._missing_masks() | reads | self._waiting.futures,
+                timeout=_IDLE_WAIT_SECONDS,
+                return_when=FIRST_COMPLETED,
+            )
 
     def close(self) -> None:
         """Remove what the engine keeps on disk for itself; it can no longer be stepped."""
+        if self._files is not None:
+            self._files.close()
         if self._reuse is not None:
             self._reuse.close()
 
@@ -425,7 +451,7 @@ class Engine:
         for seq in (leader, *leader.followers):
             if not seq.finished:
                 self._finish(seq, reason)
-                self._outbox.end(seq, error=error)
+                self._report(seq, partial(self._outbox.end, seq, error=error))
 
     def _advance(self, seq: Sequence, token: int, step: PendingStep, row: int, now: float) -> None:
         """Append a sampled token to its sequence and decide whether the sequence ends with it."""
@@ -446,7 +472,7 @@ class Engine:
         # Last: what raises before it leaves a sequence that can still end with an error.
         if reason is not FinishReason.RUNNING:
             self._finish(seq, reason, now)
-        self._outbox.token(seq, token, text, logprobs=logprobs, stop_reason=stop_reason)
+        self._report(seq, lambda: self._outbox.token(seq, token, text, logprobs=logprobs, stop_reason=stop_reason))
 
     def _judge(self, seq: Sequence, token: int) -> tuple[bytes, FinishReason, int | str | None]:
         """The new token's text, whether it ends the sequence, and which stop string or id did."""
@@ -475,7 +501,24 @@ class Engine:
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence without another token."""
         self._finish(seq, reason)
-        self._outbox.end(seq, b"" if seq.matcher is None else seq.matcher.flush())
+        text = b"" if seq.matcher is None else seq.matcher.flush()
+        self._report(seq, lambda: self._outbox.end(seq, text))
+
+    def _report(self, seq: Sequence, report: Callable[[], None]) -> None:
+        """Tell what has become of a sequence, once its state is saved if it is to be."""
+        if seq.saving is None or self._states is None:
+            report()
+            return
+
+        def acknowledge(told: list[StateInfo] | Refusal) -> None:
+            if isinstance(told, Refusal):
+                seq.finish_reason = FinishReason.ERROR
+                self._outbox.end(seq, unsaved=told.message)
+            else:
+                (seq.saved,) = told
+                report()
+
+        self._waiting.after(complete(self._states, seq.saving, "save"), acknowledge)
 
     def _finish(self, seq: Sequence, reason: FinishReason, now: float | None = None) -> None:
         now = time.monotonic() if now is None else now
@@ -489,10 +532,10 @@ class Engine:
                 self._reuse.note_session(seq)
         if seq.save is not None and self._states is not None:
             if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT):
-                state = self._states.save(seq.tenant, seq.save.name, seq.save.ttl, seq.transcript, seq.save.turn)
-                seq.saved = state.info
+                save = seq.save
+                seq.saving = self._states.save(seq.tenant, save.name, save.ttl, seq.transcript, save.turn, seq.island)
             else:
-                self._states.give_up()
+                self._states.give_up(seq.tenant)
         self.scheduler.finish(seq, reason)
         self._figures.finished[reason.name.lower()] += 1
         self._figures.end_to_end.observe(now - seq.arrived)

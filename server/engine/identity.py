@@ -10,6 +10,12 @@ _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 
 
+def model_fingerprint(folder: Path, *facts: object) -> str:
+    """A name for a checkpoint alone, by which saved states tell which model they belong to; else as
+    :func:`system_fingerprint`."""
+    return _digest(folder, "model", *facts)[:32]
+
+
 def system_fingerprint(folder: Path, *facts: object) -> str:
     """A short name for a checkpoint, this version of Gale and how it computes; the same after every restart.
 
@@ -23,7 +29,11 @@ def system_fingerprint(folder: Path, *facts: object) -> str:
     Returns:
         ``fp_`` and 12 hexadecimal digits.
     """
-    digest = sha256(repr((__version__, *map(str, facts))).encode())
+    return f"fp_{_digest(folder, __version__, *facts)[:12]}"
+
+
+def _digest(folder: Path, *facts: object) -> str:
+    digest = sha256(repr(tuple(map(str, facts))).encode())
     digest.update((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
@@ -32,4 +42,4 @@ def system_fingerprint(folder: Path, *facts: object) -> str:
             for number in range(_SAMPLES):
                 file.seek(max(size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
-    return f"fp_{digest.hexdigest()[:12]}"
+    return digest.hexdigest()

@@ -3,12 +3,17 @@
 A saved state is a transcript and a hold on the parked snapshot of as much of it as has been absorbed. Whoever continues
 it sends the transcript's tokens before new ones, so that whatever became of the snapshot, the answer is the same; the
 hold is what makes it quick.
+
+Where there is a folder, a state is saved once its file is there: until then nobody can find it, and it takes over
+nobody's name. Files are written elsewhere, in the meantime the engine goes on.
 """
 
 import heapq
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -18,25 +23,40 @@ from server.types import STATE_ID_PREFIX, StateInfo
 
 DEFAULT_TTL: Final = 86400.0
 """Seconds for which a state is kept if nobody says for how long."""
-MAX_STATES: Final = 1 << 16
-"""Forks take no room for snapshots, so something else has to bound their number."""
-
-
-class Parking(Protocol):
-    """What holds the snapshots; see :class:`server.engine.reuse.PrefixReuse`."""
-
-    def hold(self, tenant: str, tokens: bytes) -> Entry[Any] | None:
-        """The snapshot of the longest beginning of these tokens, from now on kept; None: there is none."""
-
-    def release(self, entry: Entry[Any]) -> None:
-        """One holder less."""
 
 
 class NoRoomError(Exception):
     """As many states are kept as may be; str() says so in a sentence."""
 
 
+class TenantFullError(Exception):
+    """The tenant keeps as many states as it may; str() says so in a sentence."""
+
+
+class NotWrittenError(Exception):
+    """A state could not be saved, for its file could not be written; str() says why in a sentence."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
+class StateFile:
+    """The file of a saved state.
+
+    Attributes:
+        nbytes: its size.
+        payload: what the prefix cache knows of the snapshot in it; None: there is none, the transcript is all.
+        num_tokens: which that snapshot has absorbed.
+        snapshot_bytes: what that takes in memory.
+        complete: whether the last position's logits are in it.
+    """
+
+    nbytes: int
+    payload: Any = None
+    num_tokens: int = 0
+    snapshot_bytes: int = 0
+    complete: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class NamedState:
     """A saved state.
 
@@ -46,8 +66,11 @@ class NamedState:
         tenant: whose it is.
         tokens: the transcript, int32 bytes, at least one.
         created, expires: Unix time.
-        entry: the snapshot, of as many of the tokens as had been absorbed; None: none was left.
         turn: the role of the chat message within which the transcript ends; None: of none.
+        island: where its snapshots lie apart from the tenant's others, because somebody else has computed them; None:
+            nowhere.
+        entry: the snapshot, of as many of the tokens as had been absorbed; None: none was left.
+        file: None: it is kept in memory only.
     """
 
     id: str
@@ -56,8 +79,20 @@ class NamedState:
     tokens: bytes
     created: float
     expires: float
-    entry: Entry[Any] | None
     turn: str | None = None
+    island: str | None = None
+    entry: Entry[Any] | None = None
+    file: StateFile | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the transcript."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def num_absorbed(self) -> int:
+        """Tokens of the transcript that the snapshot holds."""
+        return 0 if self.entry is None or not self.entry.nbytes else self.entry.num_tokens
 
     @property
     def info(self) -> StateInfo:
@@ -65,7 +100,7 @@ class NamedState:
         return StateInfo(
             id=self.id,
             name=self.name,
-            num_tokens=len(self.tokens) // TOKEN_BYTES,
+            num_tokens=self.num_tokens,
             nbytes=0 if self.entry is None else self.entry.nbytes,
             created=self.created,
             expires=self.expires,
@@ -73,102 +108,233 @@ class NamedState:
         )
 
 
+class Parking(Protocol):
+    """What holds the snapshots; see :class:`server.engine.reuse.PrefixReuse`."""
+
+    def hold(self, state: NamedState) -> Entry[Any] | None:
+        """The snapshot of the longest beginning of a state's tokens, from now on kept; None: there is none."""
+
+    def release(self, entry: Entry[Any]) -> None:
+        """One holder less."""
+
+    def file_written(self, state: NamedState) -> Entry[Any] | None:
+        """A state has a file now. Returns the snapshot to be held for it, in place of the one that was held."""
+
+    def file_removed(self, state: NamedState) -> None:
+        """A state's file is about to be removed."""
+
+
+class Files(Protocol):
+    """What writes the files; see :class:`server.engine.saved_files.SavedFiles`."""
+
+    def scan(self) -> Iterator[NamedState]:
+        """The states whose files there are; only at the beginning."""
+
+    def write(self, state: NamedState) -> "Future[StateFile]":
+        """Write a state's file; OSError if it cannot be written."""
+
+    def remove(self, state: NamedState) -> "Future[None]":
+        """Remove it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateLimits:
+    """How much may be saved.
+
+    Attributes:
+        nbytes: in all, of files where there are any, else of snapshots in memory.
+        count: states in all.
+        tenant_nbytes, tenant_count: the same of each tenant; None: no such limit.
+        state_nbytes: what a state about to be saved may take.
+    """
+
+    nbytes: int
+    state_nbytes: int
+    count: int = 1 << 16
+    tenant_nbytes: int | None = None
+    tenant_count: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saving:
+    """A state on its way.
+
+    Attributes:
+        state: nobody can find it yet.
+        written: done when its file is; None where there are no files.
+    """
+
+    state: NamedState
+    written: "Future[StateFile] | None"
+
+
 class NamedStates:
     """Every saved state of one engine.
 
     Args:
         parking: holds the snapshots.
-        capacity: most snapshots that may be held for saved states.
+        limits: how much may be saved. States whose files are found are kept beyond them.
+        files: None: states are kept in memory only.
         clock: Unix time in seconds.
+
+    Attributes:
+        counts: of what was done with states, by name of the operation.
     """
 
-    def __init__(self, parking: Parking, capacity: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        parking: Parking,
+        limits: StateLimits,
+        files: Files | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._parking = parking
-        self._capacity = capacity
+        self._limits = limits
+        self._files = files
         self._clock = clock
         self._states: dict[str, NamedState] = {}
         self._by_name: dict[tuple[str, str], NamedState] = {}
         self._expiries: list[tuple[float, str]] = []
-        self._reserved = 0
+        self._reserved: Counter[str] = Counter()
+        self._used = _Ledger()
+        self.counts: Counter[str] = Counter()
+        if files is not None:
+            for state in sorted(files.scan(), key=lambda state: state.created):
+                self._enter(state)
+            self._expire()
 
     def __len__(self) -> int:
         return len(self._states)
 
-    def reserve(self, count: int) -> None:
+    @property
+    def nbytes(self) -> int:
+        """What they take: their files, or else their snapshots in memory."""
+        return self._used.nbytes[None]
+
+    def reserve(self, tenant: str, count: int, nbytes: int | None = None) -> None:
         """Set room aside for states about to be saved; each is followed by ``save`` or ``give_up``.
+
+        Args:
+            nbytes: what each will take; None: what a state may take.
 
         Raises:
             NoRoomError: there is not enough.
+            TenantFullError: the tenant has no more.
         """
         self._expire()
-        held = {id(state.entry) for state in self._states.values() if state.entry is not None}
-        if len(held) + self._reserved + count > self._capacity:
-            raise NoRoomError(
-                f"no room for {count} more saved states: {len(held)} are kept and {self._reserved} are about to be, "
-                f"of at most {self._capacity}, half of what --state-cache-gpu, --state-cache-host and "
-                "--state-cache-dir hold; delete some"
-            )
-        self._check_number(count)
-        self._reserved += count
+        limits = self._limits
+        nbytes = limits.state_nbytes if nbytes is None else nbytes
+        for owner, reserved, most_states, most_bytes, error in (
+            (tenant, self._reserved[tenant], limits.tenant_count, limits.tenant_nbytes, TenantFullError),
+            (None, self._reserved.total(), limits.count, limits.nbytes, NoRoomError),
+        ):
+            whose = "are kept or about to be" if owner is None else "of this API key are kept or about to be"
+            states = self._used.count[owner] + reserved
+            if most_states is not None and states + count > most_states:
+                raise error(
+                    f"no room for {count} more saved states: {states} {whose}, of at most {most_states}; delete some"
+                )
+            used = self._used.nbytes[owner] + reserved * limits.state_nbytes
+            if most_bytes is not None and used + count * nbytes > most_bytes:
+                raise error(
+                    f"no room for {count} more saved states of up to {nbytes} bytes: {used} bytes {whose}, of at most "
+                    f"{most_bytes}; delete some"
+                )
+        self._reserved[tenant] += count
 
-    def give_up(self) -> None:
+    def give_up(self, tenant: str) -> None:
         """One state that room was reserved for will not be saved."""
-        self._reserved -= 1
+        self._reserved[tenant] -= 1
 
     def save(
-        self, tenant: str, name: str | None, ttl: float | None, tokens: bytes, turn: str | None = None
-    ) -> NamedState:
-        """Save the state after these tokens, for which room is reserved. It takes over the name from an earlier one,
-        which is deleted."""
-        self._reserved -= 1
-        return self._add(tenant, name, ttl, tokens, turn)
+        self,
+        tenant: str,
+        name: str | None,
+        ttl: float | None,
+        tokens: bytes,
+        turn: str | None = None,
+        island: str | None = None,
+    ) -> Saving:
+        """Begin to save the state after these tokens, for which room is reserved; ``complete`` has to follow."""
+        now = self._clock()
+        expires = now + (DEFAULT_TTL if ttl is None else ttl)
+        state = NamedState(STATE_ID_PREFIX + secrets.token_hex(12), name, tenant, tokens, now, expires, turn, island)
+        state.entry = self._parking.hold(state)
+        return Saving(state, None if self._files is None else self._files.write(state))
+
+    def complete(self, saving: Saving) -> NamedState:
+        """Enter a state whose file has been written. It takes over the name from an earlier one, which is deleted.
+
+        Raises:
+            NotWrittenError: the file has not been written; nothing has changed.
+        """
+        state = saving.state
+        self._reserved[state.tenant] -= 1
+        if saving.written is not None:
+            try:
+                state.file = saving.written.result()
+            except OSError as error:
+                if state.entry is not None:
+                    self._parking.release(state.entry)
+                raise NotWrittenError(f"the state could not be saved: {error.strerror or error}") from error
+        self._enter(state)
+        return state
 
     def find(self, tenant: str, reference: str) -> NamedState | None:
         """A tenant's state by its id or name; None: there is none, or it has expired."""
         self._expire()
         state = self._states.get(reference)
-        if state is not None and state.tenant == tenant:
-            return state
-        return self._by_name.get((tenant, reference))
+        if state is None or state.tenant != tenant:
+            state = self._by_name.get((tenant, reference))
+        return state
 
     def of(self, tenant: str) -> Iterator[NamedState]:
         """A tenant's states, the oldest first."""
         self._expire()
         return (state for state in self._states.values() if state.tenant == tenant)
 
-    def fork(self, state: NamedState, name: str | None, ttl: float | None) -> NamedState:
-        """Another state of the same transcript; they share the snapshot.
+    def fork(self, state: NamedState, name: str | None, ttl: float | None) -> Saving:
+        """Begin to save another state of the same transcript; in memory, they share the snapshot.
 
         Raises:
-            NoRoomError: there are too many states.
+            NoRoomError, TenantFullError: there is no room for it.
         """
-        self._check_number(1)
-        return self._add(state.tenant, name, ttl, state.tokens, state.turn)
+        self.reserve(state.tenant, 1, 0 if state.file is None else state.file.nbytes)
+        return self.save(state.tenant, name, ttl, state.tokens, state.turn, state.island)
 
-    def delete(self, state: NamedState) -> None:
-        """Forget a state; its snapshot lives on as long as any other."""
-        del self._states[state.id]
-        if state.name is not None:
-            del self._by_name[state.tenant, state.name]
+    def renew(self, state: NamedState) -> None:
+        """Hold the longest snapshot that there is of a state by now."""
+        entry = self._parking.hold(state)
         if state.entry is not None:
             self._parking.release(state.entry)
+        state.entry = entry
 
-    def _add(self, tenant: str, name: str | None, ttl: float | None, tokens: bytes, turn: str | None) -> NamedState:
-        now = self._clock()
-        expires = now + (DEFAULT_TTL if ttl is None else ttl)
-        entry = self._parking.hold(tenant, tokens)
-        state = NamedState(STATE_ID_PREFIX + secrets.token_hex(12), name, tenant, tokens, now, expires, entry, turn)
-        if name is not None:
-            if (older := self._by_name.get((tenant, name))) is not None:
+    def delete(self, state: NamedState) -> "Future[None] | None":
+        """Forget a state; its snapshot lives on as long as any other.
+
+        Returns:
+            Done when its file is gone; None: it has none.
+        """
+        del self._states[state.id]
+        if state.name is not None and self._by_name.get((state.tenant, state.name)) is state:
+            del self._by_name[state.tenant, state.name]
+        self._used.remove(state)
+        if state.file is not None:
+            self._parking.file_removed(state)
+        if state.entry is not None:
+            self._parking.release(state.entry)
+        return None if self._files is None or state.file is None else self._files.remove(state)
+
+    def _enter(self, state: NamedState) -> None:
+        if state.file is not None:
+            state.entry = self._parking.file_written(state)
+        if state.name is not None:
+            if (older := self._by_name.get((state.tenant, state.name))) is not None:
                 self.delete(older)
-            self._by_name[tenant, name] = state
+            self._by_name[state.tenant, state.name] = state
         self._states[state.id] = state
-        heapq.heappush(self._expiries, (expires, state.id))
-        return state
-
-    def _check_number(self, count: int) -> None:
-        if len(self._states) + self._reserved + count > MAX_STATES:
-            raise NoRoomError(f"no room for {count} more saved states: at most {MAX_STATES} are kept; delete some")
+        self._used.add(state)
+        heapq.heappush(self._expiries, (state.expires, state.id))
 
     def _expire(self) -> None:
         now = self._clock()
@@ -176,3 +342,40 @@ class NamedStates:
             state = self._states.get(heapq.heappop(self._expiries)[1])
             if state is not None:
                 self.delete(state)
+                self.counts["expire"] += 1
+
+
+class _Ledger:
+    """How many states there are and what they take, of each tenant and in all (None).
+
+    What several states share counts once for each tenant, and once in all.
+    """
+
+    def __init__(self) -> None:
+        self.count: Counter[str | None] = Counter()
+        self.nbytes: Counter[str | None] = Counter()
+        self._charges: dict[str, list[tuple[Hashable, int]]] = {}
+        self._sharers: Counter[tuple[str | None, Hashable]] = Counter()
+
+    def add(self, state: NamedState) -> None:
+        if state.file is not None:
+            charges: list[tuple[Hashable, int]] = [(state.id, state.file.nbytes)]
+        else:
+            charges = [] if state.entry is None else [(state.entry, state.entry.nbytes)]
+        self._charges[state.id] = charges
+        for owner in (None, state.tenant):
+            self.count[owner] += 1
+            for what, nbytes in charges:
+                self._sharers[owner, what] += 1
+                if self._sharers[owner, what] == 1:
+                    self.nbytes[owner] += nbytes
+
+    def remove(self, state: NamedState) -> None:
+        charges = self._charges.pop(state.id)
+        for owner in (None, state.tenant):
+            self.count[owner] -= 1
+            for what, nbytes in charges:
+                self._sharers[owner, what] -= 1
+                if not self._sharers[owner, what]:
+                    del self._sharers[owner, what]
+                    self.nbytes[owner] -= nbytes

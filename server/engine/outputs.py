@@ -84,13 +84,15 @@ class Outbox:
             collected.rest.states[len(rows)] = seq.saved
         rows.append((seq.request_id, seq.choice, token_id, text, seq.finish_reason))
 
-    def end(self, seq: Sequence, text: bytes = b"", *, error: str | None = None) -> None:
+    def end(self, seq: Sequence, text: bytes = b"", *, error: str | None = None, unsaved: str | None = None) -> None:
         """The terminal event of a sequence that ended without a token."""
         collected = self._of(seq.client)
         if seq.cached_tokens and not seq.outputs:
             collected.rest.cached_tokens[len(collected.rows)] = seq.cached_tokens
         if error is not None:
             collected.rest.errors[len(collected.rows)] = error
+        if unsaved is not None:
+            collected.rest.unsaved[len(collected.rows)] = unsaved
         if seq.saved is not None:
             collected.rest.states[len(collected.rows)] = seq.saved
         collected.rows.append((seq.request_id, seq.choice, -1, text, seq.finish_reason))

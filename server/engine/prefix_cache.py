@@ -11,7 +11,9 @@ exactly some position. So the cache decides where on its way a prompt leaves sna
 A prompt whose beginning another one is just absorbing waits for that one's snapshot instead of absorbing it again.
 
 Snapshots live in tiers, each with a budget in bytes. A tier that is full hands its least recently used snapshot down to
-the next, and the last one drops it. Nothing is visible across scopes (the API keys' tenants).
+the next, and the last one drops it. One that a saved state holds may move down, but is not given up; if it is in the
+state's file, too, it moves there at once, and takes no room in the tiers. Nothing is visible across scopes (the API
+keys' tenants).
 """
 
 import enum
@@ -42,6 +44,8 @@ class Tier(enum.IntEnum):
     DEVICE = 0
     HOST = 1
     DISK = 2
+    SAVED = 3
+    """In the files of saved states, which are not the cache's to count or remove."""
 
 
 class Store(Protocol[P]):
@@ -60,6 +64,10 @@ class Store(Protocol[P]):
             SnapshotLostError: it cannot be read any more.
         """
 
+    def take_unwritten(self) -> list[P]:
+        """Snapshots of the tier DISK whose files could not be written, since this was last asked. They are in memory
+        until they are moved or given up."""
+
 
 class SnapshotLostError(Exception):
     """A parked snapshot turned out to be unreadable; str() says why."""
@@ -76,6 +84,7 @@ class Entry(Generic[P]):
         pins: as long as there are any, it is neither moved down nor dropped.
         holds: as long as there are any, it is not given up for want of room, but may be moved down.
         favours: as long as there are any, it is given up only where nothing without them can be.
+        files: the same snapshot in files of saved states.
     """
 
     node: "Node[_Spot[P]]"
@@ -87,6 +96,7 @@ class Entry(Generic[P]):
     pins: int = 0
     holds: int = 0
     favours: int = 0
+    files: list[P] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -165,12 +175,22 @@ class PrefixCache(Generic[P]):
         self._trees: dict[str, RadixTree[_Spot[P]]] = {}
         self._entries: dict[Tier, OrderedDict[Entry[P], None]] = {tier: OrderedDict() for tier in Tier}
         self._used = dict.fromkeys(Tier, 0)
+        self._held = dict.fromkeys(Tier, (0, 0))
         self._active: dict[Ticket[P], None] = {}
         self.figures = CacheFigures()
 
     def usage(self, tier: Tier) -> tuple[int, int]:
         """Snapshots in a tier, and their bytes."""
         return len(self._entries[tier]), self._used[tier]
+
+    def held(self, tier: Tier) -> tuple[int, int]:
+        """Those of them that somebody holds, and their bytes."""
+        return self._held[tier]
+
+    def resize(self, tier: Tier, budget: int) -> None:
+        """Give a tier another budget; what is too much moves on."""
+        self._budgets[tier] = budget
+        self._make_room(tier, 0)
 
     def entries(self) -> Iterator[Entry[P]]:
         """Every snapshot, by tier, the least recently used first."""
@@ -188,6 +208,7 @@ class PrefixCache(Generic[P]):
         if ticket.blocked:
             return False
         ticket._waits_for = None
+        self.recover()
         tree = self._trees.get(ticket.scope)
         while True:
             found, shared = ([], 0) if tree is None else tree.walk(ticket.tokens)
@@ -203,7 +224,7 @@ class PrefixCache(Generic[P]):
                 break
             except SnapshotLostError as error:
                 logger.warning("a parked state of %d tokens is lost: %s", entry.num_tokens, error)
-                self._drop(entry)
+                self._lose(entry)
         self._active[ticket] = None
         if entry is not None:
             self._use(ticket, entry)
@@ -253,12 +274,66 @@ class PrefixCache(Generic[P]):
         """Have the snapshot of the longest beginning of these tokens kept until ``release``; None: there is none."""
         entry = self._longest(scope, tokens)
         if entry is not None:
-            entry.holds += 1
+            self._hold(entry, +1)
         return entry
 
     def release(self, entry: Entry[P]) -> None:
         """One holder less of a snapshot, which may be lost meanwhile."""
-        entry.holds -= 1
+        self._hold(entry, -1)
+
+    def back(self, entry: Entry[P], payload: P, *, complete: bool) -> None:
+        """Note that a snapshot is in the file of a saved state, too; one without logits does not stand for one with."""
+        if entry.nbytes and (complete or not entry.complete):
+            entry.files.append(payload)
+
+    def unback(self, entry: Entry[P], payload: P) -> None:
+        """The file of a saved state is about to be removed: what lies there only has to go."""
+        if payload in entry.files:
+            entry.files.remove(payload)
+        if entry.payload is not payload or not entry.nbytes:
+            return
+        if entry.files:
+            entry.payload = entry.files[0]
+        else:
+            self._drop(entry)
+
+    def find_saved(self, scope: str, tokens: bytes, payload: P, nbytes: int, *, complete: bool) -> Entry[P]:
+        """Take in a snapshot that is in the file of a saved state, and hold it."""
+        node = self._trees.setdefault(scope, RadixTree()).insert(tokens)
+        if node.value is None:
+            node.value = _Spot()
+        entry = node.value.entry
+        if entry is None:
+            entry = node.value.entry = Entry(node, scope, complete, nbytes, payload, Tier.SAVED)
+            self._account(entry, +1)
+        self.back(entry, payload, complete=complete)
+        self._hold(entry, +1)
+        return entry
+
+    def recover(self) -> None:
+        """Deal with snapshots whose files could not be written: those that are held go back to the host's memory, the
+        others are given up."""
+        for payload in self._store.take_unwritten():
+            entry = next((entry for entry in self._entries[Tier.DISK] if entry.payload is payload), None)
+            if entry is None:
+                continue
+            moved = None
+            if entry.holds and self._make_room(Tier.HOST, entry.nbytes):
+                moved = self._store.move(payload, Tier.HOST)
+            if moved is None:
+                self.figures.evictions += 1
+                self._drop(entry)
+            else:
+                self._move(entry, moved, Tier.HOST)
+
+    def _hold(self, entry: Entry[P], sign: int) -> None:
+        entry.holds += sign
+        if entry.nbytes and entry.holds == max(sign, 0):
+            self._count_held(entry, sign)
+
+    def _count_held(self, entry: Entry[P], sign: int) -> None:
+        count, nbytes = self._held[entry.tier]
+        self._held[entry.tier] = count + sign, nbytes + sign * entry.nbytes
 
     def favour(self, scope: str, tokens: bytes) -> Entry[P] | None:
         """Have the snapshot of the longest beginning of these tokens given up after others, until ``unfavour``."""
@@ -340,7 +415,7 @@ class PrefixCache(Generic[P]):
         spot = node.value
         assert spot is not None
         old = spot.entry
-        if old is not None and (old.complete or not complete or old.pins):
+        if old is not None and (old.complete or not complete or old.pins or old.files):
             self._entries[old.tier].move_to_end(old)
             self._store.drop(payload)
             return
@@ -392,13 +467,15 @@ class PrefixCache(Generic[P]):
 
     def _hand_down(self, entry: Entry[P], *, spare: bool) -> bool:
         """Move a snapshot down, or give it up; False: there is no room below, and it is held, or to be spared."""
+        if entry.files:
+            self._store.drop(entry.payload)
+            self._move(entry, entry.files[0], Tier.SAVED)
+            return True
         for tier in Tier:
             if tier > entry.tier and self._hand_down_until(tier, entry.nbytes, spare=spare):
                 moved = self._store.move(entry.payload, tier)
                 if moved is not None:
-                    self._account(entry, -1)
-                    entry.payload, entry.tier = moved, tier
-                    self._account(entry, +1)
+                    self._move(entry, moved, tier)
                     return True
         if entry.holds or (spare and entry.favours):
             return False
@@ -406,10 +483,26 @@ class PrefixCache(Generic[P]):
         self._drop(entry)
         return True
 
+    def _lose(self, entry: Entry[P]) -> None:
+        """A snapshot cannot be read where it lies."""
+        if entry.payload in entry.files:
+            entry.files.remove(entry.payload)
+        if not entry.files:
+            self._drop(entry)
+            return
+        self._store.drop(entry.payload)
+        self._move(entry, entry.files[0], Tier.SAVED)
+
+    def _move(self, entry: Entry[P], payload: P, tier: Tier) -> None:
+        self._account(entry, -1)
+        entry.payload, entry.tier = payload, tier
+        self._account(entry, +1)
+
     def _drop(self, entry: Entry[P]) -> None:
         self._account(entry, -1)
         self._store.drop(entry.payload)
         entry.nbytes = 0
+        entry.files.clear()
         assert entry.node.value is not None
         entry.node.value.entry = None
         self._tidy(entry.scope, entry.node)
@@ -422,6 +515,8 @@ class PrefixCache(Generic[P]):
         else:
             del entries[entry]
         self._used[entry.tier] += sign * entry.nbytes
+        if entry.holds:
+            self._count_held(entry, sign)
 
     def _tidy(self, scope: str, node: "Node[_Spot[P]]") -> None:
         """Let the tree forget a place of which nothing is known any more."""

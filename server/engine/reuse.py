@@ -12,12 +12,15 @@ from concurrent.futures import Future
 import torch
 
 from server.engine.batch import Batch
+from server.engine.named_states import NamedState, StateLimits
 from server.engine.pinned import PinnedPieces
 from server.engine.prefix_cache import CacheFigures, Entry, PrefixCache, Ticket, Tier
+from server.engine.radix import TOKEN_BYTES
 from server.engine.sequence import Sequence
 from server.engine.sessions import Sessions
 from server.engine.snapshot import Snapshot
 from server.engine.snapshot_store import Payload, SnapshotStore
+from server.engine.state_file import Part
 from server.engine.stats import Figures
 from server.settings import StateCacheConfig
 from server.types import pack_tokens
@@ -26,7 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_reuse(
-    config: StateCacheConfig, budgets: Mapping[Tier, int], parked_bytes: int, device: torch.device, figures: Figures
+    config: StateCacheConfig,
+    budgets: Mapping[Tier, int],
+    parked_bytes: int,
+    pool: Mapping[str, Part],
+    device: torch.device,
+    figures: Figures,
 ) -> "PrefixReuse | None":
     """Prefix reuse as the settings want it; None if no tier can hold a state.
 
@@ -34,6 +42,7 @@ def build_reuse(
         config: the settings.
         budgets: bytes of each tier.
         parked_bytes: most bytes of a parked state.
+        pool: what a snapshot of the state pool looks like.
         device: where the state pool lies.
         figures: where the time that files take is counted.
 
@@ -49,8 +58,25 @@ def build_reuse(
     pieces = None
     if device.type == "cuda" and Tier.HOST in usable:
         pieces = PinnedPieces(parked_bytes, usable[Tier.HOST])
-    store = SnapshotStore(device, pieces, config.folder, figures.state_read, figures.state_write)
+    store = SnapshotStore(device, pool, pieces, config.folder, figures.state_read, figures.state_write)
     return PrefixReuse(store, usable, shared=config.shared)
+
+
+def state_limits(config: StateCacheConfig, budgets: Mapping[Tier, int], parked_bytes: int) -> StateLimits:
+    """How much may be saved: half of the disk where states are saved there, else of memory.
+
+    Args:
+        config, budgets, parked_bytes: as for :func:`build_reuse`.
+    """
+    room = budgets[Tier.DISK] if config.folder is not None else sum(budgets.values())
+    # The other half stays for prefix reuse.
+    return StateLimits(
+        nbytes=max(room // 2, parked_bytes),
+        state_nbytes=parked_bytes,
+        count=config.max_saved,
+        tenant_count=config.max_saved_per_key,
+        tenant_nbytes=config.saved_bytes_per_key,
+    )
 
 
 class PrefixReuse:
@@ -58,13 +84,19 @@ class PrefixReuse:
 
     Args:
         store: holds the snapshots.
-        budgets: most bytes in each tier.
+        budgets: most bytes in each tier; files of saved states count as part of the disk's.
         shared: whether every tenant may begin from every other's snapshots.
+
+    Attributes:
+        store: the same.
     """
 
     def __init__(self, store: SnapshotStore, budgets: Mapping[Tier, int], *, shared: bool) -> None:
-        self._store = store
+        self.store = self._store = store
         self._shared = shared
+        self._disk = budgets.get(Tier.DISK, 0)
+        self._file_bytes = 0
+        self._filed: dict[Payload, Entry[Payload]] = {}
         self._tier = Tier.HOST if store.device.type == "cpu" else Tier.DEVICE
         self._cache: PrefixCache[Payload] = PrefixCache(budgets, store)
         self._sessions = Sessions(self)
@@ -76,7 +108,12 @@ class PrefixReuse:
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """By lower-case name of the tier: snapshots, and their bytes."""
-        return {tier.name.lower(): self._cache.usage(tier) for tier in Tier}
+        self._cache.recover()
+        return {tier.name.lower(): self._cache.usage(tier) for tier in Tier if tier is not Tier.SAVED}
+
+    def held(self) -> dict[str, tuple[int, int]]:
+        """By lower-case name of the tier: snapshots of saved states, and their bytes."""
+        return {tier.name.lower(): self._cache.held(tier) for tier in Tier}
 
     # The scheduler's side.
 
@@ -90,7 +127,8 @@ class PrefixReuse:
         if seq.ticket is None:
             # Who wants to know how likely the prompt is must absorb it.
             reuse = seq.params.prompt_logprobs is None or seq.leads_again
-            seq.ticket = Ticket(self._scope(seq.tenant), seq.prompt.tobytes(), seq.checkpoint_at, reuse, seq.priority)
+            scope = self._scope(seq.tenant, seq.island)
+            seq.ticket = Ticket(scope, seq.prompt.tobytes(), seq.checkpoint_at, reuse, seq.priority)
         if not self._cache.admit(seq.ticket):
             return False
         entry = seq.ticket.entry
@@ -140,11 +178,12 @@ class PrefixReuse:
         answer = pack_tokens(seq.outputs[: snapshot.num_tokens - len(seq.prompt)])
         tokens = seq.prompt.tobytes() + answer
         complete = snapshot.logits_V is not None
-        self._cache.keep(self._scope(seq.tenant), tokens, snapshot, self._tier, snapshot.nbytes, complete=complete)
+        scope = self._scope(seq.tenant, seq.island)
+        self._cache.keep(scope, tokens, snapshot, self._tier, snapshot.nbytes, complete=complete)
 
     def note_session(self, seq: Sequence) -> None:
         """A sequence has ended, and what it leaves behind is what its session will go on from."""
-        if seq.session is not None:
+        if seq.session is not None and seq.island is None:
             self._sessions.note(seq.tenant, seq.session, seq.transcript)
 
     @property
@@ -158,9 +197,9 @@ class PrefixReuse:
 
     # The side of saved states, and of sessions.
 
-    def hold(self, tenant: str, tokens: bytes) -> Entry[Payload] | None:
-        """Keep the snapshot of the longest beginning of these tokens until it is released; None: there is none."""
-        return self._cache.hold(self._scope(tenant), tokens)
+    def hold(self, state: NamedState) -> Entry[Payload] | None:
+        """Keep the snapshot of the longest beginning of a state's tokens until it is released; None: there is none."""
+        return self._cache.hold(self._scope(state.tenant, state.island), state.tokens)
 
     def release(self, entry: Entry[Payload]) -> None:
         """One holder less."""
@@ -168,11 +207,54 @@ class PrefixReuse:
 
     def favour(self, tenant: str, tokens: bytes) -> Entry[Payload] | None:
         """Give the snapshot of the longest beginning of these tokens up after others; None: there is none."""
-        return self._cache.favour(self._scope(tenant), tokens)
+        return self._cache.favour(self._scope(tenant, None), tokens)
 
     def unfavour(self, entry: Entry[Payload]) -> None:
         """One session less needs it."""
         self._cache.unfavour(entry)
 
-    def _scope(self, tenant: str) -> str:
+    def adopt(self, state: NamedState, snapshot: Snapshot) -> None:
+        """Take in a snapshot on the host that another server has taken of a beginning of a state's tokens."""
+        scope = self._scope(state.tenant, state.island)
+        tokens = state.tokens[: snapshot.num_tokens * TOKEN_BYTES]
+        complete = snapshot.logits_V is not None
+        self._cache.keep(scope, tokens, snapshot, Tier.HOST, snapshot.nbytes, complete=complete)
+
+    def file_written(self, state: NamedState) -> Entry[Payload] | None:
+        """A state has a file now. Returns the snapshot to be held for it, in place of the one that was held."""
+        file, entry = state.file, state.entry
+        assert file is not None
+        self._count_file(file.nbytes)
+        if file.payload is None:
+            return entry
+        if entry is not None and entry.nbytes and entry.num_tokens == file.num_tokens:
+            self._cache.back(entry, file.payload, complete=file.complete)
+        else:
+            if entry is not None:
+                self._cache.release(entry)
+            entry = self._cache.find_saved(
+                self._scope(state.tenant, state.island),
+                state.tokens[: file.num_tokens * TOKEN_BYTES],
+                file.payload,
+                file.snapshot_bytes,
+                complete=file.complete,
+            )
+        self._filed[file.payload] = entry
+        return entry
+
+    def file_removed(self, state: NamedState) -> None:
+        """A state's file is about to be removed."""
+        assert state.file is not None
+        self._count_file(-state.file.nbytes)
+        if state.file.payload is not None:
+            self._cache.unback(self._filed.pop(state.file.payload), state.file.payload)
+
+    def _count_file(self, nbytes: int) -> None:
+        self._file_bytes += nbytes
+        self._cache.resize(Tier.DISK, max(0, self._disk - self._file_bytes))
+
+    def _scope(self, tenant: str, island: str | None) -> str:
+        """Who can see each other's snapshots. No tenant's name has the character that begins an island's."""
+        if island is not None:
+            return f"\0{island}"
         return "" if self._shared else tenant

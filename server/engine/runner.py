@@ -29,6 +29,8 @@ from server.engine.snapshot import (
     take_snapshot,
     to_host,
 )
+from server.engine.state_exchange import pool_layout
+from server.engine.state_file import Part
 from server.engine.step import StepModel
 from server.types import PromptLogprobs, TokenLogprobs
 
@@ -258,6 +260,11 @@ class Runner:
     def parked_bytes(self) -> int:
         """Most bytes of a snapshot that is kept for later prompts."""
         return parked_bytes(self._states, self._parked_dtype, self._sampler.vocab_size)
+
+    @property
+    def pool_layout(self) -> dict[str, Part]:
+        """What a snapshot looks like that is not rounded."""
+        return pool_layout(self._states, self._sampler.vocab_size)
 
     def _shrunk(self, snapshot: Snapshot) -> Snapshot:
         return snapshot if self._parked_dtype is None else shrink(snapshot, self._parked_dtype)

@@ -9,6 +9,7 @@ from server.engine.detokenizer import StopMatcher
 from server.types import FinishReason, SamplingParams, StateInfo, pack_tokens
 
 if TYPE_CHECKING:
+    from server.engine.named_states import Saving
     from server.engine.prefix_cache import Ticket
     from server.engine.snapshot import Snapshot
 
@@ -55,6 +56,8 @@ class Sequence:
     """Whose turn it takes in the queue."""
     session: str | None = None
     """The conversation, among its tenant's, that it is a part of."""
+    island: str | None = None
+    """Whose snapshots it may begin from and leaves its own to, apart from the tenant's; see :class:`NamedState`."""
     checkpoint_at: tuple[int, ...] = ()
     """Positions within the prompt at which to park its state."""
     save: "Save | None" = None
@@ -67,6 +70,8 @@ class Sequence:
     """Why it ends, once its last token has been absorbed."""
     logits: dict[int, Any] = field(default_factory=dict)
     """Of a sequence to be saved: the logits behind so many tokens, float32 [V] on the device, of its newest steps."""
+    saving: "Saving | None" = None
+    """The state that is being saved."""
     priority: int = 0
     """Lower values are served first, among sequences of one tenant."""
 

@@ -120,6 +120,21 @@ def to_host(snapshot: Snapshot, piece: PinnedPiece | None = None) -> Snapshot:
     return Snapshot(hosts, hosts.pop("logits", None), snapshot.num_tokens, snapshot.num_folded, copied, piece)
 
 
+def copy_from_device(snapshot: Snapshot, stream: torch.cuda.Stream | None) -> Snapshot:
+    """A copy in ordinary memory of a snapshot on a CUDA device, for other threads than the engine's; waits for it.
+
+    Args:
+        stream: in whose order the snapshot was taken.
+    """
+    assert stream is not None
+    device = snapshot.parts["recurrent"].device
+    own = torch.cuda.Stream(device)
+    own.wait_event(stream.record_event())
+    with torch.cuda.stream(own):
+        hosts = {name: tensor.cpu() for name, tensor in snapshot.tensors().items()}
+    return Snapshot(hosts, hosts.pop("logits", None), snapshot.num_tokens, snapshot.num_folded, None)
+
+
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -175,7 +190,8 @@ def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[i
         parts["recurrent"] = LayerState(parts["recurrent"], parts.get("scales")).load(layers).to(pool_dtype)
     slots_N = _upload(slots, device)
     for name, part_LS in states.parts.items():
-        _spread(part_LS, slots_N, parts[name])
+        if name in parts:  # One that waits for nothing may come without a ring.
+            _spread(part_LS, slots_N, parts[name])
     return snapshot.logits_V
 
 

@@ -2,7 +2,7 @@
 
 Between device and host, copies take their place in the device's queues. One thread writes files and another reads them:
 a snapshot on its way to the disk is served from memory until it is there, and if more of them queue up than the disk
-takes, the next ones are refused.
+takes, the next ones are refused. Files of saved states are only read here; see :mod:`server.engine.saved_files`.
 """
 
 import fcntl
@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,8 @@ import torch
 
 from server.engine.pinned import PinnedPieces
 from server.engine.prefix_cache import SnapshotLostError, Tier
-from server.engine.snapshot import Snapshot, to_device, to_host
+from server.engine.snapshot import Snapshot, copy_from_device, to_device, to_host
+from server.engine.state_exchange import TRANSCRIPT, adapt
 from server.engine.state_file import Part, StateFileError, read_state, write_state
 from server.engine.stats import Histogram
 from server.errors import SettingsError
@@ -40,7 +41,7 @@ class FileSnapshot:
     Attributes:
         path: of the file.
         num_tokens, num_folded: as in :class:`Snapshot`.
-        layout: of its tensors.
+        layout: of its tensors; None: the file is a saved state's, which is written and removed elsewhere.
         source: the snapshot until it is written, and once it has been read again; set and cleared by the threads, too.
         memory: the same, held for whoever has been told that it is ready.
         reading: the read that was asked for.
@@ -50,7 +51,7 @@ class FileSnapshot:
     path: Path
     num_tokens: int
     num_folded: int
-    layout: dict[str, Part]
+    layout: dict[str, Part] | None
     source: Snapshot | None
     memory: Snapshot | None = None
     reading: "Future[None] | None" = None
@@ -66,6 +67,7 @@ class SnapshotStore:
 
     Args:
         device: where snapshots of the tier DEVICE lie.
+        pool: what a snapshot of the state pool looks like.
         pieces: pinned memory for snapshots of the tier HOST that come from a CUDA device; None: there are none.
         folder: for files; None: there is no disk tier. Files of an earlier run are removed.
         read_seconds, write_seconds: time that files take is entered there.
@@ -75,6 +77,7 @@ class SnapshotStore:
     """
 
     device: torch.device
+    pool: Mapping[str, Part]
     pieces: PinnedPieces | None
     folder: Path | None
     read_seconds: Histogram
@@ -84,12 +87,15 @@ class SnapshotStore:
     _writes: set["Future[None]"] = field(default_factory=set)
     _reads: set["Future[None]"] = field(default_factory=set)
     _leaving: "deque[torch.cuda.Event]" = field(default_factory=deque)
+    _unwritten: "deque[FileSnapshot]" = field(default_factory=deque)
     _number: int = 0
     _lock: int | None = None
+    _stream: torch.cuda.Stream | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot-writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="snapshot-reader")
+        self._stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         if self.folder is None:
             return
         try:
@@ -121,8 +127,9 @@ class SnapshotStore:
     def drop(self, payload: Payload) -> None:
         """Give a snapshot up; memory is freed with the last reference."""
         if isinstance(payload, FileSnapshot):
-            payload.source = payload.memory = None
-            self._writer.submit(payload.path.unlink, missing_ok=True)
+            payload.source = payload.memory = payload.reading = None
+            if payload.layout is not None:
+                self._writer.submit(payload.path.unlink, missing_ok=True)
 
     def ready(self, payload: Payload) -> bool:
         """Whether a snapshot is in memory; if it is not, it is being read.
@@ -140,6 +147,31 @@ class SnapshotStore:
         if payload.reading is None:
             payload.reading = self._submit(self._reader, self._reads, self._read_file, payload)
         return False
+
+    def take_unwritten(self) -> list[Payload]:
+        """Snapshots whose files could not be written, since this was last asked; they are in memory still."""
+        unwritten: list[Payload] = []
+        while self._unwritten:
+            payload = self._unwritten.popleft()
+            payload.memory = payload.source
+            unwritten.append(payload)
+        return unwritten
+
+    # The side of other threads.
+
+    def copy_to_host(self, payload: Payload) -> Snapshot:
+        """A snapshot as the host can read it; waits for the device or for a file. May be called by any thread.
+
+        Raises:
+            StateFileError: its file cannot be read.
+        """
+        if isinstance(payload, FileSnapshot):
+            snapshot = payload.source
+            return self._read(payload) if snapshot is None else self.copy_to_host(snapshot)
+        payload.wait()
+        if payload.parts["recurrent"].device.type == "cpu":
+            return payload
+        return copy_from_device(payload, self._stream)
 
     # The engine's side.
 
@@ -218,19 +250,23 @@ class SnapshotStore:
             snapshot.wait()
             write_state(file.path, snapshot.tensors(), {})
         except OSError as error:
-            file.lost = f"{file.path}: {error.strerror}"
-            logger.warning("a snapshot was not written: %s", file.lost)
+            logger.warning("a snapshot was not written: %s: %s", file.path, error.strerror)
+            self._unwritten.append(file)
         else:
             self.write_seconds.observe(time.perf_counter() - start)
-        file.source = None
+            file.source = None
 
     def _read_file(self, file: FileSnapshot) -> None:
-        start = time.perf_counter()
         try:
-            tensors, _ = read_state(file.path, file.layout)
+            file.source = self._read(file)
         except StateFileError as error:
             file.lost = f"{file.path}: {error}"
-            return
+
+    def _read(self, file: FileSnapshot) -> Snapshot:
+        start = time.perf_counter()
+        tensors, _ = read_state(file.path, file.layout)
         self.read_seconds.observe(time.perf_counter() - start)
+        tensors.pop(TRANSCRIPT, None)
         logits_V = tensors.pop("logits", None)
-        file.source = Snapshot(tensors, logits_V, file.num_tokens, file.num_folded, None)
+        snapshot = Snapshot(tensors, logits_V, file.num_tokens, file.num_folded, None)
+        return snapshot if file.layout is not None else adapt(snapshot, self.pool, exact=True)

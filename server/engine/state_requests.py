@@ -1,6 +1,18 @@
 """What requests ask of saved states, and why they may not have it. Torch-free."""
 
-from server.engine.named_states import NamedStates, NoRoomError
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from server.engine.named_states import (
+    NamedState,
+    NamedStates,
+    NoRoomError,
+    NotWrittenError,
+    Saving,
+    TenantFullError,
+)
 from server.engine.radix import TOKEN_BYTES
 from server.types import GenerateRequest, Refusal, RefusalReason, StateAction, StateCommand, StateInfo
 
@@ -11,7 +23,47 @@ _OFF = Refusal(
 )
 
 
-def obey(states: NamedStates | None, command: StateCommand) -> list[StateInfo] | Refusal:
+@dataclass(frozen=True, slots=True)
+class Later:
+    """An answer that has to wait for a file.
+
+    Attributes:
+        future: when this is done ...
+        finish: ... this gives the answer.
+    """
+
+    future: "Future[Any]"
+    finish: Callable[[], list[StateInfo] | Refusal]
+
+
+Answer: TypeAlias = list[StateInfo] | Refusal | Later
+
+
+class Waiting:
+    """Answers that wait for files."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Future[Any], Callable[[], None]] = {}
+
+    @property
+    def futures(self) -> "set[Future[Any]]":
+        """What they wait for."""
+        return set(self._waiting)
+
+    def after(self, answer: Answer, then: Callable[[list[StateInfo] | Refusal], None]) -> None:
+        """Pass an answer on: now, or when :meth:`settle` finds that it need not wait any longer."""
+        if isinstance(answer, Later):
+            self._waiting[answer.future] = lambda: then(answer.finish())
+        else:
+            then(answer)
+
+    def settle(self) -> None:
+        """Pass on what need not wait any longer, in order."""
+        for future in [future for future in self._waiting if future.done()]:
+            self._waiting.pop(future)()
+
+
+def obey(states: NamedStates | None, command: StateCommand) -> Answer:
     """Do what a command says; the states that it is about, or why it cannot be done.
 
     Args:
@@ -24,21 +76,43 @@ def obey(states: NamedStates | None, command: StateCommand) -> list[StateInfo] |
         return [state.info for state in states.of(command.tenant)]
     state = states.find(command.tenant, command.state)
     if state is None:
-        return _unknown(command.state)
+        return unknown(command.state)
+    info = [state.info]
     if command.action is StateAction.DELETE:
-        states.delete(state)
-    elif command.action is StateAction.FORK:
+        removed = states.delete(state)
+        states.counts["delete"] += 1
+        return info if removed is None else Later(removed, lambda: _removed(removed, info))
+    if command.action is StateAction.FORK:
         try:
-            state = states.fork(state, command.name, command.ttl)
-        except NoRoomError as error:
-            return Refusal(RefusalReason.STATES_FULL, str(error))
-    return [state.info]
+            saving = states.fork(state, command.name, command.ttl)
+        except (NoRoomError, TenantFullError) as error:
+            return _full(error)
+        return complete(states, saving, "fork")
+    return info
+
+
+def complete(states: NamedStates, saving: Saving, operation: str) -> Answer:
+    """Enter a state that is being saved, and tell of it.
+
+    Args:
+        operation: counts as one of these.
+    """
+
+    def finish() -> list[StateInfo] | Refusal:
+        try:
+            info = states.complete(saving).info
+        except NotWrittenError as error:
+            return Refusal(RefusalReason.NOT_WRITTEN, str(error))
+        states.counts[operation] += 1
+        return [info]
+
+    return finish() if saving.written is None else Later(saving.written, finish)
 
 
 def context_of(
     states: NamedStates | None, request: GenerateRequest, reference: str, limit: int | None
-) -> bytes | Refusal:
-    """The transcript that a request's prompts continue, int32 bytes, or why they cannot.
+) -> NamedState | Refusal:
+    """The state that a request's prompts continue, or why they cannot.
 
     Args:
         states: None: the engine parks none.
@@ -50,28 +124,42 @@ def context_of(
         return _OFF
     state = states.find(request.tenant, reference)
     if state is None:
-        return _unknown(reference)
+        return unknown(reference)
     length = (max(map(len, request.prompts)) + len(state.tokens)) // TOKEN_BYTES
     answer = 0 if request.params.max_tokens == 0 else 1
     if limit is not None and length + answer > limit:
         return Refusal(
             RefusalReason.TOO_LONG,
-            f"the state has {state.info.num_tokens} tokens, with the prompt {length}; together with the answer there "
+            f"the state has {state.num_tokens} tokens, with the prompt {length}; together with the answer there "
             f"may be {limit} (--max-model-len)",
         )
-    return state.tokens
+    states.counts["restore"] += 1
+    return state
 
 
-def reserve(states: NamedStates | None, count: int) -> Refusal | None:
-    """Set room aside for so many states; None: there is enough."""
+def reserve(states: NamedStates | None, tenant: str, count: int) -> Refusal | None:
+    """Set room aside for so many states of a tenant's; None: there is enough."""
     if states is None:
         return _OFF
     try:
-        states.reserve(count)
-    except NoRoomError as error:
-        return Refusal(RefusalReason.STATES_FULL, str(error))
+        states.reserve(tenant, count)
+    except (NoRoomError, TenantFullError) as error:
+        return _full(error)
     return None
 
 
-def _unknown(reference: str) -> Refusal:
+def _full(error: NoRoomError | TenantFullError) -> Refusal:
+    is_mine = isinstance(error, TenantFullError)
+    return Refusal(RefusalReason.STATES_LIMIT if is_mine else RefusalReason.STATES_FULL, str(error))
+
+
+def _removed(removed: "Future[None]", info: list[StateInfo]) -> list[StateInfo] | Refusal:
+    error = removed.exception()
+    if error is None:
+        return info
+    return Refusal(RefusalReason.NOT_WRITTEN, f"the state's file could not be removed, it may come back: {error}")
+
+
+def unknown(reference: str) -> Refusal:
+    """What is said of a state that the tenant does not have."""
     return Refusal(RefusalReason.UNKNOWN_STATE, f"there is no state {reference!r}, or it has expired")

@@ -23,8 +23,8 @@ from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.api.client import EngineClient
 from server.engine.detokenizer import StopMatcher
-from server.engine.named_states import NamedStates
-from server.engine.state_requests import context_of, obey, reserve
+from server.engine.named_states import NamedState, NamedStates, StateLimits
+from server.engine.state_requests import Later, context_of, obey, reserve
 from server.keys import ApiKey, hash_key
 from server.settings import ApiSettings
 from server.types import (
@@ -145,11 +145,17 @@ class Running:
 class NoParking:
     """Holds no snapshots: the scripted engine needs none."""
 
-    def hold(self, tenant: str, tokens: bytes) -> None:
+    def hold(self, state: NamedState) -> None:
         return None
 
     def release(self, entry: object) -> None:
         raise AssertionError("nothing was held")
+
+    def file_written(self, state: NamedState) -> None:
+        raise AssertionError("there are no files")
+
+    def file_removed(self, state: NamedState) -> None:
+        raise AssertionError("there are no files")
 
 
 @dataclass
@@ -180,7 +186,7 @@ class ScriptedEngine:
     """Choices for which there is no token."""
     cached_tokens: int = 0
     """What it says of every prompt."""
-    states: NamedStates | None = field(default_factory=lambda: NamedStates(NoParking(), 1 << 16))
+    states: NamedStates | None = field(default_factory=lambda: NamedStates(NoParking(), StateLimits(1 << 40, 1 << 10)))
     """What clients have saved."""
     stop_after: int | None = None
     """A choice comes to its end of sequence after so many tokens."""
@@ -211,6 +217,7 @@ class ScriptedEngine:
 
     def _obey(self, command: StateCommand) -> None:
         told = obey(self.states, command)
+        assert not isinstance(told, Later), "there are no files"
         if isinstance(told, Refusal):
             self._receive([StepOutput(rejected={command.request_id: told})])
         else:
@@ -220,9 +227,9 @@ class ScriptedEngine:
         refusal, context = self._refusal(request), b""
         if refusal is None and request.state is not None:
             found = context_of(self.states, request, request.state, self.info.max_model_len)
-            context, refusal = (b"", found) if isinstance(found, Refusal) else (found, None)
+            context, refusal = (b"", found) if isinstance(found, Refusal) else (found.tokens, None)
         if refusal is None and request.save_state:
-            refusal = reserve(self.states, request.num_choices)
+            refusal = reserve(self.states, request.tenant, request.num_choices)
         if refusal is not None:
             self._receive([StepOutput(rejected={request.request_id: refusal})])
             return
@@ -326,8 +333,8 @@ class ScriptedEngine:
             prompt = unpack_tokens(running.prompt)
             sent = script_tokens(len(prompt), key[1] % request.n, running.sent)
             tokens = running.prompt + pack_tokens(sent)
-            state = self.states.save(request.tenant, request.state_name, request.state_ttl, tokens, request.state_turn)
-            output.states[len(output.request_ids)] = state.info
+            saving = self.states.save(request.tenant, request.state_name, request.state_ttl, tokens, request.state_turn)
+            output.states[len(output.request_ids)] = self.states.complete(saving).info
 
     def sampled_logprob(self, choice: int) -> float:
         """Of every token that a choice samples."""

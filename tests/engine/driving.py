@@ -65,6 +65,7 @@ class Answer:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
+    unsaved: str | None = None
     cached_tokens: int = 0
     state: StateInfo | None = None
 
@@ -143,6 +144,8 @@ class Driver:
         command = StateCommand(request_id=request_id, tenant=tenant, action=action, state=state, name=name)
         self.engine.command(CLIENT, command)
         self.collect()
+        while request_id not in self.rejected and request_id not in self.told:
+            self.step()
         return self.rejected[request_id] if request_id in self.rejected else self.told[request_id]
 
     def cancel(self, request_id: int) -> None:
@@ -181,6 +184,7 @@ class Driver:
                 answer.finish_reason = FinishReason(reason)
                 answer.stop_reason = message.stop_reasons.get(row)
                 answer.error = message.errors.get(row)
+                answer.unsaved = message.unsaved.get(row)
                 answer.cached_tokens += message.cached_tokens.get(row, 0)
                 answer.state = message.states.get(row)
                 if row in message.logprobs:

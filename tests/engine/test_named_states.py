@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from server.engine.engine import Engine
-from server.engine.named_states import DEFAULT_TTL, NamedStates, NoRoomError
+from server.engine.named_states import DEFAULT_TTL, NamedState, NamedStates, NoRoomError, StateLimits, TenantFullError
 from server.engine.prefix_cache import Entry, PrefixCache, Tier
 from server.grammar import from_regex
 from server.settings import StateCacheConfig
@@ -226,7 +226,7 @@ def test_cancelled_while_the_last_token_is_absorbed() -> None:
         driver.run()
         answer = driver.answers[request, 0]
         assert (answer.finish_reason is FinishReason.LENGTH) == (answer.state is not None)
-        assert driver.engine._states is not None and driver.engine._states._reserved == 0
+        assert driver.engine._states is not None and driver.engine._states._reserved.total() == 0
         assert driver.engine.scheduler.allocator.num_used == 0
 
 
@@ -356,6 +356,9 @@ class Shelf:
     def ready(self, payload: int) -> bool:
         return True
 
+    def take_unwritten(self) -> list[int]:
+        return []
+
 
 def test_held_snapshots_move_down_and_are_never_given_up() -> None:
     shelf = Shelf()
@@ -385,7 +388,8 @@ class Lot:
 
     entries: dict[bytes, Entry[int]] = field(default_factory=dict)
 
-    def hold(self, tenant: str, tokens: bytes) -> Entry[int] | None:
+    def hold(self, state: NamedState) -> Entry[int] | None:
+        tokens = state.tokens
         cache: PrefixCache[int] = PrefixCache({Tier.HOST: 1}, Shelf())
         if tokens not in self.entries:
             cache.keep("", tokens, 0, Tier.HOST, 1, complete=True)
@@ -399,26 +403,67 @@ class Lot:
     def release(self, entry: Entry[int]) -> None:
         entry.holds -= 1
 
+    def file_written(self, state: NamedState) -> Entry[int] | None:
+        raise AssertionError("there are no files")
+
+    def file_removed(self, state: NamedState) -> None:
+        raise AssertionError("there are no files")
+
 
 def test_states_expire_and_make_room() -> None:
     now = [1000.0]
     lot = Lot()
-    states = NamedStates(lot, 2, lambda: now[0])
-    states.reserve(2)
-    first = states.save("a", "one", 10, pack_tokens([1]))
-    second = states.save("a", None, None, pack_tokens([2]))
+    states = NamedStates(lot, StateLimits(nbytes=2, state_nbytes=1), clock=lambda: now[0])
+
+    def save(name: str | None, ttl: float | None, token: int) -> NamedState:
+        return states.complete(states.save("a", name, ttl, pack_tokens([token])))
+
+    states.reserve("a", 2)
+    first = save("one", 10, 1)
+    second = save(None, None, 2)
     assert (first.expires, second.expires) == (1010, 1000 + DEFAULT_TTL)
-    with pytest.raises(NoRoomError, match="delete some"):
-        states.reserve(1)
-    fork = states.fork(first, "two", 50)
+    with pytest.raises(NoRoomError, match="2 bytes are kept or about to be, of at most 2; delete some"):
+        states.reserve("a", 1)
+    fork = states.complete(states.fork(first, "two", 50))
+    assert states.nbytes == 2, "the snapshot is shared"
     now[0] = 1010
     assert states.find("a", "one") is None and states.find("a", first.id) is None
     assert states.find("a", "two") is fork
     assert lot.entries[pack_tokens([1])].holds == 1
     with pytest.raises(NoRoomError):
-        states.reserve(1)
+        states.reserve("a", 1)
     now[0] = 1050
     assert list(states.of("a")) == [second]
-    states.reserve(1)
-    states.give_up()
+    states.reserve("a", 1)
+    states.give_up("a")
     assert lot.entries[pack_tokens([1])].holds == 0
+    assert states.nbytes == 1
+
+
+def test_each_tenant_has_limits_of_its_own() -> None:
+    limits = StateLimits(nbytes=1000, state_nbytes=1, count=4, tenant_nbytes=2, tenant_count=3)
+    states = NamedStates(Lot(), limits)
+
+    def save(tenant: str, token: int) -> NamedState:
+        states.reserve(tenant, 1)
+        return states.complete(states.save(tenant, None, None, pack_tokens([token])))
+
+    first = save("a", 1)
+    save("a", 2)
+    with pytest.raises(TenantFullError, match="2 bytes of this API key are kept or about to be, of at most 2"):
+        states.reserve("a", 1)
+    states.delete(first)
+    states.reserve("a", 1)
+    with pytest.raises(TenantFullError):
+        states.reserve("a", 1)
+    states.give_up("a")
+    with pytest.raises(
+        TenantFullError, match="4 more saved states: 0 of this API key are kept or about to be, of at most 3"
+    ):
+        states.reserve("b", 4)
+    save("b", 1)
+    save("b", 2)
+    save("c", 1)
+    with pytest.raises(NoRoomError, match="1 more saved states: 4 are kept or about to be, of at most 4"):
+        states.reserve("c", 1)
+    assert states.nbytes == 2, "tenants share snapshots here"

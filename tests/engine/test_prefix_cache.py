@@ -12,6 +12,7 @@ from server.engine.prefix_cache import (
     FIRST_SPACING,
     LEAST_GAIN,
     LEAST_WAIT,
+    Entry,
     PrefixCache,
     SnapshotLostError,
     Ticket,
@@ -40,6 +41,7 @@ class Shelf:
     held: set[Parked] = field(default_factory=set)
     lost: set[Parked] = field(default_factory=set)
     slow: set[Parked] = field(default_factory=set)
+    unwritten: list[Parked] = field(default_factory=list)
     disk_is_busy: bool = False
 
     def park(self, scope: str, tokens: bytes, *, complete: bool) -> Parked:
@@ -56,8 +58,13 @@ class Shelf:
         return moved
 
     def drop(self, payload: Parked) -> None:
-        self.held.remove(payload)
+        if payload.tier is not Tier.SAVED:
+            self.held.remove(payload)
         self.lost.discard(payload)
+
+    def take_unwritten(self) -> list[Parked]:
+        taken, self.unwritten = self.unwritten, []
+        return taken
 
     def ready(self, payload: Parked) -> bool:
         if payload in self.lost:
@@ -343,7 +350,7 @@ class Traffic(RuleBasedStateMachine):
         self.cached = Cached({Tier.DEVICE: 3, Tier.HOST: 2, Tier.DISK: 4})
         self.cache, self.shelf = self.cached.cache, self.cached.shelf
         self.tickets: list[Ticket[Parked]] = []
-        self.used: list[Parked | None] = []
+        self.saved: list[tuple[Entry[Parked], Parked | None]] = []
 
     @rule(target=waiting, prompt=PROMPTS, scope=SCOPES, checkpoint=st.integers(1, 99))
     def arrive(self, prompt: list[int], scope: str, checkpoint: int) -> Ticket[Parked]:
@@ -354,7 +361,7 @@ class Traffic(RuleBasedStateMachine):
         """Whoever is let in begins at the longest prefix there is; whoever is not waits for more than that."""
         usable = [
             len(parked.tokens) // 4
-            for parked in self.shelf.held
+            for parked in self.shelf.held | self.files
             if parked.scope == ticket.scope
             and ticket.tokens.startswith(parked.tokens)
             and (parked.complete or len(parked.tokens) < len(ticket.tokens))
@@ -390,6 +397,67 @@ class Traffic(RuleBasedStateMachine):
         parked = self.shelf.park(scope, tokens, complete=complete)
         self.cache.keep(scope, tokens, parked, Tier.DEVICE, 1, complete=complete)
 
+    @property
+    def files(self) -> set[Parked]:
+        """Of the states that are saved there and not lost."""
+        return {file for entry, file in self.saved if file is not None and entry.nbytes}
+
+    @rule(prompt=PROMPTS, scope=SCOPES, written=st.booleans())
+    def save(self, prompt: list[int], scope: str, written: bool) -> None:
+        entry = self.cache.hold(scope, pack_tokens(prompt))
+        if entry is not None:
+            self.saved.append((entry, None))
+            if written:
+                self.write(len(self.saved) - 1)
+
+    def write(self, number: int) -> None:
+        entry, file = self.saved[number]
+        if file is None and entry.nbytes:
+            file = Parked(entry.scope, entry.payload.tokens, Tier.SAVED, entry.complete)
+            self.cache.back(entry, file, complete=entry.complete)
+            self.saved[number] = entry, file
+
+    @rule(data=st.data(), written=st.booleans())
+    def delete(self, data: st.DataObject, written: bool) -> None:
+        """A saved state is written after a while, or deleted."""
+        if not self.saved:
+            return
+        number = data.draw(st.integers(0, len(self.saved) - 1))
+        if written:
+            self.write(number)
+            return
+        entry, file = self.saved.pop(number)
+        if file is not None:
+            self.cache.unback(entry, file)
+        self.cache.release(entry)
+
+    @rule(prompt=PROMPTS, scope=SCOPES, complete=st.booleans())
+    def find_saved(self, prompt: list[int], scope: str, complete: bool) -> None:
+        tokens = pack_tokens(prompt)
+        file = Parked(scope, tokens, Tier.SAVED, complete)
+        entry = self.cache.find_saved(scope, tokens, file, 1, complete=complete)
+        if complete or not entry.complete:
+            file.complete = entry.complete  # what it has beyond that is not used
+            self.saved.append((entry, file))
+        else:
+            self.saved.append((entry, None))
+
+    @rule(data=st.data())
+    def fail_to_write(self, data: st.DataObject) -> None:
+        """A file of the cache's could not be written."""
+        on_disk = sorted((p for p in self.shelf.held if p.tier is Tier.DISK), key=lambda p: (p.scope, p.tokens))
+        if on_disk:
+            parked = data.draw(st.sampled_from(on_disk))
+            self.shelf.unwritten.append(parked)
+            self.cache.recover()
+            assert parked not in self.shelf.held
+
+    @rule(budget=st.integers(0, 4))
+    def resize(self, budget: int) -> None:
+        """What does not fit any more is handed on, save what is pinned or held."""
+        self.cache.resize(Tier.DISK, budget)
+        self.cached.budgets[Tier.DISK] = max(budget, self.cache.usage(Tier.DISK)[0])
+
     @rule(busy=st.booleans())
     def disk(self, busy: bool) -> None:
         self.shelf.disk_is_busy = busy
@@ -410,17 +478,22 @@ class Traffic(RuleBasedStateMachine):
     @invariant()
     def books_balance(self) -> None:
         entries = list(self.cache.entries())
-        assert {entry.payload for entry in entries} == self.shelf.held
+        in_files = {entry.payload for entry in entries if entry.tier is Tier.SAVED}
+        assert in_files <= self.files
+        assert {entry.payload for entry in entries} - in_files == self.shelf.held
         places = {(entry.scope, entry.payload.tokens) for entry in entries}
         assert len(places) == len(entries), "two snapshots of the same tokens"
         for tier in Tier:
             count = sum(entry.tier is tier for entry in entries)
             assert self.cache.usage(tier) == (count, count)
-            assert count <= self.cached.budgets[tier]
+            assert tier is Tier.SAVED or count <= self.cached.budgets[tier]
+            held = sum(entry.tier is tier and entry.holds > 0 for entry in entries)
+            assert self.cache.held(tier) == (held, held)
         for entry in entries:
             assert entry.tier is entry.payload.tier and entry.complete == entry.payload.complete
             assert entry.num_tokens == len(entry.payload.tokens) // 4
             assert entry.pins == sum(ticket.entry is entry for ticket in self.tickets)
+            assert entry.holds == sum(held is entry for held, _ in self.saved)
 
     def teardown(self) -> None:
         for ticket in self.tickets:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -338,7 +339,8 @@ def test_states_come_back_from_disk(tmp_path: Path) -> None:
     assert stats.states_parked["disk"] == 5 and sum(stats.state_write.counts) >= 5
     assert sum(stats.state_read.counts) >= 5
     driver.engine.close()
-    assert os.listdir(tmp_path / "states") == ["lock"]
+    assert sorted(os.listdir(tmp_path / "states")) == ["lock", "saved"]
+    assert os.listdir(tmp_path / "states" / "saved") == []
 
 
 def test_a_damaged_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
@@ -406,4 +408,23 @@ def test_random_traces_say_what_they_would_have_said_alone(seed: int, mode: Mode
     assert stats.prefix_hits > 5 and stats.states_evicted > 0
     assert not driver.engine._reuse._cache._active  # type: ignore[union-attr]
     assert all(entry.pins == 0 for entry in driver.engine._reuse._cache.entries())  # type: ignore[union-attr]
+    driver.engine.close()
+
+
+def test_files_that_cannot_be_written_count_as_nothing(tmp_path: Path) -> None:
+    size = make_driver(cache=NONE).engine.info.state_bytes
+    driver, cold = make_driver(cache=disk_cache(tmp_path, 100, size)), make_driver(cache=NONE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        for seed in range(3):
+            prompt = random_prompt(40, VOCAB, seed)
+            answer = driver.complete(prompt, max_tokens=8, **GREEDY)
+            assert answer.token_ids == cold.complete(prompt, max_tokens=8, **GREEDY).token_ids
+            driver.engine._reuse._store._writer.submit(int).result()  # type: ignore[union-attr]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    stats = driver.engine.stats()
+    assert stats.states_parked["disk"] == 0 and stats.states_parked_bytes["disk"] == 0
+    assert stats.states_evicted >= 4 and stats.states_parked["host"] == 1
     driver.engine.close()

@@ -1,0 +1,316 @@
+"""Saved states that outlive their engine: what was acknowledged is found again and goes on as if nothing had been."""
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from server.engine.engine import Engine
+from server.engine.saved_files import FOLDER
+from server.engine.state_file import read_state, write_state
+from server.errors import SettingsError
+from server.settings import StateCacheConfig
+from server.types import Refusal, RefusalReason, StateAction, StateInfo
+from tests.engine.driving import FIXTURES, Answer, Driver, engine_config, random_prompt
+
+VOCAB = 512
+GREEDY: dict[str, object] = {"temperature": 0.0, "ignore_eos": True}
+MiB = 1 << 20
+
+
+def make_driver(folder: Path | None, name: str = "base", *, host_bytes: int = 64 * MiB, **changes: object) -> Driver:
+    device, overlap = changes.pop("mode", ("cpu", False))  # type: ignore[misc]
+    cache = StateCacheConfig(gpu_bytes=64 * MiB, host_bytes=host_bytes, folder=folder, disk_bytes=64 * MiB)
+    cache = StateCacheConfig() if folder is None else changes.pop("cache", cache)  # type: ignore[assignment]
+    return Driver(Engine(engine_config(FIXTURES / name, device=device, state_cache=cache, **changes), overlap=overlap))
+
+
+def run(driver: Driver, prompt: list[int], **options: object) -> Answer:
+    request = driver.submit([prompt], **(GREEDY | options))  # type: ignore[arg-type]
+    assert request not in driver.rejected, driver.rejected[request]
+    driver.run()
+    return driver.answers[request, 0]
+
+
+def absorbed(driver: Driver) -> int:
+    return driver.engine.stats().prompt_tokens
+
+
+def listed(driver: Driver, tenant: str = "") -> list[StateInfo]:
+    told = driver.command(StateAction.LIST, tenant=tenant)
+    assert isinstance(told, list)
+    return told
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted((folder / FOLDER).iterdir())
+
+
+MODES = pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(("cpu", False), id="cpu-in-step"),
+        pytest.param(("cpu", True), id="cpu-overlapped"),
+        pytest.param(("cuda", True), id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("name", "state_dtype"), [("base", "float32"), ("conv", "float32"), ("gqa", "bfloat16"), ("base", "int8")]
+)
+def test_a_state_goes_on_after_a_restart(name: str, state_dtype: str, mode: tuple[str, bool], tmp_path: Path) -> None:
+    cold = make_driver(None, name, mode=mode, state_dtype=state_dtype)
+    # States of fewer bits are rounded where pieces end: who goes on without an interruption gets the same.
+    steady = make_driver(tmp_path / "steady", name, mode=mode, state_dtype=state_dtype)
+    folder = tmp_path / "states"
+    transcript, reference = random_prompt(50, VOCAB, 1), None
+    for turn in range(3):
+        driver = make_driver(folder, name, mode=mode, state_dtype=state_dtype)
+        if reference is not None:
+            assert listed(driver) == [reference], "ids, names, times, all of it"
+        new = random_prompt(turn * 5, VOCAB, 100 + turn)
+        before = absorbed(driver)
+        prompt = transcript if reference is None else new
+        options = {"state": None if reference is None else "talk", "save": True, "name": "talk", "max_tokens": 18}
+        answer = run(driver, prompt, **options)
+        assert absorbed(driver) - before == (50 if reference is None else len(new))
+        transcript = transcript if reference is None else transcript + new
+        assert answer.token_ids == run(steady, prompt, **options).token_ids
+        if state_dtype == "float32":
+            assert answer.token_ids == cold.complete(transcript, max_tokens=18, **GREEDY).token_ids
+        transcript = transcript + answer.token_ids
+        reference = answer.state
+        assert reference is not None and reference.num_tokens == len(transcript)
+        driver.engine.close()
+        assert [path.name for path in files(folder)] == [f"{reference.id}.safetensors"], "the older one is deleted"
+
+
+def test_states_lie_in_their_files_only_and_come_back(tmp_path: Path) -> None:
+    one = make_driver(None).engine._runner.parked_bytes
+    driver, cold = make_driver(tmp_path, host_bytes=2 * one), make_driver(None)
+    saved = []
+    for seed in range(8):
+        prompt = random_prompt(40, VOCAB, seed)
+        answer = run(driver, prompt, save=True, max_tokens=4)
+        assert answer.state is not None
+        saved.append((answer.state.id, prompt + answer.token_ids))
+    for number, (reference, transcript) in enumerate(saved * 2):
+        before = absorbed(driver)
+        answer = run(driver, [7, number], state=reference, max_tokens=5)
+        assert absorbed(driver) - before == 2 and answer.cached_tokens == 44
+        assert answer.token_ids == cold.complete([*transcript, 7, number], max_tokens=5, **GREEDY).token_ids
+    for reference, _ in saved:
+        assert isinstance(driver.command(StateAction.DELETE, reference), list)
+    assert files(tmp_path) == [] and listed(driver) == []
+    assert driver.engine._reuse is not None
+    assert driver.engine._reuse.held()["saved"] == (0, 0)
+    driver.engine.close()
+
+
+def test_forks_have_files_of_their_own(tmp_path: Path) -> None:
+    driver = make_driver(tmp_path)
+    prompt = random_prompt(40, VOCAB, 1)
+    first = run(driver, prompt, save=True, name="a", max_tokens=4)
+    assert isinstance(driver.command(StateAction.FORK, "a", name="b"), list)
+    assert isinstance(driver.command(StateAction.DELETE, "a"), list)
+    driver.engine.close()
+    again = make_driver(tmp_path)
+    assert [state.name for state in listed(again)] == ["b"]
+    answer = run(again, [9], state="b", max_tokens=5)
+    assert absorbed(again) == 1
+    cold = make_driver(None)
+    assert answer.token_ids == cold.complete([*prompt, *first.token_ids, 9], max_tokens=5, **GREEDY).token_ids
+    again.engine.close()
+
+
+def test_tenants_keep_what_is_theirs(tmp_path: Path) -> None:
+    driver = make_driver(tmp_path)
+    for tenant in ("alice", "bob"):
+        run(driver, random_prompt(20, VOCAB, 1), tenant=tenant, save=True, name="x", max_tokens=2)
+    driver.engine.close()
+    again = make_driver(tmp_path)
+    (alices,), (bobs,) = listed(again, "alice"), listed(again, "bob")
+    assert alices.id != bobs.id and listed(again, "carol") == []
+    assert isinstance(again.command(StateAction.DESCRIBE, bobs.id, tenant="alice"), Refusal)
+    again.engine.close()
+
+
+def test_what_is_no_state_of_this_model_is_left_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    driver = make_driver(tmp_path)
+    for seed in range(7):
+        run(driver, random_prompt(20, VOCAB, seed), save=True, name=f"s{seed}", ttl=9999.0, max_tokens=2)
+    driver.engine.close()
+    torn, flipped, misnamed, foreign, newer, expired, good = (
+        tmp_path / FOLDER / f"{state.id}.safetensors"
+        for state in sorted(listed(driver), key=lambda state: state.name or "")
+    )
+    content = torn.read_bytes()
+    torn.write_bytes(content[: len(content) // 2])
+    content = flipped.read_bytes()
+    flipped.write_bytes(content.replace(b'"name": "s1"', b'"name": "s7"'))
+    misnamed.rename(misnamed.with_name("state-0.safetensors"))
+    for path, changes in ((foreign, {"model": "another"}), (expired, {"expires": repr(time.time() - 1)})):
+        parts, metadata = read_state(path, None)
+        write_state(path, parts, metadata | changes)
+    newer.write_bytes(newer.read_bytes().replace(b"gale-state-1", b"gale-state-9"))
+    (tmp_path / FOLDER / "state-1.safetensors.7.tmp").write_bytes(b"half")
+
+    again = make_driver(tmp_path)
+    assert [state.name for state in listed(again)] == ["s6"]
+    again.engine.close()
+    assert {path.name for path in files(tmp_path)} == {
+        f"{torn.name}.damaged",
+        f"{flipped.name}.damaged",
+        "state-0.safetensors.damaged",
+        foreign.name,
+        newer.name,
+        good.name,
+    }
+    for path in (torn, flipped, newer):
+        assert path.name in caplog.text
+    assert again.engine._files is not None
+    assert again.engine._files.skipped == {"damaged": 3, "layout": 1, "model": 1}
+    # With its own model, a state is there again.
+    other = make_driver(tmp_path, "conv")
+    assert listed(other) == []
+    other.engine.close()
+    last = make_driver(tmp_path)
+    assert [state.name for state in listed(last)] == ["s6"]
+    last.engine.close()
+
+
+def test_a_snapshot_that_is_damaged_later_is_absorbed_again(tmp_path: Path) -> None:
+    driver, cold = make_driver(tmp_path), make_driver(None)
+    prompt = random_prompt(40, VOCAB, 1)
+    first = run(driver, prompt, save=True, name="a", max_tokens=4)
+    driver.engine.close()
+    (path,) = files(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-5000] ^= 1  # of a tensor
+    path.write_bytes(content)
+    again = make_driver(tmp_path)
+    for expected in (45, 0):
+        before = absorbed(again)
+        answer = run(again, [9], state="a", max_tokens=5)
+        assert answer.token_ids == cold.complete([*prompt, *first.token_ids, 9], max_tokens=5, **GREEDY).token_ids
+        assert absorbed(again) - before <= expected
+    again.engine.close()
+
+
+@pytest.mark.parametrize("mode", [("cpu", False), ("cpu", True)])
+def test_a_full_disk_refuses_and_nothing_else_suffers(tmp_path: Path, mode: tuple[str, bool]) -> None:
+    driver = make_driver(tmp_path, mode=mode)
+    prompt = random_prompt(20, VOCAB, 1)
+    run(driver, prompt, save=True, name="kept", max_tokens=2)
+    before = listed(driver)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        request = driver.submit([prompt], save=True, name="kept", max_tokens=3, **GREEDY)
+        other = driver.submit([prompt], max_tokens=3, **GREEDY)
+        driver.run()
+        refused = driver.command(StateAction.FORK, "kept")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not be saved: File too large" in (driver.answers[request, 0].unsaved or "")
+    assert driver.answers[request, 0].state is None
+    assert len(driver.answers[other, 0].token_ids) == 3
+    assert isinstance(refused, Refusal) and refused.reason is RefusalReason.NOT_WRITTEN
+    assert listed(driver) == before, "the name stays with the state that had it"
+    assert len(files(tmp_path)) == 1
+    assert driver.engine._states is not None and not driver.engine._states._reserved.total()
+    run(driver, prompt, save=True, name="kept", max_tokens=2)
+    assert listed(driver) != before
+    driver.engine.close()
+
+
+def test_one_server_per_folder(tmp_path: Path) -> None:
+    driver = make_driver(tmp_path)
+    with pytest.raises(SettingsError, match="in use by another server"):
+        make_driver(tmp_path)
+    driver.engine.close()
+    make_driver(tmp_path).engine.close()
+
+
+def test_saved_states_take_room_of_the_disk(tmp_path: Path) -> None:
+    one = make_driver(None).engine._runner.parked_bytes
+    cache = StateCacheConfig(host_bytes=one, folder=tmp_path, disk_bytes=8 * one)
+    driver = make_driver(tmp_path, cache=cache)
+    saved = 0
+    for seed in range(12):
+        request = driver.submit([random_prompt(20, VOCAB, seed)], save=True, max_tokens=2, **GREEDY)
+        driver.run()
+        saved += request not in driver.rejected
+        if request in driver.rejected:
+            assert driver.rejected[request].reason is RefusalReason.STATES_FULL
+    assert 2 <= saved <= 4 and len(listed(driver)) == saved
+    assert driver.engine._reuse is not None
+    driver.engine._reuse._store._writer.submit(int).result()
+    taken = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert taken <= 8 * one + 20 * 4096
+    driver.engine.close()
+
+
+def test_random_traces_with_crashes(tmp_path: Path) -> None:
+    """Save, fork, continue, delete and restart, after an orderly end or none at all: a copy of the folder at any moment
+    is what a crash leaves."""
+    cold = make_driver(None)
+    one = cold.engine._runner.parked_bytes
+    for seed in range(6):
+        rng = random.Random(seed)
+        folder = tmp_path / f"{seed}-0"
+        cache = {"host_bytes": rng.choice([1, 3, 30]) * one, "mode": ("cpu", bool(seed % 2))}
+        driver = make_driver(folder, **cache)  # type: ignore[arg-type]
+        saved: dict[str, list[int]] = {}
+        for step in range(30):
+            reference = rng.choice([None, *saved])
+            new = random_prompt(rng.choice([0 if reference else 1, 3, 40]), VOCAB, rng.randrange(100))
+            save = len(saved) < 12 and rng.random() < 0.6
+            before = absorbed(driver)
+            answer = run(driver, new, state=reference, save=save, max_tokens=rng.randrange(1, 12))
+            transcript = saved.get(reference or "", []) + new
+            if reference is not None:
+                assert absorbed(driver) - before <= len(new)
+            expected = cold.complete(transcript, max_tokens=len(answer.token_ids), **GREEDY)
+            assert answer.token_ids == expected.token_ids
+            if save:
+                assert answer.state is not None
+                saved[answer.state.id] = transcript + answer.token_ids
+            if saved and rng.random() < 0.15:
+                gone = rng.choice(list(saved))
+                assert isinstance(driver.command(StateAction.DELETE, gone), list)
+                del saved[gone]
+            if saved and len(saved) < 12 and rng.random() < 0.15:
+                source = rng.choice(list(saved))
+                told = driver.command(StateAction.FORK, source)
+                assert isinstance(told, list)
+                saved[told[0].id] = saved[source]
+            if rng.random() < 0.15:
+                # Something more is under way when it ends.
+                driver.submit([random_prompt(30, VOCAB, step)], save=True, max_tokens=1, **GREEDY)
+                driver.step()
+                following = folder.with_name(f"{seed}-{step + 1}")
+                (following / FOLDER).mkdir(parents=True)
+                for path in files(folder):
+                    with contextlib.suppress(FileNotFoundError):
+                        shutil.copy(path, following / FOLDER)
+                driver.engine.close()
+                folder = following
+                driver = make_driver(folder, **cache)  # type: ignore[arg-type]
+                unacknowledged = [state.id for state in listed(driver) if state.id not in saved]
+                assert len(unacknowledged) <= 1
+                for state in unacknowledged:
+                    assert isinstance(driver.command(StateAction.DELETE, state), list)
+                assert {state.id: state.num_tokens for state in listed(driver)} == {
+                    reference: len(tokens) for reference, tokens in saved.items()
+                }
+        driver.engine.close()
+        assert len(files(folder)) == len(saved)
+        assert os.listdir(folder).count("lock") == 1

@@ -14,6 +14,7 @@ CLIENTS_VENV ?= .venv-clients
 PYTEST_ARGS ?=
 CLIENTS_ARGS ?=
 WORKERS ?= 2
+MINUTES ?= 30
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -27,7 +28,7 @@ CHECKED := server clients tests
 help: ## Show the targets and their variables.
 	@sed -n 's/^\([a-z-]*\): [^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 	@echo
-	@echo "  variables          MODEL PORT HOST DEVICE ARGS (serve), PYTEST_ARGS WORKERS (tests), PYTHON VENV"
+	@echo "  variables          MODEL PORT HOST DEVICE ARGS (serve), PYTEST_ARGS WORKERS (tests), MINUTES ARGS (soak), PYTHON VENV"
 
 .PHONY: serve
 serve: $(VENV)/.serve ## Serve MODEL (default: the shipped model) on HOST:PORT; ARGS are further flags.
@@ -50,6 +51,10 @@ test-browser: $(VENV)/.test ## Run the tests of the playground in Chromium; need
 .PHONY: test-ops
 test-ops: $(VENV)/.test ## Run the tests of running it for others; needs prometheus and promtool.
 	$(BIN)/python -m pytest -m ops $(PYTEST_ARGS)
+
+.PHONY: soak
+soak: $(VENV)/.test ## Put a server under mixed load for MINUTES (default: 30) and check what it must not lose.
+	$(BIN)/python -m tests.ops.soak --minutes $(MINUTES) $(ARGS)
 
 .PHONY: test-clients
 test-clients: $(VENV)/.serve $(CLIENTS_VENV)/.clients ## Run clients that people use against a real server; CLIENTS_ARGS=--record keeps the outcome.

@@ -12,6 +12,7 @@ _FILES: Final = {
     "/": ("index.html", "text/html"),
     "/playground.css": ("playground.css", "text/css"),
     "/playground.js": ("playground.js", "text/javascript"),
+    "/states.js": ("states.js", "text/javascript"),
 }
 PLAYGROUND_PATHS: Final = frozenset(_FILES)
 _HEADERS: Final = {

@@ -12,7 +12,13 @@ STATIC = Path(server.api.__file__).parent / "static"
 
 
 @pytest.mark.parametrize(
-    ("path", "kind"), [("/", "text/html"), ("/playground.css", "text/css"), ("/playground.js", "text/javascript")]
+    ("path", "kind"),
+    [
+        ("/", "text/html"),
+        ("/playground.css", "text/css"),
+        ("/playground.js", "text/javascript"),
+        ("/states.js", "text/javascript"),
+    ],
 )
 def test_the_page_needs_no_key(path: str, kind: str) -> None:
     with serve(keys=("sesame",)) as running:
@@ -31,7 +37,10 @@ def test_the_page_names_files_that_there_are() -> None:
     assert names and all((STATIC / name).is_file() for name in names)
 
 
-def test_the_script_finds_its_elements() -> None:
-    page, script = (STATIC / "index.html").read_text(), (STATIC / "playground.js").read_text()
-    wanted = set(re.findall(r'byId\("(\w+)"\)', script)) | {"text", "card", "go", "stop", "undo", "again", "error"}
-    assert wanted <= set(re.findall(r'id="(\w+)"', page))
+def test_the_scripts_find_their_elements() -> None:
+    page = (STATIC / "index.html").read_text()
+    script = "".join(path.read_text() for path in STATIC.glob("*.js"))
+    wanted = set(re.findall(r'byId\("(\w+)"\)', script))
+    for names in re.findall(r"\[([^\]]*)\]\.map\(byId\)", script):
+        wanted |= set(re.findall(r'"(\w+)"', names))
+    assert {"text", "tree", "card"} <= wanted <= set(re.findall(r'id="([\w-]+)"', page))

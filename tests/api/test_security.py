@@ -11,7 +11,7 @@ from tests.api.scripted import ByteTokenizer, Server, api_settings, serve
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 OPEN = {
-    *("/", "/playground.css", "/playground.js"),
+    *("/", "/playground.css", "/playground.js", "/states.js"),
     *("/health", "/health/live", "/health/ready", "/metrics", "/version"),
 }
 """Written out here: whoever opens another path has to say so twice."""

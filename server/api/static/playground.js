@@ -6,7 +6,7 @@ const FIGURES_EVERY_MS = 2000;
 const byId = (id) => document.getElementById(id);
 const [text, card, go, stop, undo, again, error] = ["text", "card", "go", "stop", "undo", "again", "error"].map(byId);
 let running = null; // AbortController of the answer that is being streamed
-const history = []; // the text's HTML before each continuation
+const history = []; // before each continuation: the text's HTML and the state that it goes on from
 
 // Asking the server.
 
@@ -58,8 +58,14 @@ function plainText() {
   return text.innerText.replace(/\u00a0/g, " ").replace(/\n$/, "");
 }
 
+function caretToEnd() {
+  const selection = getSelection();
+  selection.selectAllChildren(text);
+  selection.collapseToEnd();
+}
+
 function remember() {
-  history.push(text.innerHTML);
+  history.push({ html: text.innerHTML, from: baseId });
   if (history.length > 100) history.shift();
 }
 
@@ -82,8 +88,8 @@ function addTokens(logprobs, piece) {
 async function continueText({ remembered = false } = {}) {
   if (running) return;
   const prompt = plainText();
-  show(prompt ? "" : "Write something first.");
-  if (!prompt) return text.focus();
+  show(prompt || baseId ? "" : "Write something first.");
+  if (!prompt && !baseId) return text.focus();
   closeCard();
   if (!remembered) remember();
   running = new AbortController();
@@ -92,8 +98,8 @@ async function continueText({ remembered = false } = {}) {
   let first = 0, count = 0;
   try {
     const body = {
-      ...settings(), model: byId("model").value || undefined, prompt, stream: true, logprobs: ALTERNATIVES,
-      stream_options: { include_usage: true },
+      ...settings(), model: byId("model").value || undefined, prompt, ...(baseId && { state: baseId }), stream: true,
+      logprobs: ALTERNATIVES, stream_options: { include_usage: true },
     };
     const response = await fetch("v1/completions", {
       method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal,
@@ -118,20 +124,23 @@ async function continueText({ remembered = false } = {}) {
     if (problem.name !== "AbortError") show(problem.message);
   }
   running = null;
-  buttons();
+  if (document.activeElement === text) caretToEnd();
+  afterMoving();
 }
 
 function takeBack() {
   if (!history.length || running) return false;
-  text.innerHTML = history.pop();
-  closeCard();
-  buttons();
+  const before = history.pop();
+  text.innerHTML = before.html;
+  baseId = before.from;
+  afterMoving();
   return true;
 }
 
 function show(message) {
   error.textContent = message;
   error.hidden = !message;
+  byId("note").textContent = "";
 }
 
 function buttons() {
@@ -227,6 +236,7 @@ again.addEventListener("click", () => takeBack() && continueText());
 byId("key").addEventListener("change", (event) => {
   sessionStorage.setItem("key", event.target.value);
   loadModels();
+  loadStates();
 });
 byId("settings").addEventListener("submit", (event) => event.preventDefault());
 byId("settings").elements.colour.addEventListener("change", (event) => text.classList.toggle("shaded", event.target.checked));

@@ -44,6 +44,27 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class SleepRequest:
+    """API process to launcher: a client wants the engine to end and free the device.
+
+    Attributes:
+        wait: whether running requests may finish first.
+    """
+
+    wait: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WakeRequest:
+    """API process to launcher: a client wants an engine again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """API process to launcher, after :class:`FallAsleep`: nothing of it runs any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Launcher to API process: accept no more, end what runs within ``timeout`` seconds, exit."""
 
@@ -71,6 +92,18 @@ class EngineStarting:
 
 
 @dataclass(frozen=True, slots=True)
+class FallAsleep:
+    """Launcher to API process: take no requests, end what runs within ``timeout`` seconds, answer :class:`Quiet`."""
+
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAsleep:
+    """Launcher to API process: the engine has ended, and another one starts when somebody asks for it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Launcher to engine process: the API processes are gone, exit."""
 
@@ -79,8 +112,8 @@ Heartbeat: TypeAlias = ctypes.c_double
 """In memory that the launcher and the engine share: when the engine began the turn of its loop that it is in, by
 ``time.monotonic``; 0 while it waits for work."""
 
-ToLauncher: TypeAlias = Ready | Failed
-ToApi: TypeAlias = Drain | EngineDied | EngineStarting
+ToLauncher: TypeAlias = Ready | Failed | SleepRequest | WakeRequest | Quiet
+ToApi: TypeAlias = Drain | EngineDied | EngineStarting | FallAsleep | EngineAsleep
 ToEngine: TypeAlias = Stop
 
 

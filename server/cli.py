@@ -88,8 +88,8 @@ def _serve(parsed: dict[str, Any]) -> int:
     except SettingsError as error:
         return _complain(error, 2)
     # Imported here: other commands do without it.
+    from server.children import ChildError
     from server.launch import serve
-    from server.supervision import ChildError
 
     try:
         return serve(settings)

@@ -18,6 +18,7 @@
          +- StatesFullError      507: delete some
          +- StateNotSavedError   507: the disk
          +- EngineUnavailableError  503 with Retry-After: starting, draining or dead
+             +- EngineAsleepError  503 with Retry-After: sent to sleep
          +- InternalError        500
 """
 
@@ -155,6 +156,13 @@ class EngineUnavailableError(ApiError):
     type = "service_unavailable"
     code = "engine_unavailable"
     retry_after = 5
+
+
+class EngineAsleepError(EngineUnavailableError):
+    """The engine was sent to sleep; somebody has to wake it."""
+
+    code = "engine_asleep"
+    retry_after = 30
 
 
 class InternalError(ApiError):

@@ -8,6 +8,7 @@ conventions (base units, ``_total`` for counters, no colons).
 name                                 type      meaning
 ==================================== ========= ==============================================================
 gale_engine_ready                    gauge     1 if new requests are accepted, else 0
+gale_engine_asleep                   gauge     1 if the engine has been sent to sleep, else 0
 gale_engine_deaths_total             counter   engine processes that died and were replaced
 gale_requests_running                gauge     choices that hold a state slot
 gale_requests_waiting                gauge     choices that wait for a slot
@@ -101,19 +102,28 @@ class EngineCollector(Collector):
     Args:
         stats: returns the newest snapshot; None before the first.
         ready: returns whether new requests are accepted.
+        asleep: returns whether the engine has been sent to sleep.
         deaths: returns how many engines have died.
     """
 
     def __init__(
-        self, stats: Callable[[], EngineStats | None], ready: Callable[[], bool], deaths: Callable[[], int]
+        self,
+        stats: Callable[[], EngineStats | None],
+        ready: Callable[[], bool],
+        asleep: Callable[[], bool],
+        deaths: Callable[[], int],
     ) -> None:
         self._stats = stats
         self._ready = ready
+        self._asleep = asleep
         self._deaths = deaths
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics; only the first two before the first snapshot."""
+        """All metrics; only the first three before the first snapshot."""
         yield GaugeMetricFamily("gale_engine_ready", "1 if new requests are accepted, else 0.", value=self._ready())
+        yield GaugeMetricFamily(
+            "gale_engine_asleep", "1 if the engine has been sent to sleep, else 0.", value=self._asleep()
+        )
         yield CounterMetricFamily(
             "gale_engine_deaths_total", "Engine processes that died and were replaced.", value=self._deaths()
         )

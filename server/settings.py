@@ -119,6 +119,7 @@ class ApiSettings:
         chat_template: as given by ``--chat-template``; None: the checkpoint's own.
         max_model_len: most tokens of prompt and answer together; None: unlimited.
         max_body_bytes: larger request bodies are refused.
+        sleep_mode: whether clients may send the engine to sleep.
         created: Unix time of the server's start, shown by ``/v1/models``.
     """
 
@@ -130,6 +131,7 @@ class ApiSettings:
     chat_template: str | None
     max_model_len: int | None
     max_body_bytes: int
+    sleep_mode: bool
     created: int
 
 
@@ -376,6 +378,14 @@ class Settings(BaseModel):
             metavar="SECONDS",
         ),
     ] = 300.0
+    enable_sleep_mode: Annotated[
+        bool,
+        _flag(
+            _PROCESS,
+            "Let clients end the engine and start it again, with POST /sleep and POST /wake_up, to free the device. "
+            "Needs --state-cache-dir, where saved states outlast it.",
+        ),
+    ] = False
     log_level: Annotated[LogLevel, _flag(_PROCESS, "Least severe messages to log.")] = "info"
     log_format: Annotated[LogFormat, _flag(_PROCESS, "Log lines as text or as JSON objects, on stderr.")] = "text"
 
@@ -407,6 +417,8 @@ class Settings(BaseModel):
                 f"--max-num-batched-tokens must be at least --max-num-seqs + {CHUNK}, "
                 f"that is {self.max_num_seqs + CHUNK}, is {self.max_num_batched_tokens}"
             )
+        if self.enable_sleep_mode and self.state_cache_dir is None:
+            raise ValueError("--enable-sleep-mode needs --state-cache-dir, so that saved states are not lost")
         if self.revision is not None and (self.model is None or _is_folder(self.model)):
             raise ValueError("--revision needs a hub id as --model; a local folder has no revisions")
         return self
@@ -510,6 +522,7 @@ class Settings(BaseModel):
             chat_template=self.chat_template,
             max_model_len=self.max_model_len,
             max_body_bytes=self.max_body_bytes,
+            sleep_mode=self.enable_sleep_mode,
             created=int(time.time()),
         )
 

@@ -3,10 +3,14 @@
 A server that has been ready once outlives the death of its parts. An API process that dies is replaced, and its
 siblings go on. An engine that dies, or hangs, takes the running requests along: their streams end with an error, and
 requests are refused until a new engine has loaded the model. A part that keeps dying ends the server.
+
+The engine can also be sent to sleep: it ends, and all it held on the device is free until somebody wakes the server.
 """
 
 import contextlib
+import enum
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -15,10 +19,8 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from multiprocessing import resource_tracker, sharedctypes
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import wait
 from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
@@ -27,16 +29,17 @@ from server.child import (
     SIGNALS,
     ChildContext,
     Drain,
+    EngineAsleep,
     EngineDied,
     EngineStarting,
     Failed,
+    FallAsleep,
     Heartbeat,
+    SleepRequest,
     Stop,
     ToApi,
-    ToEngine,
-    ToLauncher,
 )
-from server.errors import GaleError
+from server.children import KILLED_SECONDS, Child, ChildError, Place
 from server.listeners import close_all
 from server.logs import LogSettings
 from server.metrics import MULTIPROCESS_FOLDER
@@ -48,22 +51,10 @@ logger = logging.getLogger(__name__)
 _API_END_SECONDS = 5.0
 """Beyond the drain's own time, before an API process is killed. Longer than its own grace."""
 _ENGINE_END_SECONDS = 2.0
-_KILLED_SECONDS = 5.0
-"""A process stuck inside a device driver may not even obey SIGKILL; do not wait for ever."""
-_STABLE_SECONDS = 120.0
-"""A child that has served for so long has nothing to do with the deaths before it."""
-_FIRST_BACKOFF_SECONDS = 0.5
-_LONGEST_BACKOFF_SECONDS = 30.0
+_SLEEP_SECONDS = 60.0
+"""An engine that nobody uses any more writes what it was keeping, and ends."""
 
 _spawn_context = multiprocessing.get_context("spawn")
-
-
-class ChildError(GaleError):
-    """A child process failed, and the server with it."""
-
-    def __init__(self, reason: str, exit_code: int = 1) -> None:
-        super().__init__(reason)
-        self.exit_code = exit_code
 
 
 class _SignalledAgain(Exception):
@@ -73,104 +64,12 @@ class _SignalledAgain(Exception):
         self.signum = signum
 
 
-@dataclass(slots=True)
-class _Child:
-    """A child process as the launcher sees it.
-
-    Attributes:
-        control: the launcher's end of the pipe; None after the child's end was seen.
-        heartbeat: where an engine notes when it began the turn that it is in.
-        failure: its last words.
-        info: the engine's.
-        ready_since: by ``time.monotonic``; None before it could serve.
-    """
-
-    name: str
-    process: SpawnProcess
-    control: "Connection[ToApi | ToEngine, ToLauncher] | None"
-    heartbeat: Heartbeat | None = None
-    failure: Failed | None = None
-    info: EngineInfo | None = None
-    ready_since: float | None = None
-    replacing: bool = False
-    """Whether it has yet to take over from one that died."""
-
-    @property
-    def alive(self) -> bool:
-        return self.process.exitcode is None
-
-    @property
-    def dead(self) -> bool:
-        """Whether it has ended, or has said that it is about to."""
-        return self.failure is not None or not self.alive
-
-    @property
-    def ready(self) -> bool:
-        return self.ready_since is not None
-
-    def tell(self, message: ToApi | ToEngine) -> None:
-        """Send; where the child has just ended, its sentinel will say so."""
-        if self.control is not None:
-            with contextlib.suppress(OSError):
-                self.control.send(message)
-
-    def listen(self) -> None:
-        """Take in what the child has said; never waits."""
-        try:
-            while self.control is not None and self.control.poll():
-                message = self.control.recv()
-                if isinstance(message, Failed):
-                    self.failure = message
-                else:
-                    self.ready_since = time.monotonic()
-                    self.info = message.info
-        except (EOFError, OSError):
-            self.control = None
-
-    def kill(self) -> None:
-        """End it now, whatever it does, and close the pipe."""
-        self.process.kill()
-        self.process.join(_KILLED_SECONDS)
-        if self.control is not None:
-            self.control.close()
-            self.control = None
-
-    def error(self) -> ChildError:
-        """Why it ended, in one line."""
-        self.listen()  # Its last words may have come after the last look.
-        if self.failure is not None:
-            return ChildError(self.failure.reason, self.failure.exit_code)
-        code = self.process.exitcode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return ChildError(f"the {self.name} process {how}")
-
-
-@dataclass(slots=True)
-class _Place:
-    """What a child is started for, again and again if need be.
-
-    Attributes:
-        name: of the process.
-        child: who holds the place; None while the next one waits to be started.
-        deaths: in a row, without one that served for long between them.
-        due: when to start the next one, by ``time.monotonic``.
-    """
-
-    name: str
-    child: _Child | None = None
-    deaths: int = 0
-    due: float = 0.0
-    listeners: list[socket.socket] = field(default_factory=list)
-
-    def bury(self, child: _Child) -> float:
-        """Count the death of the child; seconds until the next should start."""
-        self.child = None
-        if child.ready_since is not None and time.monotonic() - child.ready_since > _STABLE_SECONDS:
-            self.deaths = 0
-        self.deaths += 1
-        seconds = min(_FIRST_BACKOFF_SECONDS * 2.0 ** (self.deaths - 1), _LONGEST_BACKOFF_SECONDS)
-        self.due = time.monotonic() + seconds
-        return seconds
+class _Sleep(enum.Enum):
+    AWAKE = enum.auto()
+    FALLING = enum.auto()
+    """The API processes are ending what runs."""
+    ASLEEP = enum.auto()
+    """There is no engine, and none is due."""
 
 
 class Supervisor:
@@ -199,9 +98,11 @@ class Supervisor:
         self._wakeup, self._wakeup_writer = socket.socketpair()
         self._wakeup.setblocking(False)
         self._wakeup_writer.setblocking(False)
-        self._engine_place = _Place("engine")
-        self._api_places: list[_Place] = []
+        self._engine_place = Place("engine")
+        self._api_places: list[Place] = []
         self._engine_deaths = 0
+        self._engine_starts = 0
+        self._sleep = _Sleep.AWAKE
         self._folder = ""
 
     def run(self, engine: EngineConfig, api: ApiSettings, listeners: list[list[socket.socket]]) -> int:
@@ -217,7 +118,7 @@ class Supervisor:
             ChildError: a child failed at the first start, or once too often.
         """
         self._engine_config, self._api_settings = engine, api
-        self._api_places = [_Place(f"api-{index}", listeners=sockets) for index, sockets in enumerate(listeners)]
+        self._api_places = [Place(f"api-{index}", listeners=sockets) for index, sockets in enumerate(listeners)]
         with _private_folder() as self._folder:
             os.mkdir(self._metrics)
             os.environ[MULTIPROCESS_FOLDER] = self._metrics  # of the children; they must know before they import
@@ -232,25 +133,25 @@ class Supervisor:
                 for child in self._children:
                     child.process.kill()
                 for child in self._children:
-                    child.process.join(_KILLED_SECONDS)
+                    child.process.join(KILLED_SECONDS)
         return 0
 
     @property
-    def _engine(self) -> _Child | None:
+    def _engine(self) -> Child | None:
         return self._engine_place.child
 
     @property
-    def _apis(self) -> list[_Child]:
+    def _apis(self) -> list[Child]:
         return [place.child for place in self._api_places if place.child is not None]
 
     @property
-    def _children(self) -> list[_Child]:
+    def _children(self) -> list[Child]:
         return [*([self._engine] if self._engine is not None else []), *self._apis]
 
     @property
     def _address(self) -> str:
         """Where the engine binds. Each one has an address of its own: nothing meant for its predecessor reaches it."""
-        return f"ipc://{self._folder}/engine-{self._engine_deaths}"
+        return f"ipc://{self._folder}/engine-{self._engine_starts}"
 
     @property
     def _metrics(self) -> str:
@@ -271,20 +172,25 @@ class Supervisor:
                 signal.signal(signum, lambda signum, frame: self._received.append(signum))
 
     def _start_engine(self) -> None:
+        self._engine_starts += 1
         heartbeat = sharedctypes.RawValue("d", 0.0)
         self._spawn(self._engine_place, _run_engine, self._engine_config, heartbeat).heartbeat = heartbeat
 
-    def _start_api(self, place: _Place) -> None:
+    def _start_api(self, place: Place) -> None:
         timeout = self._settings.shutdown_timeout
-        self._spawn(place, _run_api, self._api_settings, timeout, self._engine_deaths, place.listeners)
+        api = self._spawn(place, _run_api, self._api_settings, timeout, self._engine_deaths, place.listeners)
+        if self._sleep is not _Sleep.AWAKE:
+            api.tell(FallAsleep(0.0))
+        if self._sleep is _Sleep.ASLEEP:
+            api.tell(EngineAsleep())
 
-    def _spawn(self, place: _Place, target: Callable[..., None], *arguments: object) -> _Child:
+    def _spawn(self, place: Place, target: Callable[..., None], *arguments: object) -> Child:
         ours, theirs = _spawn_context.Pipe()
         context = ChildContext(place.name, os.getpid(), self._address, theirs, self._logs)
         process = _spawn_context.Process(target=target, args=(context, *arguments), name=f"gale-{place.name}")
         process.start()
         theirs.close()
-        place.child = _Child(place.name, process, ours)
+        place.child = Child(place.name, process, ours)
         return place.child
 
     # Watching.
@@ -303,6 +209,7 @@ class Supervisor:
                     self._replace(place, place.child)
                 elif place.child is None and time.monotonic() >= place.due:
                     self._restart(place)
+            self._answer_apis()
             engine = self._engine
             if not self._announced and engine is not None and all(child.ready for child in self._children):
                 self._announced = True
@@ -318,7 +225,8 @@ class Supervisor:
         moments = [place.due for place in (self._engine_place, *self._api_places) if place.child is None]
         if self._settings.watchdog_timeout and self._engine is not None and self._engine.ready:
             moments.append(time.monotonic() + min(1.0, self._settings.watchdog_timeout / 4))
-        return min(moments, default=None)
+        soonest = min(moments, default=math.inf)
+        return None if soonest == math.inf else soonest
 
     def _find_hang(self) -> None:
         """Kill an engine that has been in one step for too long."""
@@ -329,7 +237,7 @@ class Supervisor:
         if began and time.monotonic() - began > limit:
             engine.failure = Failed(f"the engine process hung: one step took more than {limit:g} s")
 
-    def _replace(self, place: _Place, child: _Child) -> None:
+    def _replace(self, place: Place, child: Child) -> None:
         """Note a death, and see to it that the next child is started; or give up."""
         error = child.error()
         most = self._settings.max_restarts
@@ -340,6 +248,7 @@ class Supervisor:
         child.kill()  # Where it has told why, it may still hang in its driver's clean-up.
         if place is self._engine_place:
             self._engine_deaths += 1
+            self._sleep = _Sleep.AWAKE
             self._tell_apis(EngineDied(self._engine_deaths, final=False))
         else:
             # What it counted stays; the requests that it was answering are no longer being answered.
@@ -347,7 +256,7 @@ class Supervisor:
         seconds = place.bury(child)
         logger.error("%s; starting it again in %g s (%d of %d)", error, seconds, place.deaths, most)
 
-    def _restart(self, place: _Place) -> None:
+    def _restart(self, place: Place) -> None:
         with _signals_blocked():
             if place is self._engine_place:
                 self._start_engine()
@@ -356,6 +265,53 @@ class Supervisor:
                 self._start_api(place)
         assert place.child is not None
         place.child.replacing = True
+
+    # Sleeping.
+
+    def _answer_apis(self) -> None:
+        """Do what clients want of the engine."""
+        for api in self._apis:
+            while api.requests:
+                request = api.requests.pop(0)
+                if isinstance(request, SleepRequest):
+                    self._fall_asleep(request.wait)
+                elif self._sleep is _Sleep.ASLEEP:
+                    self._wake()
+        if self._sleep is _Sleep.FALLING and all(api.quiet for api in self._apis):
+            self._sleep_now()
+
+    def _fall_asleep(self, wait: bool) -> None:
+        """Have the API processes end what runs; while they do, a second request may make them hurry."""
+        engine = self._engine
+        if self._sleep is _Sleep.ASLEEP or engine is None or not engine.ready:
+            return  # Whoever asked sees the engine's state.
+        if self._sleep is _Sleep.AWAKE:
+            for api in self._apis:
+                api.quiet = False
+        self._sleep = _Sleep.FALLING
+        self._tell_apis(FallAsleep(self._settings.shutdown_timeout if wait else 0.0))
+
+    def _sleep_now(self) -> None:
+        """End the engine, which has nothing more to do."""
+        engine = self._engine
+        assert engine is not None
+        engine.tell(Stop())
+        deadline = time.monotonic() + _SLEEP_SECONDS
+        while engine.alive and time.monotonic() < deadline and not self._received:
+            self._wait(deadline)
+        if engine.process.exitcode != 0:
+            logger.error("%s when it was sent to sleep", engine.error() if engine.dead else "the engine process hung")
+        engine.kill()
+        self._engine_place.child = None
+        self._engine_place.due = math.inf
+        self._sleep = _Sleep.ASLEEP
+        self._tell_apis(EngineAsleep())
+        logger.info("asleep: the engine has ended; POST /wake_up starts another")
+
+    def _wake(self) -> None:
+        self._sleep = _Sleep.AWAKE
+        self._engine_place.due = 0.0
+        logger.info("waking up")
 
     # Ending.
 
@@ -384,7 +340,7 @@ class Supervisor:
         self._end_engine()
         logger.info("stopped")
 
-    def _give_up(self, place: _Place, child: _Child) -> None:
+    def _give_up(self, place: Place, child: Child) -> None:
         serving = self._announced
         if place is self._engine_place:
             child.process.kill()

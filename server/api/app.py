@@ -27,6 +27,7 @@ from server.api.schemas.completion import CompletionRequest
 from server.api.schemas.server import ErrorResponse
 from server.api.schemas.states import ForkRequest, PrefillRequest
 from server.api.schemas.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from server.api.sleep import SleepSwitch, sleep_router
 from server.api.states import states_router
 from server.api.structured import Grammars
 from server.api.tokenization import tokenization_router
@@ -69,6 +70,7 @@ def create_app(
     client: EngineClient,
     tokenizer: Tokenizer | None,
     chat_template: ChatTemplate | None = None,
+    sleep_switch: SleepSwitch | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -77,6 +79,7 @@ def create_app(
         client: the way to the engine; the caller starts and closes it.
         tokenizer: None: prompts and answers are token ids.
         chat_template: None: the model has none.
+        sleep_switch: None: nobody may send the engine to sleep.
     """
     app = FastAPI(
         title="Gale",
@@ -96,6 +99,8 @@ def create_app(
     app.include_router(states_router(settings, client, tokenizer, grammars))
     metrics = HttpMetrics()
     app.include_router(operations_router(client, metrics))
+    if sleep_switch is not None:
+        app.include_router(sleep_router(client, sleep_switch))
     app.include_router(playground_router())
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)

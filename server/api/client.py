@@ -17,6 +17,7 @@ import msgspec
 
 from server.errors import (
     ApiError,
+    EngineAsleepError,
     EngineUnavailableError,
     InternalError,
     InvalidRequestError,
@@ -49,6 +50,7 @@ from server.types import (
 )
 
 _CANCEL_RETRY_SECONDS = 0.05
+_QUIET_SECONDS = 0.02
 _MAX_UNREAD_TOKENS = 1 << 16
 """What a request may leave unread before it is ended: a client that never reads must not hold a slot for ever."""
 _REFUSALS: dict[RefusalReason, Callable[[str], ApiError]] = {
@@ -70,8 +72,17 @@ class EngineStatus(enum.Enum):
 
     STARTING = "starting"
     READY = "ready"
+    FALLING_ASLEEP = "falling asleep"
+    """What runs is being ended."""
+    ASLEEP = "asleep"
     DRAINING = "draining"
     DEAD = "dead"
+
+
+_UNAVAILABLE = {
+    EngineStatus.DRAINING: "The server is shutting down.",
+    EngineStatus.DEAD: "The engine died and is not yet back.",
+}
 
 
 class ChoiceEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,22 +283,32 @@ class EngineClient:
     Attributes:
         info: what the engine said of itself; None until it is ready.
         stats: the newest snapshot of the engine's figures.
-        status: whether requests can be submitted.
         engine_deaths: of engines since the server's start.
     """
 
     def __init__(self, address: str) -> None:
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
-        self.status = EngineStatus.STARTING
         self.engine_deaths = 0
+        self._status = EngineStatus.STARTING
+        self._status_changed = asyncio.Event()
         self._channel = ClientChannel(address, self._receive)
         self._mailboxes: dict[int, Mailbox] = {}
         self._commands: dict[int, asyncio.Future[list[StateInfo]]] = {}
         self._ids = itertools.count(1)
         self._cancels: list[int] = []
         self._cancel_timer: asyncio.Handle | None = None
-        self._ready = asyncio.Event()
+
+    @property
+    def status(self) -> EngineStatus:
+        """Whether requests can be submitted."""
+        return self._status
+
+    @status.setter
+    def status(self, status: EngineStatus) -> None:
+        self._status = status
+        self._status_changed.set()
+        self._status_changed = asyncio.Event()
 
     async def start(self) -> None:
         """Connect and introduce this process; returns at once, the engine answers when it is ready."""
@@ -302,9 +323,11 @@ class EngineClient:
             self._cancel_timer.cancel()
         self._channel.close()
 
-    async def wait_ready(self) -> None:
-        """Return once the engine can serve."""
-        await self._ready.wait()
+    async def wait_for(self, *wanted: EngineStatus) -> EngineStatus:
+        """Return the status once it is one of these."""
+        while self.status not in wanted:
+            await self._status_changed.wait()
+        return self.status
 
     async def submit(
         self,
@@ -348,7 +371,7 @@ class EngineClient:
             QueueFullError: too many wait already.
             EngineUnavailableError: the engine is starting, draining, dead or does not read.
         """
-        self._require_ready()
+        self.require_ready()
         request = GenerateRequest(
             request_id=next(self._ids),
             prompts=tuple(pack_tokens(prompt) for prompt in prompts),
@@ -404,7 +427,7 @@ class EngineClient:
             StateNotSavedError: the disk does not take it.
             EngineUnavailableError: the engine is starting, draining, dead or does not read.
         """
-        self._require_ready()
+        self.require_ready()
         request_id = next(self._ids)
         command = StateCommand(request_id=request_id, tenant=tenant, action=action, state=state, name=name, ttl=ttl)
         told: asyncio.Future[list[StateInfo]] = asyncio.get_running_loop().create_future()
@@ -430,6 +453,22 @@ class EngineClient:
             if not command.done():
                 command.set_exception(error)
 
+    async def fall_asleep(self, seconds: float) -> None:
+        """Take no new requests until another engine is there; running ones may finish within so many seconds."""
+        if self.status is EngineStatus.READY:
+            self.status = EngineStatus.FALLING_ASLEEP
+        deadline = time.monotonic() + seconds
+        while (self._mailboxes or self._commands) and time.monotonic() < deadline:
+            await asyncio.sleep(_QUIET_SECONDS)
+        self.fail_all(EngineAsleepError("the engine was sent to sleep while it worked on this request"))
+
+    def engine_asleep(self) -> None:
+        """Note that the engine has ended on purpose; what it said of its load holds no longer."""
+        if self.status is not EngineStatus.DRAINING:
+            self.status = EngineStatus.ASLEEP
+        self.stats = None
+        self._cancels.clear()
+
     def engine_died(self, deaths: int) -> None:
         """End every open request, refuse new ones.
 
@@ -443,28 +482,29 @@ class EngineClient:
         self._cancels.clear()
 
     def reconnect(self, address: str) -> None:
-        """Turn to another engine, after :meth:`engine_died`; it answers when it is ready.
+        """Turn to another engine, after :meth:`engine_died` or :meth:`engine_asleep`; it answers when it is ready.
 
         Args:
             address: ``ipc://`` path that it binds, now or later.
         """
         self._channel.close(linger=0)
         self._channel = ClientChannel(address, self._receive)
-        if self.status is EngineStatus.DEAD:
+        if self.status in (EngineStatus.DEAD, EngineStatus.ASLEEP):
             self.status = EngineStatus.STARTING
         self._channel.start(asyncio.get_running_loop())
         self._channel.send(Hello())
 
-    def _require_ready(self) -> None:
-        if self.status is EngineStatus.READY:
-            return
-        raise EngineUnavailableError(
-            {
-                EngineStatus.STARTING: "the engine is still loading the model",
-                EngineStatus.DRAINING: "the server is shutting down",
-                EngineStatus.DEAD: "the engine died and is not yet back",
-            }[self.status]
-        )
+    def require_ready(self) -> EngineInfo:
+        """What the engine told of itself.
+
+        Raises:
+            EngineUnavailableError: it takes no requests now.
+        """
+        if self.status is EngineStatus.READY and self.info is not None:
+            return self.info
+        if self.status in (EngineStatus.FALLING_ASLEEP, EngineStatus.ASLEEP):
+            raise EngineAsleepError("The engine is asleep; POST /wake_up wakes it.")
+        raise EngineUnavailableError(_UNAVAILABLE.get(self.status, "The engine is still loading the model."))
 
     def _receive(self, messages: list[EngineMessage]) -> None:
         touched: dict[int, Mailbox] = {}
@@ -475,7 +515,6 @@ class EngineClient:
                 self.info = message
                 if self.status is EngineStatus.STARTING:
                     self.status = EngineStatus.READY
-                self._ready.set()
             else:
                 self._receive_reset(message)
         for request_id, mailbox in touched.items():

@@ -16,7 +16,12 @@ def operations_router(client: EngineClient, http_metrics: HttpMetrics) -> APIRou
     """The routes, bound to one engine."""
     registry = CollectorRegistry()
     registry.register(
-        EngineCollector(lambda: client.stats, lambda: client.status is EngineStatus.READY, lambda: client.engine_deaths)
+        EngineCollector(
+            stats=lambda: client.stats,
+            ready=lambda: client.status is EngineStatus.READY,
+            asleep=lambda: client.status is EngineStatus.ASLEEP,
+            deaths=lambda: client.engine_deaths,
+        )
     )
     http_metrics.register(registry)
     router = APIRouter()

@@ -9,9 +9,22 @@ import uvicorn
 
 from server.api.app import create_app
 from server.api.chat_template import load_chat_template
-from server.api.client import EngineClient
+from server.api.client import EngineClient, EngineStatus
 from server.api.protocol import HttpProtocol
-from server.child import ChildContext, Drain, EngineDied, EngineStarting, Ready, keep_loaded
+from server.api.sleep import SleepSwitch
+from server.child import (
+    ChildContext,
+    Drain,
+    EngineAsleep,
+    EngineDied,
+    EngineStarting,
+    FallAsleep,
+    Quiet,
+    Ready,
+    SleepRequest,
+    WakeRequest,
+    keep_loaded,
+)
 from server.errors import EngineUnavailableError
 from server.listeners import BACKLOG
 from server.settings import ApiSettings
@@ -63,7 +76,9 @@ class ApiProcess:
             chat_template = load_chat_template(settings.chat_template, folder, tokenizer.special_tokens)
         self._server = _Server(
             uvicorn.Config(
-                create_app(settings, self._client, tokenizer, chat_template),
+                create_app(
+                    settings, self._client, tokenizer, chat_template, self._switch() if settings.sleep_mode else None
+                ),
                 http=HttpProtocol,
                 ws="none",
                 log_config=None,
@@ -76,6 +91,7 @@ class ApiProcess:
             )
         )
         self._ending: asyncio.Task[None] | None = None
+        self._falling_asleep: asyncio.Task[None] | None = None
 
     def run(self) -> None:
         """Serve until the launcher says otherwise or is gone."""
@@ -95,7 +111,7 @@ class ApiProcess:
             await self._client.close()
 
     async def _announce(self) -> None:
-        await self._client.wait_ready()
+        await self._client.wait_for(EngineStatus.READY)
         keep_loaded()
         self._context.tell(Ready())
 
@@ -112,9 +128,26 @@ class ApiProcess:
                 self._end(self._after_death())
         elif isinstance(message, EngineStarting):
             self._client.reconnect(message.address)
+        elif isinstance(message, FallAsleep):
+            if self._falling_asleep is not None:
+                self._falling_asleep.cancel()
+            self._falling_asleep = asyncio.create_task(self._fall_asleep(message.timeout))
+        elif isinstance(message, EngineAsleep):
+            self._client.engine_asleep()
         elif isinstance(message, Drain):
             self._client.drain()
             self._end(self._drain(message.timeout))
+
+    def _switch(self) -> SleepSwitch:
+        """What the routes that send the engine to sleep do to the launcher."""
+        return SleepSwitch(
+            lambda wait: self._context.tell(SleepRequest(wait)),
+            lambda: self._context.tell(WakeRequest()),
+        )
+
+    async def _fall_asleep(self, timeout: float) -> None:
+        await self._client.fall_asleep(timeout)
+        self._context.tell(Quiet())
 
     def _end(self, how: Coroutine[None, None, None]) -> None:
         if self._ending is not None:

@@ -9,9 +9,8 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from server.api.body import parse_json, read_body
-from server.api.client import EngineClient, EngineStatus
+from server.api.client import EngineClient
 from server.api.schemas.server import ErrorResponse
-from server.errors import EngineUnavailableError
 from server.types import EngineInfo
 
 Answer = TypeVar("Answer")
@@ -67,10 +66,7 @@ def ready_info(client: EngineClient) -> EngineInfo:
     Raises:
         EngineUnavailableError: it does not take requests now.
     """
-    info = client.info
-    if client.status is not EngineStatus.READY or info is None:
-        raise EngineUnavailableError(f"The engine is {client.status.name.lower()}.")
-    return info
+    return client.require_ready()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ import uvicorn
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.api.client import EngineClient
+from server.api.sleep import SleepSwitch
 from server.engine.detokenizer import StopMatcher
 from server.engine.named_states import NamedState, NamedStates, StateLimits
 from server.engine.state_requests import Later, context_of, obey, reserve
@@ -412,6 +413,7 @@ def api_settings(**changes: Any) -> ApiSettings:
         "chat_template": None,
         "max_model_len": 2000,
         "max_body_bytes": 100_000,
+        "sleep_mode": False,
         "created": 1_700_000_000,
     }
     keys = changes.pop("keys", ())
@@ -425,6 +427,7 @@ def serve(
     *,
     tokenizer: Any = ByteTokenizer,
     chat_template: str | None = None,
+    sleep_switch: SleepSwitch | None = None,
     **changes: Any,
 ) -> Iterator[Server]:
     """Run the application until the block ends.
@@ -433,6 +436,7 @@ def serve(
         engine: default: a fresh one.
         tokenizer: its class; None: serve without one.
         chat_template: Jinja; None: the model has none.
+        sleep_switch: None: nobody may send the engine to sleep.
         changes: of :func:`api_settings`.
     """
     server = Server()
@@ -456,7 +460,7 @@ def serve(
     with mock.patch("server.api.client.ClientChannel", server.engine.connect):
         server.client = EngineClient("scripted")
     template = None if chat_template is None else ChatTemplate(chat_template, ByteTokenizer.special_tokens)
-    app = create_app(api_settings(**changes), server.client, tokenizer and tokenizer(), template)
+    app = create_app(api_settings(**changes), server.client, tokenizer and tokenizer(), template, sleep_switch)
     web = Web(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(main(web)), name="server")
     thread.start()

@@ -60,6 +60,7 @@ def test_before_the_engine_has_told_of_itself() -> None:
         shown = set(re.findall(r"^(gale_\w+)[{ ]", server.http.get("/metrics").text, re.MULTILINE))
         assert {name for name in shown if not name.startswith("gale_http_")} == {
             "gale_engine_ready",
+            "gale_engine_asleep",
             "gale_engine_deaths_total",
         }
 

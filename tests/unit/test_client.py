@@ -30,7 +30,7 @@ async def connected(address: str) -> AsyncIterator[EngineClient]:
     client = EngineClient(address)
     await client.start()
     try:
-        await client.wait_ready()
+        await client.wait_for(EngineStatus.READY)
         yield client
     finally:
         await client.close()
@@ -227,7 +227,7 @@ def test_requests_before_the_engine_is_up_are_refused(tmp_path: Path) -> None:
         with pytest.raises(EngineUnavailableError, match="loading"):
             await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(5))
         with serving(ScriptedEngine(), tmp_path):
-            await client.wait_ready()
+            await client.wait_for(EngineStatus.READY)
             assert client.status is EngineStatus.READY
             assert await collect(await client.submit(prompts=[[1]], n=1, tenant="", params=tokens(5)))
         await client.close()

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from server.api.client import EngineClient
+from server.api.client import EngineClient, EngineStatus
 from server.child import Heartbeat
 from server.engine.process import EngineLoop
 from server.errors import EngineUnavailableError
@@ -121,7 +121,7 @@ def test_reset_fails_the_clients_requests(tmp_path: Path) -> None:
     async def main(address: str) -> None:
         client = EngineClient(address)
         await client.start()
-        await client.wait_ready()
+        await client.wait_for(EngineStatus.READY)
         mailbox = await client.submit(prompts=[[1]], n=1, params=SamplingParams(max_tokens=10_000_000), tenant="")
         while len(engine.running):  # The event loop must not run: it would read.
             time.sleep(0.01)

@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.hub": BASE,
     "server.listeners": BASE,
     "server.child": BASE,
+    "server.children": (*BASE, "server.child"),
     "server.kernels": ("server.kernels",),
     "server.engine": (*BASE, "server.engine", "server.grammar", "server.kernels", "server.tokenizer"),
     "server.engine.config": BASE,
@@ -53,13 +54,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.supervision": (
         *BASE,
         "server.child",
+        "server.children",
         "server.listeners",
         "server.metrics",
         # Inside the functions that run in the child processes.
         "server.api.process",
         "server.engine.process",
     ),
-    "server.cli": (*BASE, "server.launch", "server.supervision", "clients.bench", "clients.terminal"),
+    "server.cli": (*BASE, "server.children", "server.launch", "clients.bench", "clients.terminal"),
     "server.__main__": ("server.cli",),
     # Over HTTP they talk to any server, so they know nothing of this one.
     "clients": ("clients",),

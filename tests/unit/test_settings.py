@@ -50,6 +50,7 @@ GIVEN = {
     "shutdown_timeout": 3.5,
     "max_restarts": 2,
     "watchdog_timeout": 7.5,
+    "enable_sleep_mode": True,
     "log_level": "error",
     "log_format": "json",
 }
@@ -91,6 +92,7 @@ def test_api_gets_its_part() -> None:
         chat_template=GIVEN["chat_template"],
         max_model_len=5000,
         max_body_bytes=1000,
+        sleep_mode=True,
         created=api.created,
     )
 
@@ -180,3 +182,8 @@ def test_wrong_key_is_not_repeated_in_the_error() -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.from_flags({"api_key": [{"topsecret": 1}]})
     assert "topsecret" not in str(caught.value)
+
+
+def test_sleep_mode_needs_a_place_for_saved_states() -> None:
+    with pytest.raises(SettingsError, match="--enable-sleep-mode needs --state-cache-dir"):
+        Settings.from_flags({"enable_sleep_mode": True})

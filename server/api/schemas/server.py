@@ -29,6 +29,12 @@ class Health(BaseModel):
     status: str = Field(description="Always `ready`.", examples=["ready"])
 
 
+class SleepState(BaseModel):
+    """The answer to `POST /sleep`, `POST /wake_up` and `GET /is_sleeping`."""
+
+    is_sleeping: bool = Field(description="Whether the engine has been sent to sleep, and has ended.", examples=[False])
+
+
 class Version(BaseModel):
     """The answer to `GET /version`."""
 

@@ -60,6 +60,7 @@ _HTTP_SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0
 _GAUGES: Final = (
     ("gale_requests_running", "Choices that hold a state slot.", "running"),
     ("gale_requests_waiting", "Choices that wait for a state slot.", "waiting"),
+    ("gale_requests_swapped", "Waiting choices that have run, and gave their slot to a more urgent one.", "swapped"),
     ("gale_slots_used", "State slots in use.", "slots_used"),
     ("gale_slots_capacity", "State slots there are.", "slots_total"),
 )
@@ -70,6 +71,9 @@ _COUNTERS: Final = (
     ("gale_prefix_misses_total", "Prompts that could have, had there been one.", "prefix_misses"),
     ("gale_prefix_tokens_saved_total", "Prompt tokens that were not absorbed therefore.", "prefix_tokens_saved"),
     ("gale_states_evicted_total", "Parked states given up for want of room.", "states_evicted"),
+    ("gale_swaps_out_total", "States of running choices moved to the host's memory.", "swaps_out"),
+    ("gale_swaps_in_total", "States of waiting choices moved back.", "swaps_in"),
+    ("gale_swap_bytes_total", "Bytes of states moved either way.", "swapped_bytes"),
 )
 _TIERS: Final = (
     ("gale_states_parked", "Parked states.", "states_parked"),

@@ -85,6 +85,8 @@ class EngineConfig:
         load_format: ``dummy`` fills the weights at random.
         seed: of dummy weights and of requests that bring no seed.
         state_cache: for prefix reuse; without room anywhere, every prompt is absorbed from its beginning.
+        swap_bytes: host memory for states of running sequences that make room for more urgent ones; None: a share of
+            what is free.
     """
 
     model_folder: Path
@@ -104,6 +106,7 @@ class EngineConfig:
     load_format: LoadFormat
     seed: int
     state_cache: StateCacheConfig = StateCacheConfig()
+    swap_bytes: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +282,16 @@ class Settings(BaseModel):
             _ENGINE,
             "Sequences that one API key may have waiting and running; beyond it requests are refused with 429. "
             "Default: unlimited.",
+        ),
+    ] = None
+    swap_space: Annotated[
+        float | None,
+        Field(ge=0, le=_MAX_GIB),
+        _flag(
+            _ENGINE,
+            "GiB of the host's memory for states of running sequences that make room for more urgent ones of the same "
+            "API key; 0: none does. Default: an eighth of what is free, at most 1.",
+            metavar="GIB",
         ),
     ] = None
     state_cache_gpu: Annotated[
@@ -485,17 +498,15 @@ class Settings(BaseModel):
             load_format=self.load_format,
             seed=self.seed,
             state_cache=self._state_cache(),
+            swap_bytes=_to_bytes(self.swap_space),
         )
 
     def _state_cache(self) -> StateCacheConfig:
-        def to_bytes(gib: float | None) -> int | None:
-            return None if gib is None else int(gib * (1 << 30))
-
         return StateCacheConfig(
-            gpu_bytes=to_bytes(self.state_cache_gpu),
-            host_bytes=to_bytes(self.state_cache_host),
+            gpu_bytes=_to_bytes(self.state_cache_gpu),
+            host_bytes=_to_bytes(self.state_cache_host),
             folder=None if self.state_cache_dir is None else Path(self.state_cache_dir).expanduser(),
-            disk_bytes=to_bytes(self.state_cache_disk) or 0,
+            disk_bytes=_to_bytes(self.state_cache_disk) or 0,
             dtype=self.state_cache_dtype,
             shared=self.state_cache_shared,
             max_saved=self.max_saved_states,
@@ -525,6 +536,10 @@ class Settings(BaseModel):
             sleep_mode=self.enable_sleep_mode,
             created=int(time.time()),
         )
+
+
+def _to_bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * (1 << 30))
 
 
 def _is_folder(model: str) -> bool:

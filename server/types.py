@@ -269,6 +269,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens that were not absorbed therefore."""
     states_evicted: int
     """Parked states given up for want of room."""
+    swapped: int
+    """Choices that wait after having run."""
+    swaps_out: int
+    """States taken out of their slots for more urgent choices."""
+    swaps_in: int
+    """Of these, those that came back."""
+    swapped_bytes: int
+    """Copied by both."""
     states_parked: dict[str, int]
     """Parked states by tier: device, host, disk."""
     states_parked_bytes: dict[str, int]

@@ -57,6 +57,8 @@ class Batch:
     forks: tuple[Fork, ...] = ()
     resumed: tuple[Span, ...] = ()
     """Spans of no tokens, whose logits an earlier step has held: they sample from these."""
+    swaps: tuple[tuple[Sequence, int], ...] = ()
+    """Sequences that have to wait from this step on, and the slots that their states are taken out of before it."""
     saves: tuple[int, ...] = ()
     """Indices of the prefills after which a snapshot is to be taken."""
 

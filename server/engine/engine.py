@@ -120,6 +120,7 @@ class Engine:
             max_seqs_per_tenant=config.max_concurrent_seqs_per_key,
             several_tenants=config.several_keys,
             reuse=self._reuse,
+            swap=built.runner.swap,
         )
         self.info = EngineInfo(
             vocab_size=model_config.vocab_size,
@@ -282,6 +283,8 @@ class Engine:
             parts["launch"].observe(time.monotonic() - scheduled)
             self._figures.tokens_per_step.observe(batch.num_tokens)
             for seq in batch.leased:
+                if seq.admitted != begun:
+                    continue  # it has run before
                 self._figures.queue_time.observe(seq.admitted - seq.arrived)
             if launched is not None:
                 self._failed_steps = 0
@@ -350,6 +353,7 @@ class Engine:
         copies.collect()
         cached = CacheFigures() if self._reuse is None else self._reuse.figures
         parked = {} if self._reuse is None else self._reuse.usage()
+        swap = self._runner.swap
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -368,6 +372,10 @@ class Engine:
             prefix_misses=cached.misses,
             prefix_tokens_saved=cached.tokens_saved,
             states_evicted=cached.evictions,
+            swapped=len(self.scheduler.swapped),
+            swaps_out=0 if swap is None else swap.num_out,
+            swaps_in=0 if swap is None else swap.num_in,
+            swapped_bytes=0 if swap is None else swap.num_bytes,
             states_parked={tier: count for tier, (count, _) in parked.items()},
             states_parked_bytes={tier: nbytes for tier, (_, nbytes) in parked.items()},
             state_restore=copies.restores.snapshot(),
@@ -413,6 +421,7 @@ class Engine:
         if self._failed_steps == _MAX_FAILED_STEPS:
             raise error
         waiting = [seq for fork in batch.forks for seq in fork.waiting]
+        waiting += [seq for seq, _ in batch.swaps if seq.snapshot is None]
         self._break(dict.fromkeys([*(span.seq for span in batch.spans), *waiting], error))
         self.scheduler.retire(batch)
 

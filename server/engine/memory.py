@@ -26,11 +26,13 @@ from server.engine.prefix_cache import Tier
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
 from server.engine.scoring import SCORED_ROWS, score_rows
-from server.engine.snapshot import fork_slot, restore_snapshot, take_snapshot, to_host
+from server.engine.snapshot import fork_slot, parked_bytes, restore_snapshot, take_snapshot, to_host
 from server.engine.snapshot_store import MAX_LEAVING
 from server.engine.state_pool import NULL_SLOT, StateTensors, allocate_states, state_bytes
 from server.engine.step import StepModel
 from server.engine.step_shapes import MAX_ROWS, PromptLimit
+from server.engine.swap import MAX_LEAVING as MAX_SWAPPING
+from server.engine.swap import SwapSpace
 from server.errors import CheckpointError, SettingsError
 from server.kernels import STATE_DTYPES, RingRows
 from server.settings import EngineConfig, StateCacheConfig
@@ -41,8 +43,9 @@ _MiB = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROFILE_SLOTS = 4
 _CACHE_BYTES = 4 << 30
+_SWAP_BYTES = 1 << 30
 _CACHE_SHARE = 8
-"""Parked states take at most one in so many bytes of free memory, unless a flag says how many."""
+"""Parked states, and swapped ones, take at most one in so many bytes of free memory, unless a flag says how many."""
 _SHORT_STEPS = (2, 17, 33)
 """Tokens of steps whose products are kernels of their own, not the matrix library's: one for each kind of them."""
 _MANY_DECODES = 65
@@ -127,6 +130,11 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
     cache_bytes = _cache_bytes(config.state_cache, device, available)
     if cache_bytes[Tier.DEVICE]:
         available -= cache_bytes[Tier.DEVICE] + MAX_LEAVING * (per_state + 4 * model_config.vocab_size)
+    swap_bytes = config.swap_bytes
+    if swap_bytes is None:
+        swap_bytes = min(_SWAP_BYTES, _free_host_bytes() // _CACHE_SHARE)
+    if swap_bytes and device.type == "cuda":
+        available -= MAX_SWAPPING * per_state
     # The null slot takes memory too.
     num_slots = min(config.max_num_seqs, available // per_slot - 1)
     if num_slots < 1:
@@ -137,6 +145,10 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         )
     states = allocate_states(model_config, num_slots, device=device, dtype=dtype, state_dtype=state_dtype)
     step = StepModel(model, states, Sampler(num_slots + 1, model_config.vocab_size, device=device))
+    swapped_bytes = parked_bytes(states, None, 0)
+    num_swapped = swap_bytes // swapped_bytes
+    if num_swapped:
+        logger.info("swap: room for the states of %d sequences that have to wait", num_swapped)
     graphs = None
     prompt_limits: tuple[PromptLimit, ...] = ()
     if stream is not None:
@@ -160,7 +172,12 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         available // per_slot - 1,
     )
     return BuiltRunner(
-        runner=Runner(step, graphs, parked_dtype=STATE_DTYPES.get(config.state_cache.dtype)),
+        runner=Runner(
+            step,
+            graphs,
+            parked_dtype=STATE_DTYPES.get(config.state_cache.dtype),
+            swap=SwapSpace(states, num_swapped, swapped_bytes) if num_swapped else None,
+        ),
         device=device,
         num_slots=num_slots,
         state_bytes=per_state,

@@ -52,6 +52,10 @@ class PinnedPieces:
             "%d pieces of %d pinned bytes reserved in %.2f s", len(self._free), piece_bytes, time.monotonic() - start
         )
 
+    def __len__(self) -> int:
+        """Pieces that nobody uses."""
+        return len(self._free)
+
     def take(self) -> PinnedPiece | None:
         """A piece that nobody uses; None: there is none."""
         return PinnedPiece(self._free.popleft(), self._free) if self._free else None

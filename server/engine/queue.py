@@ -9,8 +9,11 @@ delay another's first, however urgent it calls them. Without keys, all is one te
 import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from server.engine.sequence import Sequence
+
+K = TypeVar("K")
 
 
 class WaitingQueue:
@@ -26,6 +29,8 @@ class WaitingQueue:
         self._classes: dict[str, dict[int, OrderedDict[Sequence, None]]] = {}
         self._length = 0
         self._running: Counter[str] = Counter()
+        # By tenant, how many of each priority run.
+        self._priorities: dict[str, Counter[int]] = {}
         self._waiting: Counter[str] = Counter()
         self._last_turn: dict[str, int] = {}
         self._turns = 0
@@ -94,12 +99,34 @@ class WaitingQueue:
         """
         self.remove(seq)
         self._running[seq.tenant] += 1
+        self._priorities.setdefault(seq.tenant, Counter())[seq.priority] += 1
         self._turns += 1
         self._last_turn[seq.tenant] = self._turns
 
     def end(self, seq: Sequence) -> None:
         """A sequence that ran has ended."""
         _lower(self._running, seq.tenant)
+        priorities = self._priorities[seq.tenant]
+        _lower(priorities, seq.priority)
+        if not priorities:
+            del self._priorities[seq.tenant]
+
+    def swap(self, seq: Sequence) -> None:
+        """Put a sequence that ran before those of its tenant and priority, who came later."""
+        self.end(seq)
+        self.add(seq)
+        self._classes[seq.tenant][seq.priority].move_to_end(seq, last=False)
+
+    def overtaken(self) -> Iterator[str]:
+        """The tenants of whom a sequence waits that is more urgent than one that runs."""
+        for tenant, lines in self._classes.items():
+            running = self._priorities.get(tenant)
+            if running and min(lines) < max(running):
+                yield tenant
+
+    def line(self, tenant: str) -> Iterator[Sequence]:
+        """A tenant's waiting sequences, the most urgent first; the queue must not change meanwhile."""
+        return _by_priority(self._classes.get(tenant, {}))
 
 
 def in_turns(sequences: Iterable[Sequence]) -> list[Sequence]:
@@ -122,8 +149,8 @@ def _by_priority(lines: dict[int, OrderedDict[Sequence, None]]) -> Iterator[Sequ
         yield from lines[priority]
 
 
-def _lower(counts: Counter[str], tenant: str) -> None:
-    """Count one less; nothing is kept of tenants that have nothing."""
-    counts[tenant] -= 1
-    if not counts[tenant]:
-        del counts[tenant]
+def _lower(counts: "Counter[K]", key: K) -> None:
+    """Count one less; nothing is kept of those that have nothing."""
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

@@ -5,7 +5,7 @@ sampled tokens stay on the device as the next step's input, so the next batch ca
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -27,11 +27,13 @@ from server.engine.snapshot import (
     restore_snapshot,
     shrink,
     take_snapshot,
+    to_device,
     to_host,
 )
 from server.engine.state_exchange import pool_layout
 from server.engine.state_file import Part
 from server.engine.step import StepModel
+from server.engine.swap import SwapSpace
 from server.types import PromptLogprobs, TokenLogprobs
 
 
@@ -161,13 +163,20 @@ class Runner:
         step: the three of them.
         graphs: captured steps of them; None: every batch is launched kernel by kernel, as one that no graph holds is.
         parked_dtype: to which states are rounded that are kept for later prompts; None: they are not.
+        swap: takes states of sequences that have to wait; None: none has to.
 
     Attributes:
         copies: times copies of states.
+        swap: as above.
     """
 
     def __init__(
-        self, step: StepModel, graphs: StepGraphs | None = None, *, parked_dtype: torch.dtype | None = None
+        self,
+        step: StepModel,
+        graphs: StepGraphs | None = None,
+        *,
+        parked_dtype: torch.dtype | None = None,
+        swap: SwapSpace | None = None,
     ) -> None:
         self._step = step
         self._graphs = graphs
@@ -175,6 +184,7 @@ class Runner:
         self._states = step.states
         self._device = step.device
         self._parked_dtype = parked_dtype
+        self.swap = swap
         self.copies = CopyClock(step.device)
 
     @torch.inference_mode()
@@ -189,7 +199,8 @@ class Runner:
         return step
 
     def _launch(self, batch: Batch) -> PendingStep:
-        broken = self._lease(batch.leased)
+        swap_failures = self._take_out(batch.swaps)
+        broken = self._lease(batch.leased) | swap_failures
         replayed = self._restore(batch, broken)
         rows, span_of_row, plan = _plan(batch.spans)
         logits = _LogitRows.of(batch, span_of_row)
@@ -240,9 +251,11 @@ class Runner:
 
     @torch.inference_mode()
     def snapshot(self, seq: Sequence) -> Snapshot:
-        """The state of a sequence that has ended and still has its slot, for prompts to go on from."""
-        assert seq.slot is not None
+        """The state of a sequence that has ended, for prompts to go on from: its slot's, if it still has one."""
         num_tokens = seq.num_absorbed
+        if seq.slot is None:
+            assert seq.snapshot is not None and seq.snapshot.num_tokens == num_tokens
+            return self._shrunk(replace(to_device(seq.snapshot, self._device), logits_V=seq.logits.get(num_tokens)))
         # A launched decode that did not count did not fold the ring either.
         num_folded = seq.num_folded if num_tokens == seq.num_launched else seq.num_folded_before
         with self.copies.time(self.copies.saves):
@@ -319,7 +332,9 @@ class Runner:
         """
         leased: dict[Snapshot, list[Sequence]] = {}
         for seq in batch.leased:
-            if seq.snapshot is not None:
+            if seq.swapped:
+                self._bring_back(seq, broken)
+            elif seq.snapshot is not None:
                 leased.setdefault(seq.snapshot, []).append(seq)
         logits: dict[Sequence, Tensor] = {}
         for snapshot, sequences in leased.items():
@@ -334,6 +349,29 @@ class Runner:
                 seq.num_folded = snapshot.num_tokens
                 seq.snapshot = None
         return [logits[span.seq] for span in batch.replays]
+
+    def _take_out(self, swaps: tuple[tuple[Sequence, int], ...]) -> dict[Sequence, Exception]:
+        """Let sequences that have to wait have what their slots hold; those for which that fails, and why."""
+        failures: dict[Sequence, Exception] = {}
+        for seq, slot in swaps:
+            assert self.swap is not None
+            folded = seq.num_folded if self._states.ring_size else seq.num_launched
+            try:
+                seq.snapshot = self.swap.take(slot, num_tokens=seq.num_launched, num_folded=folded)
+            except Exception as error:
+                failures[seq] = error
+        return failures
+
+    def _bring_back(self, seq: Sequence, broken: dict[Sequence, Exception]) -> None:
+        """Let the slot of a sequence that had to wait hold what it held before, down to the ring."""
+        snapshot = seq.snapshot
+        assert snapshot is not None and seq.slot is not None and self.swap is not None
+        try:
+            restore_snapshot(self._states, snapshot, [seq.slot])
+        except Exception as error:
+            broken[seq] = error
+        seq.num_folded, seq.snapshot, seq.swapped = snapshot.num_folded, None, False
+        self.swap.brought_back(snapshot)
 
     def _restore_one(self, snapshot: Snapshot, slots: list[int]) -> Tensor | None:
         with self.copies.time(self.copies.restores):

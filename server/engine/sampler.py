@@ -146,9 +146,16 @@ class Sampler:
         if stops:
             rows, tokens = self._upload(stops).unbind(1)
             self._flags_SV[rows, tokens] = torch.full_like(rows, _IS_STOP, dtype=torch.uint8)
+        if begun := [seq for seq in sequences if seq.outputs]:
+            # They have run in other slots.
+            slots_B = self._upload([seq.slot for seq in begun])
+            self.last_token_S[slots_B] = self._upload([seq.outputs[-1] for seq in begun])
         for seq in sequences:
             if has_penalties(seq):
                 self._counts_SV[seq.slot] = 0
+                if seq.outputs:
+                    outputs = self._upload(seq.outputs)
+                    self._counts_SV[seq.slot].index_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
                 if seq.params.repetition_penalty != 1.0:
                     self._mark_prompt(seq)
             if has_bias(seq):

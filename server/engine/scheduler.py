@@ -46,6 +46,13 @@ class Reuse(Protocol):
         """Whether to take a snapshot where the newest launched piece of a prompt ends."""
 
 
+class Swap(Protocol):
+    """What the scheduler asks of the memory for swapped states; see :class:`server.engine.swap.SwapSpace`."""
+
+    def room(self, num_swapped: int) -> int:
+        """How many more sequences may be taken out of their slots now, of whom so many are already."""
+
+
 class Scheduler:
     """Owns every sequence from submission to the release of its slot.
 
@@ -60,6 +67,7 @@ class Scheduler:
             prompts get what decodes leave.
         ring_size: tokens of a state's ring: at multiples of this position it is folded, which takes time.
         reuse: lets prompts begin from snapshots; None: every prompt is absorbed from its beginning.
+        swap: has room for what running sequences have absorbed; None: they keep their slots until they end.
     """
 
     def __init__(
@@ -73,9 +81,11 @@ class Scheduler:
         prompt_limits: tuple[PromptLimit, ...] = (),
         ring_size: int = 0,
         reuse: Reuse | None = None,
+        swap: Swap | None = None,
     ) -> None:
         self.allocator = allocator
         self._reuse = reuse
+        self._swap = swap
         self._prompt_limits = prompt_limits
         self._ring_size = ring_size
         self._token_budget = max_num_batched_tokens
@@ -86,6 +96,12 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}
         self.held: dict[Sequence, None] = {}
         """Running sequences whose next token is yet to be sampled, when the mask of their constraint is known."""
+        self.swapped: dict[Sequence, None] = {}
+        """Waiting sequences that have run."""
+        self._victims: dict[Sequence, Sequence] = {}
+        """Of the step being scheduled: who gives a slot up, by who gets one."""
+        self._swaps: list[tuple[Sequence, int]] = []
+        """Of the step being scheduled: who has given a slot up, and which."""
         self._kept: dict[Sequence, Sequence] = {}
         """Waiting sequences that have, or are about to get, a snapshot of their prompt, each with who absorbed it."""
 
@@ -137,9 +153,20 @@ class Scheduler:
         Args:
             now: ``time.monotonic()``, noted as the moment of admission of newly leased sequences.
         """
+        # Whoever comes before the last free slot has one, and a follower keeps it free until its leader is ready.
+        candidates = list(islice(self._unblocked(self.waiting), self.allocator.num_free))
+        self._swaps = []
+        self._victims = self._choose_victims(candidates)
+        candidates += self._victims
+        sitting_out = set(self._victims.values())
         decodes: list[Span] = []
         prompts: list[Sequence] = []
+        leased = [seq for seq in candidates if seq.swapped and not seq.prompt_remaining]
+        for seq in leased:
+            self._lease(seq, now)
         for seq in self.running:
+            if seq in sitting_out:
+                continue
             if seq.num_launched < len(seq.prompt):
                 prompts.append(seq)
             elif self._may_decode(seq):
@@ -147,14 +174,11 @@ class Scheduler:
         # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing.
         decodes.sort(key=_slot)
         limit = self._prompt_limit(decodes)
-        # Whoever comes before the last free slot has one, and a follower keeps it free until its leader is ready.
-        candidates = list(islice(self._unblocked(), self.allocator.num_free))
         ready: list[Sequence] = []
         for seq in candidates:
-            if seq.leader is None:
+            if seq.leader is None and seq.slot is None:
                 (prompts if seq.prompt_remaining else ready).append(seq)
         prefills: list[Span] = []
-        leased: list[Sequence] = []
         saves: list[int] = []
         pieces, replayed = self._share(in_turns(prompts), limit)
         for seq, length in pieces.items():
@@ -177,15 +201,52 @@ class Scheduler:
         for seq in ready:
             self._lease(seq, now)
         leased += ready + [branch.seq for fork in forks for branch in fork.branches]
+        self._victims = {}
         if not decodes and not prefills and not ready:
             return None
         replays = tuple(self._launch(seq, 0) for seq in ready)
-        return Batch(tuple(decodes), tuple(prefills), tuple(leased), replays, tuple(forks), saves=tuple(saves))
+        return Batch(
+            tuple(decodes),
+            tuple(prefills),
+            tuple(leased),
+            replays,
+            tuple(forks),
+            swaps=tuple(self._swaps),
+            saves=tuple(saves),
+        )
 
-    def _unblocked(self) -> Iterator[Sequence]:
+    def _unblocked(self, waiting: Iterable[Sequence]) -> Iterator[Sequence]:
         """Who may have a slot, in order, of as many as are worth looking at in a step."""
-        waiting = islice(self.waiting, self.allocator.num_free + _MAX_SKIPPED)
-        return (seq for seq in waiting if not seq.blocked)
+        return (seq for seq in islice(waiting, self.allocator.num_free + _MAX_SKIPPED) if not seq.blocked)
+
+    def _choose_victims(self, candidates: list[Sequence]) -> dict[Sequence, Sequence]:
+        """Whose slots go to more urgent sequences of the same tenants in this step, if these get any tokens.
+
+        Args:
+            candidates: sequences for which there are free slots.
+
+        Returns:
+            The running sequence by the one that gets its slot.
+        """
+        victims: dict[Sequence, Sequence] = {}
+        room = 0 if self._swap is None else self._swap.room(len(self.swapped))
+        if room <= 0:
+            return victims
+        placed = set(candidates)
+        for tenant in self.waiting.overtaken():
+            # The least urgent, and of those the newest, gives way first.
+            own = (seq for seq in self.running if seq.tenant == tenant and self._may_give_way(seq))
+            running = sorted(own, key=lambda seq: (seq.priority, seq.admitted))
+            for seq in self._unblocked(self.waiting.line(tenant)):
+                if len(victims) == room or not running or running[-1].priority <= seq.priority:
+                    break
+                if seq.leader is None and seq not in placed:
+                    victims[seq] = running.pop()
+        return victims
+
+    def _may_give_way(self, seq: Sequence) -> bool:
+        """Whether a running sequence has more to do than can be taken from it, and all it needs is in its slot."""
+        return not seq.followers and (seq.prompt_remaining > 0 or self._may_decode(seq))
 
     def _share(self, prompts: list[Sequence], limit: PromptLimit) -> tuple[dict[Sequence, int], list[Sequence]]:
         """Tokens of each prompt to absorb in a step, for those that get any, in order.
@@ -206,7 +267,7 @@ class Scheduler:
         for seq in prompts:
             if len(granted) == limit.prompts:
                 break
-            is_new = seq.slot is None and self._reuse is not None
+            is_new = seq.slot is None and not seq.swapped and self._reuse is not None
             if self._reuse is not None and is_new and not self._reuse.admit(seq):
                 continue
             if not seq.prompt_remaining:
@@ -227,11 +288,26 @@ class Scheduler:
         return granted, replayed
 
     def _lease(self, seq: Sequence, now: float) -> None:
+        if (victim := self._victims.pop(seq, None)) is not None:
+            self._take_out(victim)
         self.waiting.start(seq)
         self._kept.pop(seq, None)
         seq.slot = self.allocator.lease()
-        seq.admitted = now
+        if seq.swapped:
+            del self.swapped[seq]
+        else:
+            seq.admitted = now
         self.running[seq] = None
+
+    def _take_out(self, seq: Sequence) -> None:
+        """Let a running sequence wait. Launched steps may still refer to its slot: they come before what follows."""
+        assert seq.slot is not None
+        self._swaps.append((seq, seq.slot))
+        del self.running[seq]
+        self.waiting.swap(seq)
+        self.swapped[seq] = None
+        self.allocator.release(seq.slot)
+        seq.slot, seq.swapped = None, True
 
     def _fork(self, source: int, leader: Sequence, candidates: list[Sequence], now: float) -> Fork:
         """Let the followers of a sequence whose prompt ends in this step begin, as many as have a slot."""
@@ -322,6 +398,9 @@ class Scheduler:
         if seq.slot is None:
             self.waiting.remove(seq)
             self._kept.pop(seq, None)
+            if seq in self.swapped:
+                del self.swapped[seq]
+                seq.snapshot = None
             return
         del self.running[seq]
         self.waiting.end(seq)
@@ -337,8 +416,8 @@ class Scheduler:
                 self._release_if_idle(seq)
 
     def _release_if_idle(self, seq: Sequence) -> None:
-        if seq.in_flight == 0:
-            assert seq.slot is not None
+        # A swapped one has given its slot up before.
+        if seq.in_flight == 0 and seq.slot is not None:
             self.allocator.release(seq.slot)
             seq.slot = None
 

@@ -84,7 +84,10 @@ class Sequence:
     leads_again: bool = False
     """Whether another leader has absorbed the prompt before, and told what there is to tell of it."""
     snapshot: "Snapshot | None" = None
-    """What the slot is to hold when this waiting sequence gets one: its first ``num_launched`` tokens."""
+    """What the slot is to hold when this waiting sequence gets one: its first ``num_launched`` tokens. Of a swapped
+    some may wait in the ring."""
+    swapped: bool = False
+    """Whether it has run, and waits with all that its slot held in its snapshot, or about to be."""
     ticket: "Ticket[Any] | None" = None
     """Its dealings with the prefix cache, while its prompt is absorbed."""
     slot: int | None = None
@@ -118,7 +121,10 @@ class Sequence:
 
     @property
     def blocked(self) -> bool:
-        """Whether this waiting sequence waits for a snapshot that another one is about to leave."""
+        """Whether this waiting sequence waits for a snapshot that another one is about to leave, or for a launched step
+        that will tell its newest token."""
+        if self.swapped and self.in_flight:
+            return True
         ticket = self.ticket if self.leader is None else self.leader.ticket
         return ticket is not None and ticket.blocked
 

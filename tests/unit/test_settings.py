@@ -37,6 +37,7 @@ GIVEN = {
     "gpu_memory_utilization": 0.5,
     "max_num_queued_reqs": 6,
     "max_concurrent_seqs_per_key": 5,
+    "swap_space": 0.25,
     "state_cache_gpu": 0.5,
     "state_cache_host": 1.0,
     "state_cache_dir": "states",
@@ -66,6 +67,7 @@ def test_engine_gets_its_part() -> None:
         "model_folder": Path("model"),
         "tokenizer_folder": Path("tokenizer"),
         "several_keys": True,
+        "swap_bytes": 1 << 28,
         "state_cache": {
             "gpu_bytes": 1 << 29,
             "host_bytes": 1 << 30,

@@ -227,8 +227,9 @@ class GenerationFields(StructureFields):
         None,
         ge=INT64_MIN,
         le=INT64_MAX,
-        description="Requests of lower values get free slots, and have their prompts read, before those of higher ones "
-        "that wait, among requests with the same API key's name. What runs already goes on. Default 0.",
+        description="Requests of lower values get slots, and have their prompts read, before those of higher ones, "
+        "among requests with the same API key's name. Where no slot is free, one that runs with a higher value waits "
+        "meanwhile, and goes on later. Default 0.",
         examples=[-1],
     )
 

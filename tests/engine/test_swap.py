@@ -1,0 +1,189 @@
+"""Sequences that give their slots up for more urgent ones: nothing is absorbed twice, and no answer changes."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.engine.engine import Engine
+from server.settings import StateCacheConfig
+from server.types import FinishReason
+from tests.engine.driving import FIXTURES, Driver, engine_config, random_prompt
+from tests.engine.test_engine import ALL_MODES, IN_STEP, VOCAB, Mode, settle
+
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+BASE = FIXTURES / "base"
+
+
+def make_driver(folder: Path = BASE, *, mode: Mode = IN_STEP, **changes: Any) -> Driver:
+    device, overlap = mode
+    config = engine_config(folder, device=device, **{"swap_bytes": 64 << 20, "max_num_seqs": 1, **changes})
+    return Driver(Engine(config, overlap=overlap))
+
+
+def steps_until_first_token(driver: Driver, request: int) -> int:
+    for step in range(1, 100):
+        driver.step()
+        if (answer := driver.answers.get((request, 0))) is not None and answer.token_ids:
+            return step
+    raise AssertionError("it never begins")
+
+
+@ALL_MODES
+@pytest.mark.parametrize(("name", "dtype"), [("base", "float32"), ("conv", "bfloat16"), ("gqa", "int8")])
+def test_an_urgent_request_begins_at_once(name: str, dtype: str, mode: Mode) -> None:
+    """Whatever the other one was doing: absorbing its prompt, or decoding, with tokens in its ring or without."""
+    plain = make_driver(FIXTURES / name, mode=mode, swap_bytes=0, state_dtype=dtype)
+    prompt, urgent = random_prompt(300, VOCAB, 1), random_prompt(20, VOCAB, 2)
+    expected = plain.complete(prompt, max_tokens=40, **GREEDY).token_ids
+    expected_urgent = plain.complete(urgent, max_tokens=5, **GREEDY).token_ids
+    for steps in (1, 2, 4, 9, 20, 35):
+        driver = make_driver(FIXTURES / name, mode=mode, state_dtype=dtype)
+        first = driver.submit([prompt], priority=1, max_tokens=40, **GREEDY)
+        for _ in range(steps):
+            driver.step()
+        second = driver.submit([urgent], priority=0, max_tokens=5, **GREEDY)
+        # Its only step, and with overlap the one behind which that is retired.
+        assert steps_until_first_token(driver, second) == (2 if mode[1] else 1)
+        stats = driver.engine.stats()
+        assert (stats.swapped, stats.swaps_out, stats.swaps_in, stats.running) == (1, 1, 0, 1)
+        settle(driver)
+        stats = driver.engine.stats()
+        assert (stats.swapped, stats.swaps_out, stats.swaps_in) == (0, 1, 1)
+        assert stats.swapped_bytes == 2 * driver.engine.info.state_bytes
+        assert stats.prompt_tokens == 320, "nothing was absorbed twice"
+        assert driver.answers[first, 0].token_ids == expected
+        assert driver.answers[second, 0].token_ids == expected_urgent
+        assert sum(stats.queue_time.counts) == 2
+
+
+def test_only_the_less_urgent_of_the_same_key_give_way() -> None:
+    driver = make_driver(max_num_seqs=2, several_keys=True)
+    for tenant, priority in (("a", 5), ("a", 0)):
+        driver.submit([random_prompt(10, VOCAB, priority)], tenant=tenant, priority=priority, max_tokens=30, **GREEDY)
+    driver.step()
+    driver.submit([random_prompt(10, VOCAB, 3)], tenant="b", priority=-9, max_tokens=30, **GREEDY)
+    driver.submit([random_prompt(10, VOCAB, 4)], tenant="a", priority=5, max_tokens=30, **GREEDY)
+    for _ in range(3):
+        driver.step()
+    assert driver.engine.stats().swaps_out == 0
+    driver.submit([random_prompt(10, VOCAB, 5)], tenant="a", priority=4, max_tokens=30, **GREEDY)
+    driver.step()
+    assert driver.engine.stats().swaps_out == 1
+    running = [(seq.tenant, seq.priority) for seq in driver.engine.scheduler.running]
+    assert sorted(running) == [("a", 0), ("a", 4)], "the slot went to whom it was given up for"
+    settle(driver)
+
+
+def test_the_newest_of_the_least_urgent_gives_way_and_comes_back_first() -> None:
+    driver = make_driver(max_num_seqs=3)
+    order = []
+    for number, priority in enumerate((1, 2, 2)):
+        order.append(driver.submit([[number + 5]], priority=priority, max_tokens=60, **GREEDY))
+        driver.step()
+    late = driver.submit([[9]], priority=2, max_tokens=60, **GREEDY)
+    urgent = driver.submit([[10]], priority=0, max_tokens=4, **GREEDY)
+    driver.step()
+    scheduler = driver.engine.scheduler
+    assert [seq.request_id for seq in scheduler.swapped] == [order[2]]
+    assert [seq.request_id for seq in scheduler.waiting] == [order[2], late]
+    while not driver.answers[urgent, 0].finish_reason:
+        driver.step()
+    driver.step()
+    assert [seq.request_id for seq in scheduler.waiting] == [late] and not scheduler.swapped
+    settle(driver)
+
+
+def test_there_is_only_so_much_room() -> None:
+    driver = make_driver(max_num_seqs=4, swap_bytes=5 * make_driver().engine.info.state_bytes // 2)
+    for number in range(4):
+        driver.submit([[number + 5]], priority=1, max_tokens=50, **GREEDY)
+    driver.step()
+    for number in range(4):
+        driver.submit([[number + 9]], max_tokens=20, **GREEDY)
+    driver.step()
+    stats = driver.engine.stats()
+    assert (stats.swaps_out, stats.swapped, stats.running) == (2, 2, 4)
+    settle(driver)
+
+
+def test_a_failure_to_take_a_state_out_ends_its_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = make_driver()
+    prompts = [random_prompt(20, VOCAB, seed) for seed in range(2)]
+    first = driver.submit([prompts[0]], priority=1, max_tokens=30, **GREEDY)
+    driver.step()
+    swap = driver.engine._runner.swap
+    assert swap is not None
+
+    def fail(*args: Any, **fields: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(swap, "take", fail)
+    second = driver.submit([prompts[1]], max_tokens=6, **GREEDY)
+    settle(driver)
+    assert driver.answers[first, 0].finish_reason is FinishReason.ERROR
+    cold = make_driver(swap_bytes=0)
+    assert driver.answers[second, 0].token_ids == cold.complete(prompts[1], max_tokens=6, **GREEDY).token_ids
+
+
+PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.9, "top_p": 0.9},
+    {"temperature": 0.8, "repetition_penalty": 1.4},
+    {"temperature": 0.0, "frequency_penalty": 1.5, "presence_penalty": 0.7},
+    {"temperature": 1.0, "logprobs": 2, "min_tokens": 9, "stop_token_ids": tuple(range(3, 90))},
+    {"temperature": 0.0, "logit_bias": {7: 3.0}, "bad_words": ((9, 4), (11,))},
+]
+
+
+@ALL_MODES
+@pytest.mark.parametrize("seed", range(3))
+def test_random_traces_say_what_they_would_have_said_alone(seed: int, mode: Mode) -> None:
+    """Requests of any priority, of two tenants, that begin alike, are cancelled, and save and continue states."""
+    rng = random.Random(seed)
+    cache = StateCacheConfig(gpu_bytes=64 << 20, host_bytes=64 << 20) if seed else StateCacheConfig()
+    fields: dict[str, Any] = {"folder": FIXTURES / ("base", "conv", "gqa")[seed], "mode": mode}
+    driver = make_driver(max_num_seqs=2, state_cache=cache, swap_bytes=1 << 20, several_keys=True, **fields)
+    alone = make_driver(swap_bytes=0, **fields)
+    beginnings = [random_prompt(rng.randrange(1, 250), VOCAB, 50 * seed + i) for i in range(4)]
+    requests: dict[int, tuple[list[int], dict[str, Any], int]] = {}
+    absorbed = 0
+    for number in range(40):
+        prompt = rng.choice(beginnings) + random_prompt(rng.choice([1, 6, 90]), VOCAB, number)
+        params = rng.choice(PARAMS) | {"ignore_eos": True, "seed": number, "max_tokens": rng.randrange(1, 25)}
+        n = rng.choice([1, 1, 1, 2])
+        save = seed > 0 and rng.random() < 0.3
+        request = driver.submit(
+            [prompt], n, priority=rng.randrange(4), tenant=rng.choice("aab"), save=save, ttl=60, **params
+        )
+        requests[request] = prompt, params, n
+        for _ in range(rng.randrange(16)):
+            driver.step()
+        if rng.random() < 0.05:
+            driver.cancel(rng.choice(list(requests)))
+        stats = driver.engine.stats()
+        scheduler = driver.engine.scheduler
+        slots = [seq.slot for seq in scheduler.running]
+        assert len(set(slots)) == len(slots) == stats.running <= 2
+        assert all(seq.swapped and seq.slot is None and seq in scheduler.waiting for seq in scheduler.swapped)
+    settle(driver)
+    stats = driver.engine.stats()
+    assert stats.swaps_out > 5 and stats.swaps_in <= stats.swaps_out
+    assert not driver.engine.scheduler.swapped and not driver.engine.scheduler._kept
+    for request, (prompt, params, n) in requests.items():
+        expected = alone.submit([prompt], n, **params)
+        alone.run()
+        for choice in range(n):
+            answer, wanted = driver.answers[request, choice], alone.answers[expected, choice]
+            assert answer.error is None
+            if answer.finish_reason is FinishReason.CANCELLED:
+                assert answer.token_ids == wanted.token_ids[: len(answer.token_ids)]
+            else:
+                assert answer.token_ids == wanted.token_ids, (request, params)
+                assert answer.finish_reason == wanted.finish_reason
+                absorbed += 0 if choice else len(prompt)
+    if not seed:
+        # Without prefix reuse every prompt is absorbed once, cancelled ones in part.
+        assert absorbed <= stats.prompt_tokens <= sum(len(prompt) for prompt, _, _ in requests.values())

@@ -511,7 +511,7 @@ class Settings(BaseModel):
             shared=self.state_cache_shared,
             max_saved=self.max_saved_states,
             max_saved_per_key=self.max_saved_states_per_key,
-            saved_bytes_per_key=to_bytes(self.max_saved_gib_per_key),
+            saved_bytes_per_key=_to_bytes(self.max_saved_gib_per_key),
         )
 
     def process_settings(self) -> ProcessSettings:

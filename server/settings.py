@@ -115,6 +115,7 @@ class ApiSettings:
 
     Attributes:
         served_model_names: names clients may ask for; the first one stands in the answers.
+        revision: of the model's hub repository, as asked for.
         api_keys: the accepted keys; empty: no key needed.
         protect_all_routes: whether health, version and metrics want a key too.
         allowed_origins: web pages of these origins may use the API; ``*``: of all.
@@ -127,6 +128,7 @@ class ApiSettings:
     """
 
     served_model_names: tuple[str, ...]
+    revision: str | None
     api_keys: tuple[ApiKey, ...]
     protect_all_routes: bool
     allowed_origins: tuple[str, ...]
@@ -526,6 +528,7 @@ class Settings(BaseModel):
         """The API processes' part; keys leave the launcher as hashes only."""
         return ApiSettings(
             served_model_names=self.model_names(model_folder),
+            revision=self.revision,
             api_keys=self.keys,
             protect_all_routes=self.protect_all_routes,
             allowed_origins=self.allowed_origins,

@@ -302,6 +302,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_logprobs: int
     default_sampling: dict[str, float | int]
     """Fields of :class:`SamplingParams` set by the checkpoint's ``generation_config.json``."""
+    num_parameters: int
+    """Numbers of the checkpoint."""
     state_bytes: int
     """Memory of one sequence's state."""
     dtype: str

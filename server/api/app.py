@@ -95,7 +95,7 @@ def create_app(
     app.include_router(completions_router(settings, client, tokenizer, grammars))
     app.include_router(chat_router(settings, client, tokenizer, grammars, conversations))
     app.include_router(tokenization_router(settings, client, tokenizer, conversations))
-    app.include_router(models_router(settings))
+    app.include_router(models_router(settings, client))
     app.include_router(states_router(settings, client, tokenizer, grammars))
     metrics = HttpMetrics()
     app.include_router(operations_router(client, metrics))

@@ -131,6 +131,7 @@ class Engine:
             max_request_choices=self.scheduler.max_request_choices,
             max_logprobs=config.max_logprobs,
             default_sampling=generation.sampling_defaults if config.generation_config == "auto" else {},
+            num_parameters=built.num_parameters,
             state_bytes=built.state_bytes,
             dtype=built.dtype,
             state_dtype=config.state_dtype,

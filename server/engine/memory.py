@@ -66,6 +66,7 @@ class BuiltRunner:
         device_name: for people.
         prompt_limits: how many prompt tokens a step should absorb; empty: no such limits.
         ring_size: tokens of a state's ring, 0: there are no rings.
+        num_parameters: numbers of the checkpoint.
         cache_bytes: room for parked states, by tier.
     """
 
@@ -77,6 +78,7 @@ class BuiltRunner:
     device_name: str
     prompt_limits: tuple[PromptLimit, ...]
     ring_size: int
+    num_parameters: int
     cache_bytes: dict[Tier, int] = field(default_factory=dict)
 
 
@@ -113,7 +115,10 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         load_format=config.load_format,
         seed=config.seed,
     )
-    weight_bytes = sum(view.nbytes for view in model.checkpoint_tensors().values())
+    weights = model.checkpoint_tensors().values()
+    weight_bytes = sum(view.nbytes for view in weights)
+    num_parameters = sum(view.numel() for view in weights)
+    del weights  # views of what is packed now
     model.pack()
     per_state = state_bytes(model_config, on_cuda=device.type == "cuda", dtype=dtype, state_dtype=state_dtype)
     per_slot = per_state + Sampler.bytes_per_slot(model_config.vocab_size)
@@ -185,6 +190,7 @@ def build_runner(config: EngineConfig, model_config: GLAConfig) -> BuiltRunner:
         device_name=device_name,
         prompt_limits=prompt_limits,
         ring_size=states.ring_size,
+        num_parameters=num_parameters,
         cache_bytes=cache_bytes,
     )
 

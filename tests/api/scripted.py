@@ -63,6 +63,7 @@ INFO = EngineInfo(
     max_request_choices=16,
     max_logprobs=5,
     default_sampling={"temperature": 0.7, "top_p": 0.9, "top_k": 40},
+    num_parameters=1_000_000,
     state_bytes=1024,
     dtype="float32",
     state_dtype="float32",
@@ -406,6 +407,7 @@ def api_settings(**changes: Any) -> ApiSettings:
     """Settings of a server of one model with two names."""
     fields: dict[str, Any] = {
         "served_model_names": ("scripted", "org/scripted"),
+        "revision": "v1.2",
         "api_keys": (),
         "protect_all_routes": False,
         "allowed_origins": (),

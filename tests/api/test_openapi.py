@@ -12,10 +12,11 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from server.api import schemas
+from server.api.sleep import SleepSwitch
 from tests.api.scripted import ScriptedEngine, Server, serve
 
-GENERATES = {"200", "400", "401", "404", "413", "415", "429", "500", "503"}
-ANSWERS = GENERATES - {"429"}
+GENERATES = {"200", "400", "401", "403", "404", "413", "415", "429", "500", "503", "507"}
+ANSWERS = GENERATES - {"403", "429", "507"}
 STATUSES = {
     ("/v1/completions", "post"): GENERATES,
     ("/v1/chat/completions", "post"): GENERATES,
@@ -25,16 +26,20 @@ STATUSES = {
     ("/v1/states/prefill", "post"): GENERATES - {"200"} | {"201"},
     ("/v1/states", "get"): {"200", "400", "401", "503"},
     ("/v1/states/{state}", "get"): {"200", "400", "401", "404", "503"},
-    ("/v1/states/{state}", "delete"): {"200", "400", "401", "404", "503"},
-    ("/v1/states/{state}/fork", "post"): {"201", "400", "401", "404", "413", "415", "503"},
+    ("/v1/states/{state}", "delete"): {"200", "400", "401", "404", "503", "507"},
+    ("/v1/states/{state}/fork", "post"): {"201", "400", "401", "403", "404", "413", "415", "503", "507"},
     ("/v1/models", "get"): {"200", "401"},
     ("/v1/models/{model}", "get"): {"200", "401", "404"},
     ("/health", "get"): {"200", "503"},
     ("/health/live", "get"): {"200"},
     ("/health/ready", "get"): {"200", "503"},
+    ("/sleep", "post"): {"200", "400", "401", "503"},
+    ("/wake_up", "post"): {"200", "400", "401", "503"},
+    ("/is_sleeping", "get"): {"200", "400", "401"},
     ("/version", "get"): {"200"},
     ("/metrics", "get"): {"200"},
 }
+SWITCH = SleepSwitch(lambda wait: None, lambda: None)
 MODELS = {
     name: model
     for info in pkgutil.iter_modules(schemas.__path__, f"{schemas.__name__}.")
@@ -45,7 +50,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    with serve() as server:
+    with serve(sleep_switch=SWITCH) as server:
         return server.http.get("/openapi.json").json()
 
 
@@ -85,7 +90,7 @@ def test_every_route_is_described_with_its_errors(document: dict[str, Any]) -> N
             assert response["headers"].keys() == headers, (at, status)
         for parameter in operation.get("parameters", ()):
             assert parameter["description"], at
-        if at[1] == "post":
+        if at[1] == "post" and at[0] not in ("/sleep", "/wake_up"):
             assert operation["requestBody"]["required"] is not at[0].endswith("/fork")
 
 
@@ -156,7 +161,7 @@ def answers(server: Server, path: str, schema: dict[str, Any]) -> None:
 
 
 def test_keys_are_in_the_document() -> None:
-    with serve(keys=("k",)) as server:
+    with serve(keys=("k",), sleep_switch=SWITCH) as server:
         document = server.http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     secured = {at[0] for at, operation in operations(document) if operation.get("security") == [{"key": []}]}

@@ -61,11 +61,28 @@ def test_models(server: Server) -> None:
             "owned_by": "gale",
             "root": "scripted",
             "max_model_len": 2000,
+            "revision": "v1.2",
+            "fingerprint": "fp_scripted",
+            "num_parameters": 1_000_000,
+            "vocab_size": 300,
+            "dtype": "float32",
+            "state_dtype": "float32",
+            "state_bytes": 1024,
+            "max_num_seqs": 8,
+            "device": "scripted",
         }
         for name in ("scripted", "org/scripted")
     ]
     assert server.http.get("/v1/models/org/scripted").json() == body["data"][1]
     assert server.http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+
+
+def test_models_before_the_engine_has_told_of_itself() -> None:
+    with serve() as server:
+        server.client.info = None
+        (card, _) = server.http.get("/v1/models").json()["data"]
+        assert card["id"] == "scripted"
+        assert card["fingerprint"] is card["num_parameters"] is card["device"] is None
 
 
 def test_health_and_version(server: Server) -> None:

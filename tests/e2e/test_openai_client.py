@@ -255,6 +255,12 @@ def test_models(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "gale")
     assert client.models.retrieve(MODEL) == model
+    weights = load_file(ROOT / "server" / "assets" / MODEL / "model.safetensors")
+    told = model.model_extra or {}
+    assert told["num_parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert (told["vocab_size"], told["dtype"], told["state_dtype"]) == (VOCAB, "float32", "float32")
+    assert told["state_bytes"] == 10 * 2 * 64 * 128 * 4, "layers, heads, keys, values, bytes"
+    assert told["fingerprint"] == client.completions.create(model=MODEL, prompt="a", max_tokens=1).system_fingerprint
 
 
 def test_async_client(base_url: str) -> None:

@@ -29,6 +29,7 @@ INFO = EngineInfo(
     max_request_choices=12,
     max_logprobs=5,
     default_sampling={},
+    num_parameters=1_000_000,
     state_bytes=1024,
     dtype="float32",
     state_dtype="float32",

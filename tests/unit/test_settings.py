@@ -87,6 +87,7 @@ def test_api_gets_its_part() -> None:
     api = Settings.from_flags(GIVEN).api_settings(Path("model"), None)
     assert api == ApiSettings(
         served_model_names=("first", "second"),
+        revision="v2",
         api_keys=(ApiKey("key-1", hash_key("secret")), ApiKey("alice", hash_key("second"))),
         protect_all_routes=True,
         allowed_origins=("https://a.example", "http://localhost:3000"),

@@ -14,6 +14,24 @@ class ModelCard(BaseModel):
     max_model_len: int | None = Field(
         description="Most tokens of prompt and answer together; null: no limit.", examples=[4096]
     )
+    revision: str | None = Field(
+        description="Branch, tag or commit of the hub's repository, if one was named.", examples=["main"]
+    )
+    fingerprint: str | None = Field(
+        None,
+        description="Names checkpoint, version and data types, as `system_fingerprint` in answers. Null, like what "
+        "follows, until the engine has loaded the model.",
+        examples=["fp_77eac3d710a6"],
+    )
+    num_parameters: int | None = Field(None, description="Numbers of the checkpoint.", examples=[10_725_888])
+    vocab_size: int | None = Field(None, description="Token ids lie below it.", examples=[8192])
+    dtype: str | None = Field(None, description="Type of the weights.", examples=["bfloat16"])
+    state_dtype: str | None = Field(None, description="Type of the recurrent states.", examples=["float32"])
+    state_bytes: int | None = Field(
+        None, description="Memory of one request's state, whatever its length.", examples=[655_360]
+    )
+    max_num_seqs: int | None = Field(None, description="Choices that can run at once.", examples=[256])
+    device: str | None = Field(None, description="Where it runs.", examples=["NVIDIA H200"])
 
 
 class ModelList(BaseModel):

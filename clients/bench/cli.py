@@ -5,14 +5,17 @@ import asyncio
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from clients.bench.flags import SAMPLING
 from clients.bench.load import Load, send
 from clients.bench.metrics import figures
 from clients.bench.protocol import Answer, Target
@@ -27,6 +30,10 @@ from clients.bench.workload import (
     shared_prefixes,
 )
 from clients.server import Server, ServerError, open_session
+
+_RAMP = ("ramp_up_strategy", "ramp_up_start_rps", "ramp_up_end_rps")
+_READY_EVERY = 0.5
+"""Seconds between looks at a server that is not ready."""
 
 
 class UsageError(Exception):
@@ -44,25 +51,25 @@ def run(arguments: argparse.Namespace) -> int:
         _check(arguments)
         results = asyncio.run(_measure(arguments, errors))
     except UsageError as error:
-        errors.print(f"gale bench: error: {error}", markup=False, highlight=False)
+        errors.print(f"gale bench: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     except (ServerError, OSError, UnicodeDecodeError) as error:
-        errors.print(f"gale bench: error: {error}", markup=False, highlight=False)
+        errors.print(f"gale bench: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         errors.print("gale bench: stopped; nothing is reported")
         return 130
-    print_results(Console(), results, arguments.metric_percentiles)
+    print_results(Console(), results, arguments.metric_percentiles, arguments.percentile_metrics)
     if arguments.output:
         content = results[0] if len(results) == 1 else results
         arguments.output.write_text(json.dumps(content) + "\n")
     if arguments.report:
-        write_report(arguments.report, results)
+        write_report(arguments.report, results, max(arguments.metric_percentiles))
     return 0 if all(result["completed"] for result in results) else 1
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    ramp = (arguments.ramp_up_strategy, arguments.ramp_up_start_rps, arguments.ramp_up_end_rps)
+    ramp = [getattr(arguments, name) for name in _RAMP]
     if any(ramp) and not all(ramp):
         raise UsageError("--ramp-up-strategy, --ramp-up-start-rps and --ramp-up-end-rps go together")
     if arguments.ramp_up_strategy and arguments.request_rate != [float("inf")]:
@@ -76,40 +83,71 @@ def _check(arguments: argparse.Namespace) -> None:
             import matplotlib  # noqa: F401
         except ImportError:
             raise UsageError("--report needs matplotlib: pip install matplotlib") from None
-    for header in arguments.header:
-        if "=" not in header:
-            raise UsageError(f"--header: expected KEY=VALUE, got {header!r}")
+    if "state" in arguments.history and arguments.dataset_name != "multi-turn":
+        raise UsageError("--history state takes --dataset-name multi-turn: other conversations have one turn")
     for path in (arguments.output, arguments.report):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} to")
 
 
 async def _measure(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    headers = dict(header.split("=", 1) for header in arguments.header)
+    headers = dict(arguments.header)
     if key := os.environ.get("OPENAI_API_KEY"):
         headers = {"Authorization": f"Bearer {key}"} | headers
     async with open_session(headers) as session:
-        conversations = _conversations(arguments)
-        targets = []
-        for url in arguments.compare or [arguments.base_url]:
-            server = Server(session, url)
-            model = arguments.model or await server.first_model()
-            extra = ({} if arguments.no_ignore_eos else {"ignore_eos": True}) | arguments.extra_body
-            targets.append(Target(server, model, arguments.backend, extra))
-            await _warm_up(targets[-1], arguments, conversations[0])
+        targets = [await _target(arguments, Server(session, url)) for url in arguments.compare or [arguments.base_url]]
+        loads = [_load(arguments, number, *setting) for number, setting in enumerate(_settings(arguments))]
+        requests = sum(len(conversation.turns) for load in loads for conversation in load.conversations)
         results = []
-        loads = [_load(arguments, conversations, rate, most) for rate, most in _settings(arguments)]
-        requests = sum(len(conversation.turns) for conversation in conversations) * len(targets) * len(loads)
-        with _progress(console, requests, hidden=arguments.disable_tqdm) as noticed:
+        with _progress(console, requests * len(targets), hidden=arguments.disable_tqdm) as noticed:
             for load in loads:
                 runs = await send(load, targets, noticed)
-                limits = dict(arguments.goodput)
-                results += [figures(run, limits=limits, percentiles=arguments.metric_percentiles) for run in runs]
+                limits, noted = dict(arguments.goodput), _noted(arguments)
+                results += [
+                    noted | figures(run, limits=limits, percentiles=arguments.metric_percentiles) for run in runs
+                ]
     return results
 
 
-async def _warm_up(target: Target, arguments: argparse.Namespace, conversation: Conversation) -> None:
-    turn = conversation.turns[0]
+def _noted(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a result says of how it was made, as ``vllm bench serve`` names it; the figures name the rest."""
+    noted = {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": arguments.backend,
+        "backend": arguments.backend,
+        **dict(arguments.metadata),
+        "burstiness": arguments.burstiness,
+    }
+    if arguments.ramp_up_strategy:
+        noted |= {name: getattr(arguments, name) for name in _RAMP}
+    return noted
+
+
+async def _target(arguments: argparse.Namespace, server: Server) -> Target:
+    """A server that answers, and has been warmed up."""
+    deadline = time.monotonic() + arguments.ready_check_timeout_sec
+    while True:
+        try:
+            model = arguments.model or await server.first_model()
+            break
+        except ServerError:
+            if time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(_READY_EVERY)
+    if "state" in arguments.history:
+        await server.request("GET", "/v1/states")
+    fields: dict[str, Any] = {"ignore_eos": True} if arguments.ignore_eos else {}
+    for name in ("temperature", *SAMPLING):
+        if (value := getattr(arguments, name)) is not None:
+            fields[name] = value
+    target = Target(server, model, arguments.backend, fields | arguments.extra_body)
+    await _warm_up(target, arguments)
+    return target
+
+
+async def _warm_up(target: Target, arguments: argparse.Namespace) -> None:
+    """Ask once or more; nothing that is sent later begins like it."""
+    turn = _conversations(arguments, "warm-up")[0].turns[0]
     prompt = [{"role": "user", "content": str(turn.prompt)}] if arguments.backend == "openai-chat" else turn.prompt
     for _ in range(arguments.num_warmups):
         answer = await target.ask(prompt, turn.max_tokens)
@@ -117,8 +155,8 @@ async def _warm_up(target: Target, arguments: argparse.Namespace, conversation: 
             raise ServerError(f"{target.server.name} fails a first request: {answer.error}")
 
 
-def _settings(arguments: argparse.Namespace) -> Iterator[tuple[float | Ramp, int | None]]:
-    """Every rate with every limit on concurrency, one run each."""
+def _settings(arguments: argparse.Namespace) -> Iterator[tuple[float | Ramp, int | None, str]]:
+    """Every rate with every limit on concurrency and every way to carry a conversation's history, one run each."""
     if arguments.ramp_up_strategy:
         rates: list[float | Ramp] = [
             Ramp(arguments.ramp_up_strategy, arguments.ramp_up_start_rps, arguments.ramp_up_end_rps)
@@ -127,19 +165,20 @@ def _settings(arguments: argparse.Namespace) -> Iterator[tuple[float | Ramp, int
         rates = arguments.request_rate
     for rate in rates:
         for most in arguments.max_concurrency:
-            yield rate, most
+            for history in arguments.history:
+                yield rate, most, history
 
 
-def _load(
-    arguments: argparse.Namespace, conversations: Sequence[Conversation], rate: float | Ramp, most: int | None
-) -> Load:
+def _load(arguments: argparse.Namespace, number: int, rate: float | Ramp, most: int | None, history: str) -> Load:
+    # Of its own, though drawn alike: a server that keeps prefixes would know those of the run before.
+    conversations = _conversations(arguments, f"run {number}")
     moments = arrivals(random.Random(arguments.seed), len(conversations), rate, arguments.burstiness)
     named = None if isinstance(rate, Ramp) else rate
-    return Load(conversations, moments, named, most, chat=arguments.backend == "openai-chat")
+    return Load(conversations, moments, named, most, history, chat=arguments.backend == "openai-chat")
 
 
-def _conversations(arguments: argparse.Namespace) -> list[Conversation]:
-    rng = random.Random(arguments.seed)
+def _conversations(arguments: argparse.Namespace, purpose: str) -> list[Conversation]:
+    rng = random.Random(f"{arguments.seed} {purpose}")
     number, ratio = arguments.num_prompts, arguments.random_range_ratio
     inputs, outputs = Lengths(arguments.random_input_len, ratio), Lengths(arguments.random_output_len, ratio)
     text = arguments.backend == "openai-chat"

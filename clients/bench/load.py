@@ -3,12 +3,18 @@
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from clients.bench.metrics import Run
 from clients.bench.protocol import Answer, Target
 from clients.bench.workload import Conversation, Prompt
+from clients.server import FAILURES, ServerError
+
+_STATE_SECONDS = 3600
+"""After which a state is forgotten that a run, having been stopped, has left behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,7 @@ class Load:
         moments: seconds from the start at which each begins.
         rate: requests per second, as the figures name it; None: a ramp.
         concurrency: most requests at once, over all servers; None: no limit.
+        history: how a turn carries what was said before: "resend" all of it, or go on from a "state".
         chat: whether turns are messages.
     """
 
@@ -27,6 +34,7 @@ class Load:
     moments: Sequence[float]
     rate: float | None
     concurrency: int | None
+    history: str
     chat: bool
 
 
@@ -47,7 +55,7 @@ async def send(load: Load, targets: Sequence[Target], noticed: Callable[[Answer]
     async def talk(target: Target, conversation: Conversation) -> list[Answer]:
         asked = time.perf_counter()
         async with places:
-            answers = await _converse(target, conversation, noticed, chat=load.chat)
+            answers = await _converse(target, conversation, load, noticed)
         answers[0].waited = answers[0].sent - asked
         return answers
 
@@ -61,28 +69,65 @@ async def send(load: Load, targets: Sequence[Target], noticed: Callable[[Answer]
     for target, own in zip(targets, tasks, strict=True):
         answers = [answer for answers in await asyncio.gather(*own) for answer in answers]
         seconds = max((answer.ended for answer in answers), default=start) - start
-        runs.append(Run(target.server.name, target.model, load.rate, load.concurrency, answers, seconds))
+        name, model = target.server.name, target.model
+        runs.append(Run(name, model, load.rate, load.concurrency, load.history, answers, seconds))
     return runs
 
 
 async def _converse(
-    target: Target, conversation: Conversation, noticed: Callable[[Answer], None], *, chat: bool
+    target: Target, conversation: Conversation, load: Load, noticed: Callable[[Answer], None]
 ) -> list[Answer]:
-    """All turns, each with the whole history before it; a turn that fails ends the conversation."""
+    """All turns; one that fails ends the conversation."""
+    transcript = _Transcript(load)
+    state = f"bench-{uuid.uuid4().hex}" if load.history == "state" else None
+    last = len(conversation.turns) - 1
     answers: list[Answer] = []
-    messages: list[dict[str, str]] = []
-    text: Prompt = ""
     for number, turn in enumerate(conversation.turns):
-        if chat:
-            messages.append({"role": "user", "content": str(turn.prompt)})
-            answer = await target.ask(messages, turn.max_tokens)
-            messages.append({"role": "assistant", "content": answer.text})
-        else:
-            text = f"{text} {turn.prompt}" if number else turn.prompt
-            answer = await target.ask(text, turn.max_tokens)
-            text = f"{text}{answer.text}"
+        fields: dict[str, Any] = {}
+        if state and number > 0:
+            fields["state"] = state
+        if state and number < last:
+            # A name is the newest state's that is given it: the server keeps one for each conversation.
+            fields |= {"save_state": state, "state_ttl": _STATE_SECONDS}
+        answer = await target.ask(transcript.ask(turn.prompt), turn.max_tokens, fields)
+        answer.turn = number
+        if "save_state" in fields and answer.ok and not answer.saved:
+            answer.error = "the server saves no state: --history state takes Gale"
+        transcript.answer(answer.text)
         answers.append(answer)
         noticed(answer)
         if not answer.ok:
             break
+    if state and len(answers) > 1:
+        with contextlib.suppress(ServerError, *FAILURES):
+            await target.server.request("DELETE", f"/v1/states/{state}")
     return answers
+
+
+class _Transcript:
+    """What the requests of a conversation carry: all of it, or behind a state only what is new."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._messages: list[dict[str, str]] = []
+        self._text: Prompt = ""
+        self._begun = False
+
+    def ask(self, prompt: Prompt) -> Prompt | list[dict[str, str]]:
+        """The prompt or the messages of the next request."""
+        if self._load.chat:
+            self._messages.append({"role": "user", "content": str(prompt)})
+            return list(self._messages)
+        # Conversations of several turns are text.
+        self._text = f"{self._text} {prompt}" if self._begun else prompt
+        self._begun = True
+        return self._text
+
+    def answer(self, text: str) -> None:
+        """Note what came."""
+        if self._load.history == "state":
+            self._messages, self._text = [], ""
+        elif self._load.chat:
+            self._messages.append({"role": "assistant", "content": text})
+        else:
+            self._text = f"{self._text}{text}"

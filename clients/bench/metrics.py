@@ -3,17 +3,11 @@
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
+from clients.bench.flags import LATENCIES
 from clients.bench.protocol import Answer
-
-LATENCIES = {
-    "ttft": "Time to first token",
-    "tpot": "Time per output token (without the first)",
-    "itl": "Inter-token latency",
-    "e2el": "End-to-end latency",
-}
-"""vLLM's short names, and what they stand for. Milliseconds everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +19,7 @@ class Run:
         model: the name sent.
         rate: requests per second, infinite for all at once; None: a ramp.
         concurrency: most requests at once; None: no limit.
+        history: how turns carry what was said before, of :data:`clients.bench.flags.HISTORIES`.
         answers: of all requests, in the order of sending.
         seconds: from the start to the last answer.
     """
@@ -33,6 +28,7 @@ class Run:
     model: str
     rate: float | None
     concurrency: int | None
+    history: str
     answers: Sequence[Answer]
     seconds: float
 
@@ -88,16 +84,19 @@ def figures(run: Run, *, limits: dict[str, float], percentiles: Sequence[float])
         "model_id": run.model,
         "request_rate": "inf" if run.rate == float("inf") else run.rate,
         "max_concurrency": run.concurrency,
+        "history": run.history,
         "num_prompts": len(run.answers),
         "duration": seconds,
         "completed": len(succeeded),
         "failed": len(run.answers) - len(succeeded),
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
+        "total_cached_tokens": sum(a.cached_tokens for a in succeeded),
         "request_throughput": len(succeeded) / seconds,
         "request_goodput": sum(good(a, limits) for a in run.answers) / seconds if limits else None,
         "output_throughput": outputs / seconds,
         "total_token_throughput": (inputs + outputs) / seconds,
+        "max_output_tokens_per_s": _most_in_a_second(succeeded),
         "max_concurrent_requests": _most_at_once(succeeded),
     }
     for name, ordered in latencies(run.answers).items():
@@ -109,6 +108,8 @@ def figures(run: Run, *, limits: dict[str, float], percentiles: Sequence[float])
     return result | {
         "input_lens": [a.prompt_tokens for a in run.answers],
         "output_lens": [a.output_tokens for a in run.answers],
+        "cached_lens": [a.cached_tokens for a in run.answers],
+        "turns": [a.turn for a in run.answers],
         "start_times": [a.sent for a in run.answers],
         "ttfts": [(a.first or a.ended) - a.sent for a in run.answers],
         "itls": [a.gaps for a in run.answers],
@@ -116,6 +117,19 @@ def figures(run: Run, *, limits: dict[str, float], percentiles: Sequence[float])
         "queue_times": [a.waited for a in run.answers],
         "errors": [a.error for a in run.answers],
     }
+
+
+def _most_in_a_second(answers: Sequence[Answer]) -> float:
+    """Tokens that arrived in the fullest second, counted from the first request; a chunk's are its share of all."""
+    start = min((answer.sent for answer in answers), default=0.0)
+    tokens: dict[int, float] = {}
+    for answer in answers:
+        moments = accumulate(answer.gaps, initial=answer.first or answer.ended)
+        share = answer.output_tokens / (1 + len(answer.gaps))
+        for moment in moments:
+            second = int(moment - start)
+            tokens[second] = tokens.get(second, 0.0) + share
+    return max(tokens.values(), default=0.0)
 
 
 def _most_at_once(answers: Iterable[Answer]) -> int:

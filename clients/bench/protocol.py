@@ -1,7 +1,9 @@
 """One request to an OpenAI-style server, streamed, and the moments at which its answer arrived."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from clients.bench.flags import ENDPOINTS
@@ -26,7 +28,13 @@ class Answer:
     chunks: int = 0
     text: str = ""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's, those that were not absorbed for this request."""
     output_tokens: int = 0
+    turn: int = 0
+    """Its place in its conversation, from 0."""
+    saved: bool = False
+    """Whether the server tells of a state that it saved."""
     error: str = ""
 
     @property
@@ -51,11 +59,20 @@ class Target:
     backend: str
     extra: dict[str, Any]
 
-    async def ask(self, prompt: Prompt | list[dict[str, str]], max_tokens: int) -> Answer:
-        """Send one request and read its stream to the end. Failures are noted in the answer, never raised."""
+    async def ask(
+        self, prompt: Prompt | list[dict[str, str]], max_tokens: int, fields: Mapping[str, Any] = MappingProxyType({})
+    ) -> Answer:
+        """Send one request and read its stream to the end. Failures are noted in the answer, never raised.
+
+        Args:
+            prompt: of a completion, or messages.
+            max_tokens: most tokens of the answer.
+            fields: of this request alone.
+        """
+        body = self._body(prompt, max_tokens) | dict(fields)
         answer = Answer(time.perf_counter())
         try:
-            await self._read(prompt, max_tokens, answer)
+            await self._read(body, answer)
         except ServerError as error:
             answer.error = str(error)
         except FAILURES as error:
@@ -63,14 +80,16 @@ class Target:
         answer.ended = time.perf_counter()
         return answer
 
-    async def _read(self, prompt: Prompt | list[dict[str, str]], max_tokens: int, answer: Answer) -> None:
+    async def _read(self, body: Mapping[str, Any], answer: Answer) -> None:
         last = answer.sent
         pieces = []
-        async for chunk in self.server.stream(ENDPOINTS[self.backend], self._body(prompt, max_tokens)):
+        async for chunk in self.server.stream(ENDPOINTS[self.backend], body):
             now = time.perf_counter()
-            if chunk.get("usage"):
-                answer.prompt_tokens = chunk["usage"]["prompt_tokens"]
-                answer.output_tokens = chunk["usage"]["completion_tokens"]
+            answer.saved = answer.saved or "state" in chunk
+            if usage := chunk.get("usage"):
+                answer.prompt_tokens = usage["prompt_tokens"]
+                answer.output_tokens = usage["completion_tokens"]
+                answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             text = text_of(chunk)
             if not text:
                 continue
@@ -95,7 +114,6 @@ class Target:
             "model": self.model,
             **content,
             "max_tokens": max_tokens,
-            "temperature": 0.0,
             "stream": True,
             "stream_options": {"include_usage": True},
             **self.extra,

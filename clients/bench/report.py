@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clients.bench.metrics import LATENCIES
+from clients.bench.flags import LATENCIES
 
 Result = dict[str, Any]
 """What :func:`clients.bench.metrics.figures` returns."""
@@ -20,14 +21,17 @@ _COUNTS = (
     ("Requests failed", "failed", "{:,.0f}"),
     ("Duration, s", "duration", "{:,.2f}"),
     ("Input tokens", "total_input_tokens", "{:,.0f}"),
+    ("  of these cached", "total_cached_tokens", "{:,.0f}"),
     ("Output tokens", "total_output_tokens", "{:,.0f}"),
     ("Requests/s", "request_throughput", "{:,.2f}"),
     ("Goodput, requests/s", "request_goodput", "{:,.2f}"),
     ("Output tokens/s", "output_throughput", "{:,.1f}"),
     ("Input and output tokens/s", "total_token_throughput", "{:,.1f}"),
+    ("Output tokens in the fullest second", "max_output_tokens_per_s", "{:,.0f}"),
     ("Most requests at once", "max_concurrent_requests", "{:,.0f}"),
 )
 _SHOWN_ERRORS = 3
+_SHOWN_TURNS = 8
 
 
 def label(result: Result) -> str:
@@ -38,25 +42,40 @@ def label(result: Result) -> str:
         if rate == "inf" and most
         else ["ramp" if rate is None else "all at once" if rate == "inf" else f"{rate:g}/s"]
     )
-    return ", ".join([*parts, f"{most} concurrent"] if most else parts)
+    parts += [f"{most} concurrent"] if most else []
+    return ", ".join([*parts, *_history(result)])
 
 
-def print_results(console: Console, results: Sequence[Result], percentiles: Sequence[float]) -> None:
+def _history(result: Result) -> list[str]:
+    """How turns carried what was said before, where there were any."""
+    several = any(result["turns"])
+    return [{"resend": "history resent", "state": "by state"}[result["history"]]] if several else []
+
+
+def print_results(
+    console: Console, results: Sequence[Result], percentiles: Sequence[float], metrics: Sequence[str]
+) -> None:
     """A table with a column per run, and what went wrong."""
     several = len({result["backend_server"] for result in results}) > 1
     table = Table(title=f"{results[0]['model_id']}", title_justify="left", header_style="bold")
     table.add_column("")
     for result in results:
         server = f"{result['backend_server']}\n" if several or len(results) == 1 else ""
-        table.add_column(f"{server}{label(result)}", justify="right")
+        heading = label(result).replace(", ", "\n")
+        table.add_column(f"{server}{heading}", justify="right")
     for title, name, form in _COUNTS:
         if any(result[name] is not None for result in results):
             table.add_row(title, *(form.format(result[name]) for result in results))
-    for name, title in LATENCIES.items():
+    for name in metrics:
         table.add_section()
-        table.add_row(f"[bold]{title}[/bold], ms")
-        for heading, prefix in (("mean", "mean"), ("median", "median"), *((f"p{p:g}", f"p{p:g}") for p in percentiles)):
+        table.add_row(f"[bold]{LATENCIES[name]}[/bold], ms")
+        for heading, prefix in (
+            ("mean", "mean"),
+            ("median", "median"),
+            *((f"p{p:g}", f"p{p:g}") for p in percentiles if p != 50),
+        ):
             table.add_row(f"  {heading}", *(f"{result[f'{prefix}_{name}_ms']:,.2f}" for result in results))
+    _add_turns(table, results)
     console.print(table)
     for result in results:
         errors = Counter(error for error in result["errors"] if error)
@@ -68,14 +87,41 @@ def print_results(console: Console, results: Sequence[Result], percentiles: Sequ
             )
 
 
-def write_report(path: Path, results: Sequence[Result]) -> None:
+def _add_turns(table: Table, results: Sequence[Result]) -> None:
+    """How the time to the first token changes in the course of the conversations."""
+    found = [turn_medians(result) for result in results]
+    turns = max(map(len, found))
+    if turns < 2:
+        return
+    table.add_section()
+    table.add_row("[bold]Median time to first token by turn[/bold], ms")
+    for turn in sorted({round(step * (turns - 1) / (_SHOWN_TURNS - 1)) for step in range(_SHOWN_TURNS)}):
+        table.add_row(f"  {turn + 1}", *(f"{own[turn]:,.2f}" if turn < len(own) else "" for own in found))
+
+
+def turn_medians(result: Result) -> list[float]:
+    """The median time to the first token of every turn, ms, over the requests that succeeded."""
+    values: dict[int, list[float]] = {}
+    for turn, seconds, error in zip(result["turns"], result["ttfts"], result["errors"], strict=True):
+        if not error:
+            values.setdefault(turn, []).append(seconds * 1e3)
+    return [statistics.median(values[turn]) for turn in sorted(values)]
+
+
+def write_report(path: Path, results: Sequence[Result], percentile: float) -> None:
     """Draw the results to a ``.png``, or to a ``.html`` page that needs no other file.
+
+    Args:
+        path: of the file.
+        results: of every run.
+        percentile: shown beside the medians, one of those that the results have.
 
     Raises:
         ImportError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    image = _draw(results)
+    high = f"p{percentile:g}"
+    image = _draw(results, high)
     if path.suffix.lower() != ".html":
         path.write_bytes(image)
         return
@@ -88,14 +134,14 @@ def write_report(path: Path, results: Sequence[Result]) -> None:
                 label(result),
                 f"{result['completed']:,} of {result['num_prompts']:,}",
                 f"{result['output_throughput']:,.1f}",
-                *(f"{result[f'{kind}_{name}_ms']:,.1f}" for name in LATENCIES for kind in ("median", "p99")),
+                *(f"{result[f'{kind}_{name}_ms']:,.1f}" for name in LATENCIES for kind in ("median", high)),
             )
         )
         + "</tr>"
         for result in results
     )
     heads = ["server", "load", "completed", "output tokens/s"]
-    heads += [f"{name.upper()} {kind}, ms" for name in LATENCIES for kind in ("median", "p99")]
+    heads += [f"{name.upper()} {kind}, ms" for name in LATENCIES for kind in ("median", high)]
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>gale bench</title>'
         "<style>body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}"
@@ -108,7 +154,7 @@ def write_report(path: Path, results: Sequence[Result]) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def _draw(results: Sequence[Result]) -> bytes:
+def _draw(results: Sequence[Result], high: str) -> bytes:
     """Latencies against throughput with a curve per server; for a single run, how each latency is distributed."""
     from matplotlib.figure import Figure
 
@@ -116,7 +162,7 @@ def _draw(results: Sequence[Result]) -> bytes:
     panels = figure.subplots(2, 2).flat
     servers: dict[str, list[Result]] = {}
     for result in results:
-        servers.setdefault(result["backend_server"], []).append(result)
+        servers.setdefault(", ".join([result["backend_server"], *_history(result)]), []).append(result)
     curves = max(map(len, servers.values())) > 1
     for panel, (name, title) in zip(panels, LATENCIES.items(), strict=True):
         for index, (server, own) in enumerate(servers.items()):
@@ -124,7 +170,7 @@ def _draw(results: Sequence[Result]) -> bytes:
             if curves:
                 ordered = sorted(own, key=lambda result: float(result["output_throughput"]))
                 rates = [result["output_throughput"] for result in ordered]
-                for kind, style in (("median", "-"), ("p99", "--")):
+                for kind, style in (("median", "-"), (high, "--")):
                     values = [result[f"{kind}_{name}_ms"] for result in ordered]
                     panel.plot(rates, values, style, marker="o", color=color, label=f"{server}, {kind}")
             else:

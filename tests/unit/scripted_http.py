@@ -18,6 +18,8 @@ class Scripted(BaseHTTPRequestHandler):
         if self.server.script == "key":
             self.server.keys.append(self.headers.get("authorization"))
             self._json(401, {"error": {"message": "no such key", "code": "invalid_api_key"}})
+        elif self.path == "/v1/states" and self.server.script in ("states", "forgetful"):
+            self._json(200, {"data": []})
         elif self.path == "/v1/models":
             self._json(200, {"data": [{"id": "scripted"}]})
         else:
@@ -38,6 +40,8 @@ class Scripted(BaseHTTPRequestHandler):
             chunks[-1] = {"error": {"message": "the engine died"}}
         else:
             chunks.append({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3}})
+        if script == "states" and body.get("save_state"):
+            chunks[-2] |= {"state": {"id": "state-1", "num_tokens": 7, "bytes": 0}}
         lines = [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks]
         if script != "cut":
             lines.append(b"data: [DONE]\n\n")
@@ -51,6 +55,10 @@ class Scripted(BaseHTTPRequestHandler):
             self.wfile.write(line)
         self.close_connection = True
 
+    def do_DELETE(self) -> None:
+        self.server.deleted.append(self.path)
+        self._json(200, {})
+
     def _json(self, status: int, value: Any) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
@@ -63,13 +71,14 @@ class Scripted(BaseHTTPRequestHandler):
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Remembers what it was sent."""
+    """Remembers what it was sent: bodies and keys of requests, and paths of what was to be deleted."""
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Scripted)
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", port), Scripted)
         self.script = ""
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.deleted: list[str] = []
         self.released = Event()
         """Set to let the script "stall" go on after two tokens."""
 
@@ -79,9 +88,9 @@ class ScriptedServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def scripted_server() -> Iterator[ScriptedServer]:
-    """One that runs meanwhile."""
-    with ScriptedServer() as running:
+def scripted_server(port: int = 0) -> Iterator[ScriptedServer]:
+    """One that runs meanwhile; on a free port, if none is given."""
+    with ScriptedServer(port) as running:
         thread = Thread(target=running.serve_forever)
         thread.start()
         try:

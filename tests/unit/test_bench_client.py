@@ -2,8 +2,12 @@
 
 import json
 import random
+import socket
 import statistics
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -90,7 +94,7 @@ def test_figures_by_hand() -> None:
         Answer(sent=0.5, first=0.8, ended=2.0, gaps=[1.2], chunks=2, prompt_tokens=5, output_tokens=2),
         Answer(sent=0.6, ended=0.7, error="503: full"),
     ]
-    result = figures(Run("s", "m", INFINITY, None, answers, 2.0), limits={"ttft": 200.0}, percentiles=[99.0])
+    result = figures(Run("s", "m", INFINITY, None, "resend", answers, 2.0), limits={"ttft": 200.0}, percentiles=[99.0])
     assert (result["completed"], result["failed"]) == (2, 1)
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (12, 5)
     assert result["request_throughput"] == 1.0 and result["output_throughput"] == 2.5
@@ -101,6 +105,8 @@ def test_figures_by_hand() -> None:
     assert result["median_itl_ms"] == pytest.approx(500) and result["p99_itl_ms"] == pytest.approx(1186)
     assert result["mean_e2el_ms"] == pytest.approx(1300)
     assert result["max_concurrent_requests"] == 2
+    # By seconds: 0.1, 0.6 and 0.8; 1.1 and 2.0 are others'.
+    assert result["max_output_tokens_per_s"] == pytest.approx(3)
     assert result["errors"] == ["", "", "503: full"]
 
 
@@ -154,6 +160,93 @@ def test_a_conversation_of_completions_grows(scripted: ScriptedServer) -> None:
     assert bench(scripted, "--dataset-name", "multi-turn", "--num-turns", "2", "--num-prompts", "1") == 0
     first, second = (body["prompt"] for body in scripted.bodies)
     assert second.startswith(f"{first}abc ")
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_turns_go_on_from_states(scripted: ScriptedServer, backend: str, tmp_path: Path) -> None:
+    scripted.script = "states"
+    out = tmp_path / "run.json"
+    flags = ("--backend", backend, "--dataset-name", "multi-turn", "--num-turns", "3", "--num-prompts", "1")
+    assert bench(scripted, *flags, "--history", "resend,state", "--output", str(out)) == 0
+    resent, by_state = scripted.bodies[:3], scripted.bodies[3:]
+    assert not any("state" in body or "save_state" in body for body in resent)
+    name = by_state[0]["save_state"]
+    # The last turn has nobody behind it, and the state goes with the conversation.
+    assert [(body.get("state"), body.get("save_state")) for body in by_state] == [
+        (None, name),
+        (name, name),
+        (name, None),
+    ]
+    assert scripted.deleted == [f"/v1/states/{name}"]
+    if backend == "openai":
+        first, second, third = (body["prompt"] for body in by_state)
+        assert not first.startswith(" ") and second[0] == third[0] == " "
+        assert len(resent[2]["prompt"]) > 2 * len(third)
+    else:
+        assert [len(body["messages"]) for body in resent] == [1, 3, 5]
+        assert [len(body["messages"]) for body in by_state] == [1, 1, 1]
+    assert [(run["history"], run["turns"]) for run in results(out)] == [("resend", [0, 1, 2]), ("state", [0, 1, 2])]
+
+
+def test_a_server_without_states_is_not_measured_by_them(
+    scripted: ScriptedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--dataset-name", "multi-turn", "--history", "state")
+    assert bench(scripted, *flags) == 1
+    assert "404" in capsys.readouterr().err and not scripted.bodies
+
+
+def test_a_state_that_was_not_saved_is_a_failure(scripted: ScriptedServer, tmp_path: Path) -> None:
+    scripted.script = "forgetful"
+    out = tmp_path / "run.json"
+    assert bench(scripted, "--dataset-name", "multi-turn", "--history", "state", "--output", str(out)) == 1
+    assert all("saves no state" in error for error in results(out)["errors"]) and len(scripted.bodies) == 4
+
+
+def test_every_run_has_prompts_of_its_own(scripted: ScriptedServer) -> None:
+    assert bench(scripted, "--max-concurrency", "1,2", "--num-warmups", "2", "--random-input-len", "6") == 0
+    prompts = [tuple(body["prompt"]) for body in scripted.bodies]
+    warmups, first, second = prompts[:2], set(prompts[2:6]), set(prompts[6:])
+    assert len(first) == len(second) == 4 and not first & second
+    assert len(set(warmups)) == 1 and not set(warmups) & (first | second)
+    bodies = scripted.bodies[:]
+    assert bench(scripted, "--max-concurrency", "1,2", "--num-warmups", "2", "--random-input-len", "6") == 0
+    assert scripted.bodies[len(bodies) :][2:6] == bodies[2:6], "the seed says which"
+
+
+def test_sampling_and_notes_of_a_run(scripted: ScriptedServer, tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    sampling = ("--temperature", "0.7", "--top-p", "0.9", "--top-k", "5", "--input-len", "3", "--output-len", "7")
+    notes = ("--metadata", "tp=1", "card=H100", "--burstiness", "2", "--output", str(out))
+    assert bench(scripted, *sampling, *notes) == 0
+    for body in scripted.bodies:
+        assert (body["temperature"], body["top_p"], body["top_k"], body["max_tokens"]) == (0.7, 0.9, 5, 7)
+        assert "min_p" not in body and len(body["prompt"]) == 3
+    result = results(out)
+    assert (result["tp"], result["card"], result["backend"], result["burstiness"]) == ("1", "H100", "openai", 2.0)
+    assert datetime.strptime(result["date"], "%Y%m%d-%H%M%S").year > 2000
+
+
+def test_only_the_latencies_that_are_asked_for_are_shown(
+    scripted: ScriptedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(scripted, "--percentile-metrics", "ttft,e2el", "--metric-percentiles", "50,75") == 0
+    shown = capsys.readouterr().out
+    assert "Time to first token" in shown and "Inter-token" not in shown
+    assert "p75" in shown and "p50" not in shown, "that is the median"
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--ready-check-timeout-sec", "60", "--num-prompts", "2", "--num-warmups", "0"]
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(cli.main, ["bench", "--base-url", f"http://127.0.0.1:{port}", *flags])
+        time.sleep(1.0)
+        with scripted_server(port) as late:
+            assert code.result(120) == 0
+            assert len(late.bodies) == 2
 
 
 def test_keys_and_further_fields_are_sent(scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +308,9 @@ def test_every_setting_is_a_run_and_servers_take_turns(scripted: ScriptedServer,
         (["--ramp-up-strategy", "linear"], "go together"),
         (["--dataset-name", "text"], "go together"),
         (["--header", "nothing"], "expected KEY=VALUE"),
+        (["--history", "telepathy"], "'telepathy' is not one of resend, state"),
+        (["--history", "state"], "takes --dataset-name multi-turn"),
+        (["--percentile-metrics", "speed"], "'speed' is not one of ttft"),
         (["--report", "curves.pdf"], ".png or a .html"),
         (["--output", "nowhere/run.json"], "there is no folder"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),

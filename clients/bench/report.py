@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import rich.box
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +31,9 @@ _COUNTS = (
     ("Output tokens in the fullest second", "max_output_tokens_per_s", "{:,.0f}"),
     ("Most requests at once", "max_concurrent_requests", "{:,.0f}"),
 )
+_RATES = ("throughput", "goodput", "_per_s")
+"""Ends of the names of counts whose ratio says which server is faster."""
+_TITLE_WIDTH, _COLUMN_WIDTH, _RATIO_WIDTH = 36, 17, 10
 _SHOWN_ERRORS = 3
 _SHOWN_TURNS = 8
 
@@ -55,28 +59,22 @@ def _history(result: Result) -> list[str]:
 def print_results(
     console: Console, results: Sequence[Result], percentiles: Sequence[float], metrics: Sequence[str]
 ) -> None:
-    """A table with a column per run, and what went wrong."""
-    several = len({result["backend_server"] for result in results}) > 1
-    table = Table(title=f"{results[0]['model_id']}", title_justify="left", header_style="bold")
-    table.add_column("")
-    for result in results:
-        server = f"{result['backend_server']}\n" if several or len(results) == 1 else ""
-        heading = label(result).replace(", ", "\n")
-        table.add_column(f"{server}{heading}", justify="right")
-    for title, name, form in _COUNTS:
-        if any(result[name] is not None for result in results):
-            table.add_row(title, *(form.format(result[name]) for result in results))
-    for name in metrics:
-        table.add_section()
-        table.add_row(f"[bold]{LATENCIES[name]}[/bold], ms")
-        for heading, prefix in (
-            ("mean", "mean"),
-            ("median", "median"),
-            *((f"p{p:g}", f"p{p:g}") for p in percentiles if p != 50),
-        ):
-            table.add_row(f"  {heading}", *(f"{result[f'{prefix}_{name}_ms']:,.2f}" for result in results))
-    _add_turns(table, results)
-    console.print(table)
+    """A column per run, behind the second of two servers one of ratios, in as many tables as the console's width takes.
+
+    What went wrong comes last.
+
+    Args:
+        console: where to.
+        results: of every run; those of two servers alternate.
+        percentiles: of the latencies, in percent.
+        metrics: the latencies to show, of :data:`clients.bench.flags.LATENCIES`.
+    """
+    paired = len({result["backend_server"] for result in results}) > 1
+    width = 2 * _COLUMN_WIDTH + _RATIO_WIDTH if paired else _COLUMN_WIDTH
+    fitting = max(1, (console.width - _TITLE_WIDTH) // width) * (2 if paired else 1)
+    for first in range(0, len(results), fitting):
+        table = _Table(results[first : first + fitting], named=paired or len(results) == 1, paired=paired)
+        console.print(table.filled(percentiles, metrics))
     for result in results:
         errors = Counter(error for error in result["errors"] if error)
         for error, times in errors.most_common(_SHOWN_ERRORS):
@@ -87,16 +85,59 @@ def print_results(
             )
 
 
-def _add_turns(table: Table, results: Sequence[Result]) -> None:
-    """How the time to the first token changes in the course of the conversations."""
-    found = [turn_medians(result) for result in results]
-    turns = max(map(len, found))
-    if turns < 2:
-        return
-    table.add_section()
-    table.add_row("[bold]Median time to first token by turn[/bold], ms")
-    for turn in sorted({round(step * (turns - 1) / (_SHOWN_TURNS - 1)) for step in range(_SHOWN_TURNS)}):
-        table.add_row(f"  {turn + 1}", *(f"{own[turn]:,.2f}" if turn < len(own) else "" for own in found))
+class _Table:
+    """A table of some runs.
+
+    Args:
+        results: of the runs.
+        named: whether columns name their servers.
+        paired: whether every second column is of the second server, and followed by ratios.
+    """
+
+    def __init__(self, results: Sequence[Result], *, named: bool, paired: bool) -> None:
+        self._results = results
+        self._paired = paired
+        self._table = Table(
+            title=f"{results[0]['model_id']}", title_justify="left", header_style="bold", box=rich.box.SIMPLE_HEAD
+        )
+        self._table.add_column("", width=_TITLE_WIDTH - 6)
+        for index, result in enumerate(results):
+            server = f"{result['backend_server']}\n" if named else ""
+            heading = label(result).replace(", ", "\n")
+            self._table.add_column(f"{server}{heading}", justify="right", overflow="fold")
+            if self._paired and index % 2:
+                self._table.add_column("second\nto first", justify="right", style="dim")
+
+    def filled(self, percentiles: Sequence[float], metrics: Sequence[str]) -> Table:
+        """With all its rows."""
+        for title, name, form in _COUNTS:
+            if any(result[name] is not None for result in self._results):
+                self._row(title, [result[name] for result in self._results], form, compared=name.endswith(_RATES))
+        kinds = [("mean", "mean"), ("median", "median"), *((f"p{p:g}", f"p{p:g}") for p in percentiles if p != 50)]
+        for name in metrics:
+            self._begin(LATENCIES[name])
+            for heading, kind in kinds:
+                self._row(f"  {heading}", [result[f"{kind}_{name}_ms"] for result in self._results])
+        found = [turn_medians(result) for result in self._results]
+        turns = max(map(len, found))
+        if turns > 1:
+            self._begin("Median time to first token by turn")
+            for turn in sorted({round(step * (turns - 1) / (_SHOWN_TURNS - 1)) for step in range(_SHOWN_TURNS)}):
+                self._row(f"  {turn + 1}", [own[turn] if turn < len(own) else None for own in found])
+        return self._table
+
+    def _begin(self, title: str) -> None:
+        self._table.add_section()
+        self._table.add_row(f"[bold]{title}[/bold], ms")
+
+    def _row(self, title: str, values: Sequence[float | None], form: str = "{:,.2f}", *, compared: bool = True) -> None:
+        cells = []
+        for index, value in enumerate(values):
+            cells.append("" if value is None else form.format(value))
+            if self._paired and index % 2:
+                first = values[index - 1]
+                cells.append(f"{value / first:.2f}x" if compared and first and value is not None else "")
+        self._table.add_row(title, *cells)
 
 
 def turn_medians(result: Result) -> list[float]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import socket
 import statistics
 import time
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from clients.bench.metrics import Run, figures, good, percentile
 from clients.bench.protocol import Answer
+from clients.bench.report import print_results
 from clients.bench.workload import (
     Lengths,
     Ramp,
@@ -296,6 +299,24 @@ def test_every_setting_is_a_run_and_servers_take_turns(scripted: ScriptedServer,
     ]
     assert len(scripted.bodies) == len(other.bodies) == 16
     assert [body["prompt"] for body in scripted.bodies[:4]] == [body["prompt"] for body in other.bodies[:4]]
+
+
+def test_two_servers_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    def result(server: str, seconds: float) -> dict[str, Any]:
+        answer = Answer(sent=0.0, first=0.1 * seconds, ended=seconds, gaps=[0.5], prompt_tokens=7, output_tokens=3)
+        run = Run(server, "m", INFINITY, None, "resend", [answer], seconds)
+        return figures(run, limits={}, percentiles=[99.0])
+
+    pair = [result("first.example.org:8000", 1.0), result("second.example.org:8000", 2.0)]
+    print_results(Console(width=80), pair * 2, [99.0], ["ttft", "e2el"])
+    shown = capsys.readouterr().out
+    assert shown.count("Requests completed") == 2, "a pair of runs is as much as fits"
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    rows = [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines()]
+    found = {row[0]: row[1:] for row in rows}
+    assert found["Requests completed"] == ["1", "1"]
+    assert found["Output tokens/s"] == ["3.0", "1.5", "0.50x"]
+    assert found["p99"] == ["1,000.00", "2,000.00", "2.00x"], "of the end-to-end latency, which comes last"
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and report.
 
     Returns:
-        0; 1 if a server cannot be measured or no request of some run succeeded; 2 for flags that cannot work.
+        0; 1 if a server cannot be measured or no request of some run succeeded; 2 for flags that cannot work; 130 if
+        it was interrupted, and whatever runs were complete are reported.
     """
     errors = Console(stderr=True)
+    results: list[dict[str, Any]] = []
+    code = 0
     try:
         _check(arguments)
-        results = asyncio.run(_measure(arguments, errors))
+        asyncio.run(_measure(arguments, errors, results))
     except UsageError as error:
         errors.print(f"gale bench: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -57,15 +60,21 @@ def run(arguments: argparse.Namespace) -> int:
         errors.print(f"gale bench: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        errors.print("gale bench: stopped; nothing is reported")
-        return 130
+        code = 130
+        told = "the runs before this one are reported" if results else "nothing is reported"
+        errors.print(f"gale bench: stopped; {told}", highlight=False)
+    if results:
+        _report(arguments, results)
+    return code or int(not all(result["completed"] for result in results))
+
+
+def _report(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     print_results(Console(), results, arguments.metric_percentiles, arguments.percentile_metrics)
     if arguments.output:
         content = results[0] if len(results) == 1 else results
         arguments.output.write_text(json.dumps(content) + "\n")
     if arguments.report:
         write_report(arguments.report, results, max(arguments.metric_percentiles))
-    return 0 if all(result["completed"] for result in results) else 1
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -90,7 +99,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} to")
 
 
-async def _measure(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+async def _measure(arguments: argparse.Namespace, console: Console, results: list[dict[str, Any]]) -> None:
+    """Send everything; the results of every run are added when it is over."""
     headers = dict(arguments.header)
     if key := os.environ.get("OPENAI_API_KEY"):
         headers = {"Authorization": f"Bearer {key}"} | headers
@@ -98,7 +108,6 @@ async def _measure(arguments: argparse.Namespace, console: Console) -> list[dict
         targets = [await _target(arguments, Server(session, url)) for url in arguments.compare or [arguments.base_url]]
         loads = [_load(arguments, number, *setting) for number, setting in enumerate(_settings(arguments))]
         requests = sum(len(conversation.turns) for load in loads for conversation in load.conversations)
-        results = []
         with _progress(console, requests * len(targets), hidden=arguments.disable_tqdm) as noticed:
             for load in loads:
                 runs = await send(load, targets, noticed)
@@ -106,7 +115,6 @@ async def _measure(arguments: argparse.Namespace, console: Console) -> list[dict
                 results += [
                     noted | figures(run, limits=limits, percentiles=arguments.metric_percentiles) for run in runs
                 ]
-    return results
 
 
 def _noted(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from clients.bench.workload import Conversation, Prompt
 from clients.server import FAILURES, ServerError
 
 _STATE_SECONDS = 3600
-"""After which a state is forgotten that a run, having been stopped, has left behind."""
+"""After which a state is forgotten that a run, having been killed, has left behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,15 @@ async def send(load: Load, targets: Sequence[Target], noticed: Callable[[Answer]
         return answers
 
     tasks: list[list[asyncio.Task[list[Answer]]]] = [[] for _ in targets]
-    for number, (conversation, moment) in enumerate(zip(load.conversations, load.moments, strict=True)):
-        await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
-        order = [(number + offset) % len(targets) for offset in range(len(targets))]
-        for index in order:
-            tasks[index].append(asyncio.create_task(talk(targets[index], conversation)))
+    async with asyncio.TaskGroup() as group:
+        for number, (conversation, moment) in enumerate(zip(load.conversations, load.moments, strict=True)):
+            await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
+            order = [(number + offset) % len(targets) for offset in range(len(targets))]
+            for index in order:
+                tasks[index].append(group.create_task(talk(targets[index], conversation)))
     runs = []
     for target, own in zip(targets, tasks, strict=True):
-        answers = [answer for answers in await asyncio.gather(*own) for answer in answers]
+        answers = [answer for task in own for answer in task.result()]
         seconds = max((answer.ended for answer in answers), default=start) - start
         name, model = target.server.name, target.model
         runs.append(Run(name, model, load.rate, load.concurrency, load.history, answers, seconds))
@@ -78,8 +79,21 @@ async def _converse(
     target: Target, conversation: Conversation, load: Load, noticed: Callable[[Answer], None]
 ) -> list[Answer]:
     """All turns; one that fails ends the conversation."""
+    if load.history == "resend":
+        return await _turns(target, conversation, load, noticed, state=None)
+    state = f"bench-{uuid.uuid4().hex}"
+    try:
+        return await _turns(target, conversation, load, noticed, state=state)
+    finally:
+        # Also where the run is stopped: what it leaves would take room from the next.
+        with contextlib.suppress(ServerError, *FAILURES):
+            await target.server.request("DELETE", f"/v1/states/{state}")
+
+
+async def _turns(
+    target: Target, conversation: Conversation, load: Load, noticed: Callable[[Answer], None], *, state: str | None
+) -> list[Answer]:
     transcript = _Transcript(load)
-    state = f"bench-{uuid.uuid4().hex}" if load.history == "state" else None
     last = len(conversation.turns) - 1
     answers: list[Answer] = []
     for number, turn in enumerate(conversation.turns):
@@ -98,9 +112,6 @@ async def _converse(
         noticed(answer)
         if not answer.ok:
             break
-    if state and len(answers) > 1:
-        with contextlib.suppress(ServerError, *FAILURES):
-            await target.server.request("DELETE", f"/v1/states/{state}")
     return answers
 
 

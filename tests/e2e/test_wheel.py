@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_package_and_the_model(wheel: Path) -> None:
 
 
 def is_source(path: Path) -> bool:
-    return path.is_file() and "__pycache__" not in path.parts
+    return path.is_file() and not {"__pycache__", "node_modules"} & set(path.parts)
 
 
 def test_both_commands_are_the_installed_package(installed: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ class Scripted(BaseHTTPRequestHandler):
         if self.server.script == "key":
             self.server.keys.append(self.headers.get("authorization"))
             self._json(401, {"error": {"message": "no such key", "code": "invalid_api_key"}})
-        elif self.path == "/v1/states" and self.server.script in ("states", "forgetful"):
+        elif self.path == "/v1/states" and ("states" in self.server.script or self.server.script == "forgetful"):
             self._json(200, {"data": []})
         elif self.path == "/v1/models":
             self._json(200, {"data": [{"id": "scripted"}]})
@@ -40,7 +40,7 @@ class Scripted(BaseHTTPRequestHandler):
             chunks[-1] = {"error": {"message": "the engine died"}}
         else:
             chunks.append({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3}})
-        if script == "states" and body.get("save_state"):
+        if "states" in script and body.get("save_state"):
             chunks[-2] |= {"state": {"id": "state-1", "num_tokens": 7, "bytes": 0}}
         lines = [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks]
         if script != "cut":
@@ -50,7 +50,7 @@ class Scripted(BaseHTTPRequestHandler):
         self.send_header("connection", "close")
         self.end_headers()
         for number, line in enumerate(lines):
-            if script == "stall" and number == 2:
+            if number == 2 and (script == "stall" or (script == "states, then stall" and "state" in body)):
                 self.server.released.wait(60)
             self.wfile.write(line)
         self.close_connection = True

@@ -3,11 +3,15 @@
 import json
 import random
 import re
+import signal
 import socket
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -204,6 +208,48 @@ def test_a_state_that_was_not_saved_is_a_failure(scripted: ScriptedServer, tmp_p
     out = tmp_path / "run.json"
     assert bench(scripted, "--dataset-name", "multi-turn", "--history", "state", "--output", str(out)) == 1
     assert all("saves no state" in error for error in results(out)["errors"]) and len(scripted.bodies) == 4
+
+
+@contextmanager
+def running(server: ScriptedServer, *flags: str) -> Iterator["subprocess.Popen[str]"]:
+    """``gale bench`` in a process of its own."""
+    command = [sys.executable, "-m", "server", "bench", "--base-url", server.url, "--num-warmups", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_bodies(server: ScriptedServer, number: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(server.bodies) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_is_complete_is_reported_when_it_is_stopped(scripted: ScriptedServer, tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    # The second run would take hours.
+    with running(scripted, "--request-rate", "1000,0.001", "--num-prompts", "3", "--output", str(out)) as process:
+        wait_for_bodies(scripted, 4)
+        process.send_signal(signal.SIGINT)
+        shown, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert "stopped; the runs before this one are reported" in errors and "Requests completed" in shown
+    assert (results(out)["completed"], results(out)["request_rate"]) == (3, 1000.0)
+
+
+def test_a_run_that_is_stopped_leaves_no_state(scripted: ScriptedServer) -> None:
+    scripted.script = "states, then stall"
+    flags = ("--dataset-name", "multi-turn", "--num-turns", "3", "--num-prompts", "2", "--history", "state")
+    with running(scripted, *flags) as process:
+        wait_for_bodies(scripted, 4)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130 and "nothing is reported" in errors
+    assert set(scripted.deleted) == {f"/v1/states/{body['save_state']}" for body in scripted.bodies}
 
 
 def test_every_run_has_prompts_of_its_own(scripted: ScriptedServer) -> None:

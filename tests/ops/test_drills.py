@@ -337,6 +337,41 @@ def test_a_disk_that_takes_no_more_states(tmp_path: Path) -> None:
         assert not list(folder.glob("*.safetensors"))
 
 
+def test_saved_states_outlive_the_engine_and_a_full_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "states"
+    with RunningServer(tmp_path / "server", *FLAGS, "--state-cache-dir", str(folder)) as server:
+
+        def save(token: int) -> httpx.Response:
+            body = {"prompt": [token] * 40, "max_tokens": 4, "temperature": 0, "save_state": True}
+            return httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=60)
+
+        def rest(state: str) -> str:
+            return server.complete(8, state=state, prompt=[7])["choices"][0]["text"]
+
+        states = [save(token).json()["state"]["id"] for token in range(5, 15)]
+        expected = {state: rest(state) for state in states}
+        with Load(server.base_url) as load:
+            server.child("gale-engine").kill()
+            server.wait_for_log("the engine process serves again")
+            wait_until(lambda: all(httpx.get(f"{server.base_url}/health").status_code == 200 for _ in range(6)))
+            listed = httpx.get(f"{server.base_url}/v1/states").json()["data"]
+            assert {state["id"] for state in listed} == set(states)
+            assert {state: rest(state) for state in states} == expected
+        assert set(load.outcomes) <= {"answered", "error", "refused"}, load.outcomes
+
+        engine = server.child("gale-engine")
+        engine.rlimit(psutil.RLIMIT_FSIZE, (4096, psutil.RLIM_INFINITY))
+        with Load(server.base_url) as load:
+            for token in range(20, 25):
+                answer = save(token)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (507, "state_not_saved")
+            assert {state: rest(state) for state in states} == expected
+        only_answers(load)
+        engine.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+        assert save(20).status_code == 200
+        assert len(httpx.get(f"{server.base_url}/v1/states").json()["data"]) == len(states) + 1
+
+
 def test_it_drains_on_sigterm(drilled: Drilled) -> None:
     """The last of these: the server ends."""
     server = drilled.server

@@ -48,6 +48,7 @@ class Batch:
     """One step's work. A decode absorbs the newest sampled token; a prefill absorbs prompt tokens."""
 
     decodes: tuple[Span, ...]
+    """Those that fold their rings come first."""
     prefills: tuple[Span, ...]
     leased: tuple[Sequence, ...]
     """Sequences that got their slot in this step: their sampling parameters go to the device, and their snapshots, if
@@ -61,6 +62,8 @@ class Batch:
     """Sequences that have to wait from this step on, and the slots that their states are taken out of before it."""
     saves: tuple[int, ...] = ()
     """Indices of the prefills after which a snapshot is to be taken."""
+    num_folding: int = 0
+    """How many decodes fold their rings with this token."""
 
     @property
     def num_tokens(self) -> int:

@@ -14,7 +14,7 @@ from server.engine.step_shapes import StepShape
 
 
 def pack(
-    batch: Batch, shape: StepShape, order: Sequence[int], pending: Sequence[int], folding: Sequence[int]
+    batch: Batch, shape: StepShape, order: Sequence[int], pending: Sequence[int], num_folding: int
 ) -> Tensor:
     """A batch's columns, padded to a shape that holds it; :meth:`Columns.cut` names the parts.
 
@@ -25,7 +25,7 @@ def pack(
         shape: holds the batch's own.
         order: indices of the spans whose last token's logits are wanted; without prompts, of all spans.
         pending: tokens in the ring of each decode; empty if the pool has no rings.
-        folding: decodes that fold their rings with this token.
+        num_folding: how many decodes, the first ones, fold their rings with this token.
 
     Returns:
         int64, on the host.
@@ -48,9 +48,7 @@ def pack(
     small.extend(repeat(NULL_SLOT, padding_spans + 1))
     small.extend(pending)
     small.extend(repeat(0, shape.decodes - len(pending)))
-    small.append(len(folding))
-    small.extend(folding)
-    small.extend(repeat(0, shape.decodes - len(folding)))
+    small.append(num_folding)
     if not shape.spans:
         return torch.frombuffer(small, dtype=torch.int64)
     offsets = [0]
@@ -81,7 +79,7 @@ def upload_size(shape: StepShape) -> int:
 
 def _sizes(shape: StepShape) -> tuple[int, ...]:
     rows, decodes = shape.rows, shape.decodes
-    sizes = (rows, rows, rows + 1, decodes, decodes + 1)
+    sizes = (rows, rows, rows + 1, decodes, 1)
     if not shape.spans:
         return sizes
     return (*sizes, rows, rows, shape.spans + 1, shape.tokens)
@@ -96,7 +94,7 @@ class Columns:
         order_R: each sampling row's entry in the slots; without prompts, its row as well.
         slots_R1: of the decodes, then of the prompt spans, then the null slot once more.
         pending_D: tokens in the decodes' rings.
-        folding: [D + 1], see :class:`server.kernels.RingRows`.
+        num_folding: [1], how many decodes, the first ones, fold their rings.
         output_rows_R: see :attr:`logit_rows`; this and the next ones only in a step with prompts.
         from_zero_R: whether a span starts from zero, 0 or 1.
         cu_seqlens: [S + 1], where each prompt span begins, relative to row D.
@@ -107,7 +105,7 @@ class Columns:
     order_R: Tensor
     slots_R1: Tensor
     pending_D: Tensor
-    folding: Tensor
+    num_folding: Tensor
     output_rows_R: Tensor | None = None
     from_zero_R: Tensor | None = None
     cu_seqlens: Tensor | None = None

@@ -75,7 +75,7 @@ class StepGraphs:
         """Whether the decodes of such steps update their states with every token."""
         return folds_every_token(shape.decodes, self._step.states.layers[0].values_SGKV)
 
-    def absorb(self, shape: StepShape, batch: Batch, order: list[int], pending: list[int], folding: list[int]) -> None:
+    def absorb(self, shape: StepShape, batch: Batch, order: list[int], pending: list[int], num_folding: int) -> None:
         """Absorb a batch's tokens and form the logits wanted, without waiting for the device.
 
         Args:
@@ -83,9 +83,9 @@ class StepGraphs:
             batch: the step.
             order: indices of the spans whose last token's logits are wanted; without prompts, of all of them.
             pending: tokens in each decode's ring; empty if the pool has no rings.
-            folding: decodes that fold their rings with this token; all of them where :meth:`folds_every_token`.
+            num_folding: how many decodes, the first ones, fold their rings; all where :meth:`folds_every_token`.
         """
-        inputs = pack(batch, shape, order, pending, folding)
+        inputs = pack(batch, shape, order, pending, num_folding)
         if self._step.device.type == "cuda":
             inputs = inputs.pin_memory()
         self._inputs[: inputs.shape[0]].copy_(inputs, non_blocking=True)
@@ -147,10 +147,8 @@ class StepGraphs:
         columns.order_R.copy_(spans)
         ring_size = self._step.states.ring_size
         if ring_size and not self.folds_every_token(shape):
-            folds = shape.decodes // ring_size if folds is None else folds
             columns.pending_D.fill_(ring_size // 2)
-            columns.folding[0] = folds
-            columns.folding[1 : 1 + folds] = spans[:folds]
+            columns.num_folding.fill_(shape.decodes // ring_size if folds is None else folds)
         if columns.cu_seqlens is not None:
             columns.cu_seqlens.copy_(torch.tensor([0, *accumulate(typical_lengths(shape))]))
 

@@ -312,7 +312,7 @@ def _inputs(
     ring_rows = None
     if states.ring_size:
         none = torch.zeros(num_decodes + 1, dtype=torch.int64, device=device)
-        ring_rows = RingRows(pending_N=none[:num_decodes], folding=none)
+        ring_rows = RingRows(pending_N=none[:-1], num_folding=none[-1:])
     return ModelInputs(
         token_ids_T=torch.zeros(num_decodes + sum(lengths), dtype=torch.int64, device=device),
         num_decodes=num_decodes,

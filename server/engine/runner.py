@@ -209,8 +209,8 @@ class Runner:
         shape = graphs.find(batch.shape) if graphs is not None and score_plan is None and batch.num_tokens else None
         scored = None
         if graphs is not None and shape is not None:
-            pending, folding = self._advance_rings(batch, every_token=graphs.folds_every_token(shape))
-            graphs.absorb(shape, batch, logits.spans, pending, folding)
+            pending, num_folding = self._advance_rings(batch, every_token=graphs.folds_every_token(shape))
+            graphs.absorb(shape, batch, logits.spans, pending, num_folding)
             logits_UV, slots_R, positions_R = graphs.rows(len(logits.spans))
             self._keep_logits(batch, logits_UV, logits.spans)
             if logits.of_row is None:
@@ -219,8 +219,8 @@ class Runner:
                 sampling = rows[: plan.num_sampled]
                 return PendingStep(batch, sampling, sampled, None, snapshots, broken, on_cuda=self._on_cuda)
         else:
-            pending, folding = self._advance_rings(batch, every_token=False)
-            hidden, slots_R1, columns = self._absorb(batch, logits.spans, pending, folding)
+            pending, num_folding = self._advance_rings(batch, every_token=False)
+            hidden, slots_R1, columns = self._absorb(batch, logits.spans, pending, num_folding)
             if score_plan is not None:
                 scored = score_plan, self._score(score_plan, hidden)
             wanted = len(logits.spans)
@@ -287,11 +287,11 @@ class Runner:
         return self._device.type == "cuda"
 
     def _absorb(
-        self, batch: Batch, output_spans: list[int], pending: list[int], folding: list[int]
+        self, batch: Batch, output_spans: list[int], pending: list[int], num_folding: int
     ) -> tuple[Hidden, Tensor, Columns]:
         """Absorb the batch's tokens, kernel by kernel; the hidden states of all rows, and the slots of its spans."""
         shape = batch.shape
-        columns = Columns.cut(self._to_device(pack(batch, shape, output_spans, pending, folding)), shape)
+        columns = Columns.cut(self._to_device(pack(batch, shape, output_spans, pending, num_folding)), shape)
         if not shape.rows:
             return Hidden(self._step.model.embeddings[:0]), columns.slots_R1, columns
         longest = max((span.length for span in batch.prefills), default=0)
@@ -441,26 +441,21 @@ class Runner:
     def _to_device(self, host: Tensor) -> Tensor:
         return host.pin_memory().to(self._device, non_blocking=True) if self._on_cuda else host
 
-    def _advance_rings(self, batch: Batch, *, every_token: bool) -> tuple[list[int], list[int]]:
-        """Tokens in the ring of every decode, and the decodes that fold theirs; notes what the states then hold.
-
-        Folds come at absolute positions, multiples of the ring's size, so that they do not depend on the batch.
-        """
-        size = self._states.ring_size
+    def _advance_rings(self, batch: Batch, *, every_token: bool) -> tuple[list[int], int]:
+        """Tokens in the ring of every decode, and how many decodes fold theirs; notes what the states then hold."""
         pending: list[int] = []
-        folding: list[int] = []
-        if not size:
-            return pending, folding
+        if not self._states.ring_size:
+            return pending, 0
+        num_folding = len(batch.decodes) if every_token else batch.num_folding
         for row, span in enumerate(batch.decodes):
             seq, start = span.seq, span.start
             pending.append(start - seq.num_folded)
             seq.num_folded_before = seq.num_folded
-            if every_token or (start + 1) % size == 0:
-                folding.append(row)
+            if row < num_folding:
                 seq.num_folded = start + 1
         for span in batch.prefills:
             span.seq.num_folded = span.start + span.length
-        return pending, folding
+        return pending, num_folding
 
 
 def _plan(spans: tuple[Span, ...], *, masked: bool = False) -> tuple[list[Span], list[int], SamplePlan]:

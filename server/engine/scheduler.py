@@ -65,7 +65,8 @@ class Scheduler:
         several_tenants: whether a part of the queue is kept free of any one tenant.
         prompt_limits: in ascending order, the first without decodes. Larger batches are limited like the last; empty:
             prompts get what decodes leave.
-        ring_size: tokens of a state's ring: at multiples of this position it is folded, which takes time.
+        ring_size: tokens of a state's ring, 0: there are none. It is folded, which takes time, at multiples of this
+            position: absolute ones, so that a result does not depend on the batch.
         reuse: lets prompts begin from snapshots; None: every prompt is absorbed from its beginning.
         swap: has room for what running sequences have absorbed; None: they keep their slots until they end.
     """
@@ -159,7 +160,9 @@ class Scheduler:
         self._victims = self._choose_victims(candidates)
         candidates += self._victims
         sitting_out = set(self._victims.values())
-        decodes: list[Span] = []
+        folding: list[Span] = []
+        others: list[Span] = []
+        ring_size = self._ring_size
         prompts: list[Sequence] = []
         leased = [seq for seq in candidates if seq.swapped and not seq.prompt_remaining]
         for seq in leased:
@@ -170,10 +173,12 @@ class Scheduler:
             if seq.num_launched < len(seq.prompt):
                 prompts.append(seq)
             elif self._may_decode(seq):
-                decodes.append(self._launch(seq, 1))
-        # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing.
-        decodes.sort(key=_slot)
-        limit = self._prompt_limit(decodes)
+                span = self._launch(seq, 1)
+                (folding if ring_size and (span.start + 1) % ring_size == 0 else others).append(span)
+        # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing but
+        # that the kernels want those that fold to come first.
+        decodes = sorted(folding, key=_slot) + sorted(others, key=_slot)
+        limit = self._prompt_limit(len(decodes), len(folding))
         ready: list[Sequence] = []
         for seq in candidates:
             if seq.leader is None and seq.slot is None:
@@ -211,6 +216,7 @@ class Scheduler:
             tuple(leased),
             replays,
             tuple(forks),
+            num_folding=len(folding),
             swaps=tuple(self._swaps),
             saves=tuple(saves),
         )
@@ -362,16 +368,15 @@ class Scheduler:
             spans.append(Span(seq, seq.slot, seq.num_launched, 0, True, seq.num_sampled - 1))
         return Batch((), (), (), resumed=tuple(spans))
 
-    def _prompt_limit(self, decodes: list[Span]) -> PromptLimit:
-        """How many prompt tokens a step with these decodes absorbs, and of how many prompts."""
-        limits, size = self._prompt_limits, self._ring_size
-        folds = sum((span.start + 1) % size == 0 for span in decodes) if size else 0
-        budget, prompts = self._token_budget - len(decodes), self.allocator.num_slots
+    def _prompt_limit(self, decodes: int, folds: int) -> PromptLimit:
+        """How many prompt tokens a step with so many decodes and folds absorbs, and of how many prompts."""
+        limits = self._prompt_limits
+        budget, prompts = self._token_budget - decodes, self.allocator.num_slots
         if limits:
-            index = min(bisect_left(limits, (len(decodes),)), len(limits) - 1)
+            index = min(bisect_left(limits, (decodes,)), len(limits) - 1)
             index = min(bisect_left(limits, (limits[index].decodes, folds)), len(limits) - 1)
             budget, prompts = min(budget, limits[index].tokens), limits[index].prompts
-        return PromptLimit(len(decodes), folds, max(budget, PREFILL_GRID), prompts)
+        return PromptLimit(decodes, folds, max(budget, PREFILL_GRID), prompts)
 
     def _launch(self, seq: Sequence, length: int) -> Span:
         slot = seq.slot

@@ -61,7 +61,7 @@ class StepModel:
             from_zero_N, cu_seqlens = columns.from_zero_R.bool(), columns.cu_seqlens.int()
         ring_rows = None
         if self.states.ring_size:
-            ring_rows = RingRows(columns.pending_D, None if every_token else columns.folding)
+            ring_rows = RingRows(columns.pending_D, None if every_token else columns.num_folding)
         inputs = ModelInputs(
             token_ids_T=token_ids_T,
             num_decodes=decodes,

@@ -176,8 +176,8 @@ def gla_decode(
         raise ValueError(f"slots: must have one slot per row of q, {q_NHK.shape[0]}, has {slots_N.shape[0]}")
     ring, pending_N = state.ring, None
     if ring is not None or rows is not None:
-        ring, pending_N, folding = _check_ring(state, rows, q_NHK, v_NGV)
-        if folding is not None:
+        ring, pending_N, num_folding = _check_ring(state, rows, q_NHK, v_NGV)
+        if num_folding is not None:
             assert rows is not None
             if not q_NHK.is_cuda:
                 return reference.gla_decode_buffered(
@@ -509,13 +509,13 @@ def _check_ring(
     _check_tensor("ring's values", ring.values_SGCV, (*shape, head_v), (v_NGV.dtype,), device)
     _check_tensor("ring's decays", ring.decays_SGCK, (*shape, head_k), (torch.float32,), device)
     _check_tensor("pending", rows.pending_N, (num_rows,), (torch.int64,), device)
-    if rows.folding is not None:
-        _check_tensor("folding", rows.folding, (num_rows + 1,), (torch.int64,), device)
+    if rows.num_folding is not None:
+        _check_tensor("num_folding", rows.num_folding, (1,), (torch.int64,), device)
     elif state.values_SGKV.dtype != torch.float32:
-        raise ValueError(f"folding: {state.values_SGKV.dtype} states must not fold with every token")
+        raise ValueError(f"num_folding: {state.values_SGKV.dtype} states must not fold with every token")
     elif not q_NHK.is_cuda:
-        raise ValueError("folding: needed on the CPU, where float32 states need no ring")
-    return ring, rows.pending_N, rows.folding
+        raise ValueError("num_folding: needed on the CPU, where float32 states need no ring")
+    return ring, rows.pending_N, rows.num_folding
 
 
 def _check_projection(x_TK: Tensor, weight_NK: Tensor | PackedMatrix, name: str) -> None:

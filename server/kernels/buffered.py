@@ -9,9 +9,11 @@ and a fold is S' = diag(exp(G_t)) S + sum_j (k_j * exp(G_t - G_j)) v_j^T, after 
 is <= 0. So a step moves the state once instead of twice, and a state of fewer bits is rounded once in C tokens. The
 idea is published for other linear-attention models as ReplaySSM (dao-lab.ai) and KVBuffer (arXiv 2605.19049).
 
-Three kernels: *score* appends the token to the ring and forms the weights, those of the state's rows (q_t * exp(G_t))
-and those of the ring's (a); *read* sums the rows of both under their weights, one warp to some columns, and is what
-takes the time; *fold* rewrites the states of the rows that are due.
+Up to three kernels: *score* appends the token to the ring and forms the weights, those of the state's rows
+(q_t * exp(G_t)) and those of the ring's (a); *read* sums the rows of both under their weights, one warp to some
+columns, and is what takes the time. Where a row is due, *read* rewrites its state while it has it, from keys that
+*score* has decayed to the present. What it cannot do while reading (scales, which need whole rows of the state; query
+heads that share a state, whose sums take the registers) is left to *fold*, which reads these states once more.
 """
 
 # Triton's decorator has no types, and a kernel's arguments are pointers, integers of no Python type, growing tuples.
@@ -48,13 +50,13 @@ class BufferedPlan:
     fold_warps: int
     fold_programs: int
     """Programs per multiprocessor, at most, which share the folds: few, so that they leave room for what runs beside
-    them. Their number is fixed when a graph is captured."""
+    them. Their number is fixed when a graph is captured. 0: the programs that read fold, too."""
     score_c: int = 16
     """Entries of the ring that a program scores."""
     score_warps: int = 4
 
 
-_COLUMNS = ["p_slots", "p_from_zero", "p_pending", "p_folding"]
+_COLUMNS = ["p_slots", "p_from_zero", "p_pending", "p_num_folding"]
 """Parts of one upload, aligned as the parts before them leave them: one variant of a kernel must do for all."""
 FEW_HEADS = 64
 """In a batch of up to so many heads, programs that read wait for their scores with most of their part of the state in
@@ -87,7 +89,7 @@ def gla_decode(
     kv_heads, head_v = v_NGV.shape[1:]
     repeats = heads // kv_heads
     values, scales, ring = state.values_SGKV, state.scales_SGK, state.ring
-    assert ring is not None and rows.folding is not None
+    assert ring is not None and rows.num_folding is not None
     check_head_k(head_k)
     o_NHV = torch.empty((num_rows, heads, head_v), dtype=v_NGV.dtype, device=v_NGV.device)
     if num_rows == 0:
@@ -95,6 +97,11 @@ def gla_decode(
     plan = plan or plan_buffered(head_k, head_v, repeats, values.dtype)
     # What each query reads of the state's rows, then of the ring's.
     weights = torch.empty((num_rows, heads, head_k + ring.size), dtype=torch.float32, device=q_NHK.device)
+    # Of the rows that fold, the keys decayed to the present, then the decay of the state.
+    decayed = None
+    if not plan.fold_programs:
+        decayed = torch.empty((num_rows, kv_heads, ring.size + 1, head_k), dtype=torch.float32, device=q_NHK.device)
+    exact = ring.keys_SGCK.dtype != torch.bfloat16 or is_interpreted(read_kernel)
     shape = {"K": head_k, "V": head_v, "C": ring.size}
     slot_strides = [values.stride(0), 0 if scales is None else scales.stride(0)]
     ring_strides = [ring.keys_SGCK.stride(0), ring.values_SGCV.stride(0), ring.decays_SGCK.stride(0)]
@@ -115,9 +122,11 @@ def gla_decode(
             ring.values_SGCV,
             ring.decays_SGCK,
             weights,
+            decayed,
             slots_N,
             from_zero_N,
             rows.pending_N,
+            rows.num_folding,
             scale,
             *decays.scalars,
             *q_NHK.stride()[:2],
@@ -130,6 +139,7 @@ def gla_decode(
             R=decays.rank,
             BR=next_power_of_2(decays.rank) if decays.rank else 1,
             HAS_SCALES=scales is not None,
+            FOLDS=decayed is not None,
             REPEATS=repeats,
             BC=plan.score_c,
             BK=next_power_of_2(head_k),
@@ -142,18 +152,24 @@ def gla_decode(
             values,
             ring.values_SGCV,
             weights,
+            decayed,
             o_NHV,
             slots_N,
             from_zero_N,
             rows.pending_N,
+            rows.num_folding,
             slot_strides[0],
             ring_strides[1],
             **shape,
             HAS_SCALES=scales is not None,
+            FOLDS=decayed is not None,
             REPEATS=repeats,
             BR=next_power_of_2(repeats),
             BK=plan.read_k,
             BV=plan.read_v,
+            FK=plan.fold_k,
+            FV=plan.fold_v,
+            EXACT=exact,
             AHEAD=ahead,
             STAGES=plan.read_stages,
             EARLY=early,
@@ -161,8 +177,10 @@ def gla_decode(
             launch_pdl=early,
         )
 
+    if decayed is not None:
+        return o_NHV
+
     def fold() -> None:
-        assert rows.folding is not None
         tiles = num_rows * kv_heads * triton.cdiv(head_k, plan.fold_k) * triton.cdiv(head_v, plan.fold_v)
         with torch.cuda.device_of(values):
             fold_kernel[(min(tiles, _multiprocessors(values.device) * plan.fold_programs),)](
@@ -174,7 +192,7 @@ def gla_decode(
                 slots_N,
                 from_zero_N,
                 rows.pending_N,
-                rows.folding,
+                rows.num_folding,
                 *slot_strides,
                 *ring_strides,
                 **shape,
@@ -182,7 +200,7 @@ def gla_decode(
                 G=kv_heads,
                 BK=plan.fold_k,
                 BV=plan.fold_v,
-                EXACT=ring.keys_SGCK.dtype != torch.bfloat16 or is_interpreted(fold_kernel),
+                EXACT=exact,
                 num_warps=plan.fold_warps,
                 num_stages=1,
             )
@@ -239,16 +257,18 @@ def plan_buffered(head_k: int, head_v: int, repeats: int, state_dtype: torch.dty
     find their scales, and tiles of at least 16 x 16 for its product.
     """
     all_v = max(16, next_power_of_2(head_v))
-    if repeats > 1:
-        read = (max(1, 16 // next_power_of_2(repeats)), min(all_v, 128), 1, 4, 6)
-    elif state_dtype == torch.float32:
+    if state_dtype == torch.float32:
         read = (32, min(all_v, 64), 2, 3, 6)
     else:
         read = (16, min(all_v, 128), 1, 4, 6)
+    if repeats > 1:
+        read = (max(1, 16 // next_power_of_2(repeats)), min(all_v, 128), 1, 4, 6)
     if state_dtype == torch.uint8:
         return BufferedPlan(*read, fold_k=16, fold_v=all_v, fold_warps=8 if all_v >= 512 else 4, fold_programs=1)
-    programs = 4 if state_dtype == torch.float32 else 8
-    return BufferedPlan(*read, fold_k=16, fold_v=min(all_v, 128), fold_warps=2, fold_programs=programs)
+    if repeats > 1:
+        programs = 4 if state_dtype == torch.float32 else 8
+        return BufferedPlan(*read, fold_k=16, fold_v=min(all_v, 128), fold_warps=2, fold_programs=programs)
+    return BufferedPlan(*read, fold_k=16, fold_v=min(all_v, 64), fold_warps=read[2], fold_programs=0)
 
 
 @cache
@@ -271,9 +291,11 @@ def score_kernel(
     p_ring_v,
     p_ring_g,
     p_weights,
+    p_decayed,
     p_slots,
     p_from_zero,
     p_pending,
+    p_num_folding,
     scale,
     gate_factor,
     clamp_min,
@@ -295,6 +317,7 @@ def score_kernel(
     R: tl.constexpr,
     BR: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    FOLDS: tl.constexpr,
     REPEATS: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
@@ -315,6 +338,9 @@ def score_kernel(
         return
     from_zero = tl.load(p_from_zero + i_n) != 0
     pending = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32)
+    if FOLDS:
+        folds = i_n < tl.load(p_num_folding)
+        p_decayed += (i_n * tl.num_programs(0) + i_g) * ((C + 1) * K)
     m_c = o_c < pending
     m_ck = m_c[:, None] & m_k[None, :]
     p_keys = p_ring_k + slot * stride_ring_k + i_g * (C * K)
@@ -340,6 +366,8 @@ def score_kernel(
     p_rows = p_weights + (i_n * tl.num_programs(0) + i_g) * (REPEATS * (K + C))
     p_q += i_n * stride_qn + i_g * (REPEATS * stride_qh)
     b_scored = b_ring_k.to(tl.float32) * tl.exp(b_total[None, :] - b_ring_g)  # [BC, BK]
+    if FOLDS:
+        tl.store(p_decayed + o_c[:, None] * K + o_k[None, :], b_scored, mask=m_ck & folds)
     for i_r in tl.static_range(REPEATS):
         b_q = tl.load(p_q + i_r * stride_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
         b_score = tl.sum(b_scored * b_q[None, :], axis=1) * scale
@@ -347,7 +375,11 @@ def score_kernel(
     if i_c == 0:
         # The token itself: an entry of the ring, its score, and what its queries read of the state.
         b_k = tl.load(p_k + i_n * stride_kn + i_g * stride_kg + o_k, mask=m_k, other=0.0)
-        b_decay = tl.exp(b_total) * scale
+        b_decay = tl.exp(b_total)
+        if FOLDS:
+            tl.store(p_decayed + pending * K + o_k, b_k.to(tl.float32), mask=m_k & folds)
+            tl.store(p_decayed + C * K + o_k, b_decay, mask=m_k & folds)
+        b_decay *= scale
         if HAS_SCALES:
             p_scale = p_scales + slot * stride_scales + i_g * K + o_k
             b_decay *= tl.load(p_scale, mask=m_k & (from_zero == 0), other=0.0)
@@ -369,20 +401,26 @@ def read_kernel(
     p_state,
     p_ring_v,
     p_weights,
+    p_decayed,
     p_o,
     p_slots,
     p_from_zero,
     p_pending,
+    p_num_folding,
     stride_slot,
     stride_ring_v,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    FOLDS: tl.constexpr,
     REPEATS: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    FK: tl.constexpr,
+    FV: tl.constexpr,
+    EXACT: tl.constexpr,
     AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
@@ -396,6 +434,29 @@ def read_kernel(
         return
     from_zero = tl.load(p_from_zero + i_n) != 0
     entries = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32) + 1
+    if FOLDS:
+        if i_n < tl.load(p_num_folding):
+            await_previous(EARLY)
+            i_row = i_n * tl.num_programs(1) + i_g
+            _read_and_fold(
+                p_state + slot * stride_slot + i_g * (K * V),
+                p_ring_v + slot * stride_ring_v + i_g * (C * V),
+                p_weights + i_row * (K + C),
+                p_decayed + i_row * ((C + 1) * K),
+                p_o + i_row * V,
+                from_zero,
+                entries,
+                i_v * BV,
+                K,
+                V,
+                C,
+                FK,
+                FV,
+                BV // FV,
+                EXACT,
+                STAGES,
+            )
+            return
     # Three dimensions [BR, BK, BV] from the start, query heads first: a tile of the state serves all of them.
     o_r = tl.arange(0, BR)[:, None, None]
     o_k = tl.arange(0, BK)[None, :, None]
@@ -433,6 +494,59 @@ def read_kernel(
 
 
 @triton.jit
+def _read_and_fold(
+    p_state,
+    p_values,
+    p_weights,
+    p_decayed,
+    p_o,
+    from_zero,
+    entries,
+    i_v,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    TILES_V: tl.constexpr,
+    EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What one head of a row that folds reads of some columns of its state and ring, and the fold of these columns."""
+    o_c = tl.arange(0, C)
+    m_c = o_c < entries
+    b_scores = tl.load(p_weights + K + o_c, mask=m_c, other=0.0)
+    for i in range(TILES_V):
+        o_v = i_v + i * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        b_values = tl.load(p_values + o_c[:, None] * V + o_v[None, :], mask=m_c[:, None] & m_v[None, :], other=0.0)
+        b_o = tl.sum(b_scores[:, None] * b_values.to(tl.float32), axis=0)  # [BV]
+        for i_k in tl.range(0, K, BK, num_stages=STAGES):
+            o_k = i_k + tl.arange(0, BK)
+            m_k = o_k < K
+            m_kv = m_k[:, None] & m_v[None, :]
+            p_tile = p_state + o_k[:, None] * V + o_v[None, :]
+            b_state = tl.load(p_tile, mask=m_kv & (from_zero == 0), other=0.0).to(tl.float32)  # [BK, BV]
+            b_o += tl.sum(tl.load(p_weights + o_k, mask=m_k, other=0.0)[:, None] * b_state, axis=0)
+            b_keys = tl.load(p_decayed + o_c[None, :] * K + o_k[:, None], mask=m_k[:, None] & m_c[None, :], other=0.0)
+            b_state *= tl.load(p_decayed + C * K + o_k, mask=m_k, other=0.0)[:, None]
+            b_state += _product(b_keys, b_values, EXACT)
+            tl.store(p_tile, b_state.to(p_state.dtype.element_ty), mask=m_kv)
+        tl.store(p_o + o_v, b_o, mask=m_v)
+
+
+@triton.jit
+def _product(b_keys, b_values, EXACT: tl.constexpr):
+    """Of decayed keys [BK, C], float32, and values [C, BV]."""
+    if EXACT:
+        return tl.dot(b_keys, b_values.to(tl.float32), input_precision="ieee")
+    # Two bfloat16 parts of a key have 16 bits; the values are bfloat16 as they are.
+    b_high = b_keys.to(tl.bfloat16)
+    b_product = tl.dot(b_high, b_values.to(tl.bfloat16))
+    return tl.dot((b_keys - b_high.to(tl.float32)).to(tl.bfloat16), b_values.to(tl.bfloat16), b_product)
+
+
+@triton.jit
 def _widened(b_state, HAS_SCALES: tl.constexpr):
     """Values of a state as float32."""
     if HAS_SCALES:
@@ -451,7 +565,7 @@ def fold_kernel(
     p_slots,
     p_from_zero,
     p_pending,
-    p_folding,
+    p_num_folding,
     stride_slot,
     stride_scales,
     stride_ring_k,
@@ -470,8 +584,8 @@ def fold_kernel(
     o_c = tl.arange(0, C)
     TILES_K: tl.constexpr = (K + BK - 1) // BK
     TILES_V: tl.constexpr = (V + BV - 1) // BV
-    for i in range(tl.program_id(0), tl.load(p_folding).to(tl.int32) * (G * TILES_K * TILES_V), tl.num_programs(0)):
-        i_n = tl.load(p_folding + 1 + i // (G * TILES_K * TILES_V)).to(tl.int64)
+    for i in range(tl.program_id(0), tl.load(p_num_folding).to(tl.int32) * (G * TILES_K * TILES_V), tl.num_programs(0)):
+        i_n = tl.cast(i // (G * TILES_K * TILES_V), tl.int64)
         i_g = i // (TILES_K * TILES_V) % G
         o_k = i // TILES_V % TILES_K * BK + tl.arange(0, BK)
         o_v = i % TILES_V * BV + tl.arange(0, BV)
@@ -500,13 +614,7 @@ def fold_kernel(
         if HAS_SCALES:
             p_scale = p_scales + slot * stride_scales + i_g * K + o_k
             b_decay *= tl.load(p_scale, mask=m_k & (from_zero == 0), other=0.0)
-        if EXACT:
-            b_update = tl.dot(b_keys, b_values.to(tl.float32), input_precision="ieee")
-        else:
-            # Two bfloat16 parts of a key have 16 bits; the values are bfloat16 as they are.
-            b_high = b_keys.to(tl.bfloat16)
-            b_update = tl.dot(b_high, b_values.to(tl.bfloat16))
-            b_update = tl.dot((b_keys - b_high.to(tl.float32)).to(tl.bfloat16), b_values.to(tl.bfloat16), b_update)
+        b_update = _product(b_keys, b_values, EXACT)
         b_state = b_state * b_decay[:, None] + b_update
         if HAS_SCALES:
             b_scale = tl.max(tl.abs(b_state), axis=1) * (1.0 / 127.0)  # [BK]

@@ -131,7 +131,7 @@ def gla_decode_buffered(
     """Absorb one token per row into its ring; see :func:`server.kernels.gla_decode` and, for the formulas,
     :mod:`server.kernels.buffered`. The states are formed with every token, but kept only where a ring folds."""
     ring = state.ring
-    assert ring is not None and rows.folding is not None
+    assert ring is not None and rows.num_folding is not None
     num_rows, heads, head_k = q_NHK.shape
     kv_heads, head_v = v_NGV.shape[1:]
     row_N = torch.arange(num_rows, device=q_NHK.device)
@@ -150,8 +150,8 @@ def gla_decode_buffered(
     values_NGCV = torch.where(waits_NGC1, ring.values_SGCV[slots_N].float(), 0.0)
     states_NGKV = state.load(slots_N).masked_fill_(from_zero_N[:, None, None, None], 0.0)
     states_NGKV.mul_(total_NGK.exp().unsqueeze(-1)).add_(keys_NGCK.transpose(2, 3) @ values_NGCV)
-    folding_F = rows.folding[1 : 1 + int(rows.folding[0])]
-    state.store(slots_N[folding_F], states_NGKV[folding_F])
+    folding = slice(int(rows.num_folding))
+    state.store(slots_N[folding], states_NGKV[folding].clone())
     q_NGRK = q_NHK.float().view(num_rows, kv_heads, heads // kv_heads, head_k)
     return ((q_NGRK * scale) @ states_NGKV).view(num_rows, heads, head_v).to(v_NGV.dtype)
 

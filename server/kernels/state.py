@@ -73,13 +73,12 @@ class RingRows:
 
     Attributes:
         pending_N: int64 [N], tokens in each row's ring before this one, 0 to C - 1.
-        folding: int64 [1 + N]: how many rows fold their ring with this token, then which; the rest is not read. A row
-            whose ring is full with this token must be among them, and one that starts from zero. None: every row
-            folds, with every token.
+        num_folding: int64 [1], how many rows, the first ones, fold their ring with this token. Those whose ring is full
+            with it must be among them, and those that start from zero. None: every row folds, with every token.
     """
 
     pending_N: Tensor
-    folding: Tensor | None
+    num_folding: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,13 +134,11 @@ def time_decode(
         ]
         return graph_time(repeated(calls)), 2 * batch * one
     assert plan is None or isinstance(plan, buffered.BufferedPlan)
-    # Rings in all phases, as those of requests that came at different times.
+    # Rings in all phases, as those of requests that came at different times; those that fold come first.
     size = ring_size(values_dtype)
     pending = torch.randperm(batch, device="cuda") % size
-    full = (pending == size - 1).nonzero().flatten()
-    folding = torch.zeros(batch + 1, dtype=torch.int64, device="cuda")
-    folding[0], folding[1 : 1 + len(full)] = len(full), full
-    rows = RingRows(pending, folding)
+    full = pending == size - 1
+    rows = RingRows(torch.cat((pending[full], pending[~full])), full.sum().view(1))
 
     def call(row: torch.Tensor) -> None:
         buffered.gla_decode(x.q, x.k, x.v, x.g, state, row, x.from_zero, rows, scale=head_k**-0.5, plan=plan)

@@ -44,7 +44,7 @@ class Variant:
         # The first token starts from zero, and such a row folds.
         folds = self.in_place or position == 0 or (position + 1) % size == 0
         rows = torch.arange(count, device=device)
-        folding = torch.cat((torch.tensor([count if folds else 0], device=device), rows))
+        num_folding = torch.tensor([count if folds else 0], device=device)
         inputs = ModelInputs(
             token_ids_T=tokens_B,
             num_decodes=count,
@@ -53,7 +53,7 @@ class Variant:
             cu_seqlens=torch.zeros(1, dtype=torch.int32, device=device),
             longest_prefill=0,
             output_rows_R=rows,
-            ring_rows=RingRows(torch.full_like(rows, self.pending), None if self.in_place else folding),
+            ring_rows=RingRows(torch.full_like(rows, self.pending), None if self.in_place else num_folding),
         )
         self.pending = 0 if folds else self.pending + 1
         return model.forward(inputs, self.states).log_softmax(-1)

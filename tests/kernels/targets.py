@@ -159,9 +159,9 @@ def _calls(ops: Any, model: str) -> Iterator[Callable[[], object]]:
     for rows in (1, 300):
         q, k, v, g = tokens(rows).values()
         slots, from_zero = torch.ones(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
-        pending, folding = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows + 1, dtype=torch.int64)
+        pending, num_folding = torch.zeros(rows, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         for dtype in ops.STATE_DTYPES.values():
-            for folds in (folding, None) if dtype == torch.float32 else (folding,):
+            for folds in (num_folding, None) if dtype == torch.float32 else (num_folding,):
                 ring_rows = ops.RingRows(pending, folds)
                 yield lambda i=(q, k, v, g), s=dtype, n=slots, z=from_zero, r=ring_rows: ops.gla_decode(
                     *i, state(s, True), n, z, scale=1.0, rows=r

@@ -53,34 +53,39 @@ class Rows:
     def step(self, backend: str, index: int, *, in_place: bool = False, gate: LowRankGate | None = None) -> Tensor:
         """Token ``index`` of every span: what it reads. The gate, if there is one, is of all tokens."""
         case = self.case
-        row = case.cu_seqlens[:-1].long() + index
         from_zero = case.from_zero_N if index == 0 else torch.zeros_like(case.from_zero_N)
-        pending, folding = [], []
+        pending: list[int] = []
+        folding: list[int] = []
+        others: list[int] = []
         for n, position in enumerate(self.positions):
             pending.append(position - self.folded[n])
-            if in_place or (position + 1) % self.size == 0 or from_zero[n]:
-                folding.append(n)
-                self.folded[n] = position + 1
+            folds = in_place or (position + 1) % self.size == 0 or bool(from_zero[n])
+            (folding if folds else others).append(n)
+            self.folded[n] = position + 1 if folds else self.folded[n]
             self.positions[n] += 1
 
         def tensor(values: list[int]) -> Tensor:
-            return torch.tensor(values, device=row.device)
+            return torch.tensor(values, dtype=torch.int64, device=from_zero.device)
 
-        count = len(self.positions)
-        rows = RingRows(tensor(pending), tensor([len(folding), *folding] + [count] * (count - len(folding))))
+        order = tensor(folding + others)
+        rows = RingRows(tensor(pending)[order], tensor([len(folding)]))
+        slots, from_zero = case.slots_N[order], from_zero[order]
+        row = case.cu_seqlens[:-1].long()[order] + index
         decays = case.g_TGK[row] if gate is None else replace(gate, low_rank_TR=gate.low_rank_TR[row])
         inputs = (case.q_THK[row], case.k_TGK[row], case.v_TGV[row], decays)
         with poisoned_memory():
             if in_place:
                 from server.kernels import decode
 
-                return decode.gla_decode(
-                    *(*inputs, self.state.values_SGKV, case.slots_N, from_zero),
+                o = decode.gla_decode(
+                    *(*inputs, self.state.values_SGKV, slots, from_zero),
                     scale=case.scale,
                     ring=self.state.ring,
                     pending_N=rows.pending_N,
                 )
-            return decoder(backend)(*inputs, self.state, case.slots_N, from_zero, rows, scale=case.scale)
+            else:
+                o = decoder(backend)(*inputs, self.state, slots, from_zero, rows, scale=case.scale)
+        return o[order.argsort()]
 
     def check(self, outputs: list[Tensor], tolerance: float) -> None:
         """Assert outputs, each step's [N, H, V], and, where the ring is empty, states to be right."""

@@ -13,9 +13,7 @@ from server.engine.state_pool import NULL_SLOT
 from server.engine.step_shapes import StepShape
 
 
-def pack(
-    batch: Batch, shape: StepShape, order: Sequence[int], pending: Sequence[int], num_folding: int
-) -> Tensor:
+def pack(batch: Batch, shape: StepShape, order: Sequence[int], pending: Sequence[int], num_folding: int) -> Tensor:
     """A batch's columns, padded to a shape that holds it; :meth:`Columns.cut` names the parts.
 
     Padding decodes the null slot. Padding spans are empty and the null slot's, and padding tokens belong to no span.

@@ -48,8 +48,6 @@ _CACHE_SHARE = 8
 """Parked states, and swapped ones, take at most one in so many bytes of free memory, unless a flag says how many."""
 _SHORT_STEPS = (2, 17, 33)
 """Tokens of steps whose products are kernels of their own, not the matrix library's: one for each kind of them."""
-_MANY_DECODES = 65
-"""More decodes than their kernels count as few, whatever the model."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 _MALLOC_KEEP = 1 << 30
@@ -241,6 +239,14 @@ def _prepare_cpu() -> None:
         mallopt(_M_MMAP_THRESHOLD, _MALLOC_KEEP)
 
 
+def _more_decodes(kv_heads: int) -> list[int]:
+    """Numbers of decodes whose kernels differ from those of a few, on a GPU: the least of each kind."""
+    # Imported here: it brings Triton, which a CPU server does without.
+    from server.kernels.buffered import FEW_HEADS, FOLD_HEADS
+
+    return [heads // kv_heads + 1 for heads in (FEW_HEADS, FOLD_HEADS)]
+
+
 @torch.inference_mode()
 def _run_worst_case(
     model: GLAModel, states: StateTensors, config: EngineConfig, vocab_size: int, device: torch.device
@@ -289,7 +295,7 @@ def _steps(states: StateTensors, config: EngineConfig, device: torch.device) -> 
     ]
     if on_cuda:
         steps += [(0, (length,), rows[:1].repeat(length)) for length in _SHORT_STEPS]
-        steps.append((_MANY_DECODES, (1,), rows[:1]))
+        steps += [(decodes, (1,), rows[:1]) for decodes in _more_decodes(model.config.num_kv_heads)]
         # Prompts few to many: their number decides about kernels and about the memory for float32 copies of smaller
         # states, which is largest beside a full budget of tokens.
         most = min(num_rows, num_tokens)

@@ -89,6 +89,7 @@ class Scheduler:
         self._swap = swap
         self._prompt_limits = prompt_limits
         self._ring_size = ring_size
+        self._prompts_paused = False
         self._token_budget = max_num_batched_tokens
         self._max_queued = max_num_queued_reqs
         self._max_per_tenant = max_seqs_per_tenant
@@ -262,7 +263,7 @@ class Scheduler:
 
         Args:
             prompts: sequences with prompt tokens left, the one to be served first first.
-            limit: most tokens in all, at least PREFILL_GRID, and most prompts.
+            limit: most tokens in all, at least PREFILL_GRID, and most prompts; or no tokens: everybody waits.
 
         Returns:
             The tokens by sequence, and the sequences that turn out to have a snapshot of their whole prompt.
@@ -270,6 +271,8 @@ class Scheduler:
         granted: dict[Sequence, int] = {}
         replayed: list[Sequence] = []
         left = limit.tokens
+        if not left:
+            return granted, replayed
         for seq in prompts:
             if len(granted) == limit.prompts:
                 break
@@ -369,14 +372,19 @@ class Scheduler:
         return Batch((), (), (), resumed=tuple(spans))
 
     def _prompt_limit(self, decodes: int, folds: int) -> PromptLimit:
-        """How many prompt tokens a step with so many decodes and folds absorbs, and of how many prompts."""
+        """How many prompt tokens a step with so many decodes and folds absorbs, and of how many prompts.
+
+        A step may leave prompts alone for the sake of its folds, but never two in a row.
+        """
         limits = self._prompt_limits
-        budget, prompts = self._token_budget - decodes, self.allocator.num_slots
+        tokens, prompts = max(self._token_budget - decodes, PREFILL_GRID), self.allocator.num_slots
         if limits:
             index = min(bisect_left(limits, (decodes,)), len(limits) - 1)
             index = min(bisect_left(limits, (limits[index].decodes, folds)), len(limits) - 1)
-            budget, prompts = min(budget, limits[index].tokens), limits[index].prompts
-        return PromptLimit(decodes, folds, max(budget, PREFILL_GRID), prompts)
+            least = 0 if limits[index].tokens == 0 and not self._prompts_paused else PREFILL_GRID
+            tokens, prompts = max(least, min(tokens, limits[index].tokens)), limits[index].prompts
+        self._prompts_paused = not tokens
+        return PromptLimit(decodes, folds, tokens, prompts)
 
     def _launch(self, seq: Sequence, length: int) -> Span:
         slot = seq.slot

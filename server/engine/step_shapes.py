@@ -57,6 +57,7 @@ class PromptLimit(NamedTuple):
     folds: int
     """Decodes that fold their rings in this step: sequences that came together do so together, once in a while."""
     tokens: int
+    """0: none, where the folds alone leave no time for them; the step behind it takes some again."""
     prompts: int
 
 
@@ -153,11 +154,12 @@ def limit_prompts(
         for folds in sorted({max(usual, decodes // parts) for parts in (8, 4, 2, 1)}):
             room = allowed_seconds(quiet_seconds) + saved - (folds - usual) * each
             tokens = _most_tokens(times, room)
+            if folds == usual:
+                tokens = max(tokens, min(times))  # prompts move on, however long it takes
             limits.append(PromptLimit(decodes, folds, min(tokens, max_tokens), _SPANS))
     return tuple(limits)
 
 
 def _most_tokens(times: Mapping[int, float], room: float) -> int:
-    """The last of ascending numbers of tokens up to which none takes longer than this; the first in any case."""
-    smallest, *larger = times
-    return max((smallest, *takewhile(lambda tokens: times[tokens] <= room, larger)))
+    """The last of ascending numbers of tokens up to which none takes longer than this; 0: not even the first."""
+    return max(takewhile(lambda tokens: times[tokens] <= room, times), default=0)

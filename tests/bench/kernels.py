@@ -351,7 +351,12 @@ def _sweep_buffered(model: str) -> Iterator[dict[str, object]]:
         ]
         plans += [replace(chosen, score_c=entries, score_warps=warps) for entries, warps in ((4, 1), (8, 4), (16, 4))]
         if dtype != "int8":
-            plans += [replace(chosen, fold_k=32, fold_warps=4), replace(chosen, fold_k=64, fold_v=64, fold_warps=4)]
+            apart = replace(chosen, read_folds=False)
+            plans += [
+                apart,
+                replace(apart, fold_k=32, fold_warps=4),
+                replace(apart, fold_k=64, fold_v=64, fold_warps=4),
+            ]
         for plan in plans:
             times = {f"{batch}": time_decode(model, batch, dtype, in_place=False, plan=plan)[0] for batch in (32, 256)}
             yield {"op": f"decode {dtype}", "shape": model, **times, "plan": f"{plan}"}

@@ -369,6 +369,30 @@ def test_prompts_get_less_where_many_decodes_fold_at_once() -> None:
     assert taken == [(1, 256), (2, 192), (0, 256), (0, 256)] * 2
 
 
+def test_prompts_wait_while_decodes_fold_but_never_two_steps_in_a_row() -> None:
+    limits = ((0, 0, 512, 3), (4, 0, 256, 2), (4, 4, 0, 2))
+    scheduler = Scheduler(
+        SlotAllocator(8),
+        max_num_batched_tokens=512,
+        max_num_queued_reqs=10,
+        prompt_limits=tuple(PromptLimit(*limit) for limit in limits),
+        ring_size=4,
+    )
+    scheduler.add([make_sequence(length, max_tokens=None, request_id=length) for length in (1, 2, 2)])
+    scheduler.schedule(0.0)
+    prompt = make_sequence(100_000, request_id=99)
+    scheduler.add([prompt])
+    taken = []
+    for _ in range(8):
+        batch = scheduler.schedule(0.0)
+        assert batch is not None
+        folds = [(span.start + 1) % 4 == 0 for span in batch.decodes]
+        assert folds == [True] * batch.num_folding + [False] * (3 - batch.num_folding)
+        taken.append((batch.num_folding, batch.num_tokens - len(batch.decodes)))
+    assert taken == [(0, 256), (2, 0), (1, 64), (0, 256)] * 2
+    assert prompt.slot is not None
+
+
 def test_a_step_takes_pieces_of_a_limited_number_of_prompts() -> None:
     scheduler = Scheduler(
         SlotAllocator(8),

@@ -112,7 +112,9 @@ def test_where_many_decodes_fold_at_once_there_is_less_time_for_prompts() -> Non
     quiet = [(256, 4e-3)]  # up to 7.4 ms
     seconds = {StepShape(256, tokens, 8): 4e-3 + tokens * 6e-6 for tokens in (64, 128, 256, 512)}
     limits = limit_prompts(quiet, seconds, 512, ring_size=16, fold_seconds={256: 25e-6})
-    assert limits[1:] == ((256, 32, 256, 8), (256, 64, 256, 8), (256, 128, 64, 8), (256, 256, 64, 8))
+    assert limits[1:] == ((256, 32, 256, 8), (256, 64, 256, 8), (256, 128, 64, 8), (256, 256, 0, 8))
+    slow = limit_prompts(quiet, seconds, 512, ring_size=16, fold_seconds={256: 50e-6})
+    assert [limit.tokens for limit in slow[1:]] == [256, 128, 0, 0]
     in_place = limit_prompts(quiet, seconds, 512, ring_size=16, fold_seconds={128: 25e-6})
     assert in_place[1:] == ((256, 256, 512, 8),)
 

@@ -192,6 +192,24 @@ def test_folding_every_token_takes_over_a_ring_that_waits() -> None:
     rows.check(outputs, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("heads", "head_k", "head_v", "gates"),
+    [(2, 16, 32, "mixed"), (1, 48, 96, "trained"), (2, 20, 24, "strong"), (1, 64, 128, "slow")],
+)
+def test_programs_that_read_may_fold(
+    heads: int, head_k: int, head_v: int, gates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of float32 states do in a large batch; one of the rows starts from zero, others fold with full rings,
+    or with some entries of theirs empty."""
+    from server.kernels import buffered
+
+    monkeypatch.setattr(buffered, "FOLD_HEADS", 0)
+    sizes = {"heads": heads, "kv_heads": heads, "head_k": head_k, "head_v": head_v}
+    case = make_case([20] * 3, gates=gates, device=TRITON_DEVICE, **sizes)
+    rows = Rows(case, "float32", [0, 5, 30])
+    rows.check([rows.step("triton", i) for i in range(20)], 1e-5)
+
+
 @ON_EACH_BACKEND
 def test_rows_may_share_the_null_slot(backend: str) -> None:
     case = make_case([20] * 4, device=device_of(backend))
@@ -244,6 +262,23 @@ def test_published_shapes_on_gpu(
     rows = Rows(case, dtype, list(range(37)))
     tolerance = max(OUTPUT_TOLERANCE[dtype], 1e-5 if inputs == torch.float32 else 4e-3)
     rows.check([rows.step("triton", i) for i in range(40)], tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [0, 1 << 30])
+@pytest.mark.parametrize("rows", [4, 20, 40])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16], ids=str)
+def test_float32_states_folded_either_way_on_gpu(
+    inputs: torch.dtype, rows: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the programs that read, or by others, in batches that read ahead and in those that do not."""
+    from server.kernels import buffered
+
+    monkeypatch.setattr(buffered, "FOLD_HEADS", most)
+    case = make_case([35] * rows, heads=4, kv_heads=4, head_k=256, head_v=512, dtype=inputs, device="cuda")
+    decoding = Rows(case, "float32", list(range(rows)))
+    tolerance = 1e-5 if inputs == torch.float32 else 4e-3
+    decoding.check([decoding.step("triton", i) for i in range(35)], tolerance)
 
 
 @pytest.mark.gpu

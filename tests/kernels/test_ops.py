@@ -145,7 +145,11 @@ def test_checks_read_no_contents() -> None:
         (None, torch.float32, "rows: a state with a ring, and no other, needs them"),
         (kernels.RingRows(torch.zeros(2, dtype=torch.int32), None), torch.float32, "pending: must be torch.int64"),
         (kernels.RingRows(torch.zeros(2).long(), torch.zeros(2).long()), torch.float32, "num_folding: must have shape"),
-        (kernels.RingRows(torch.zeros(2).long(), None), torch.bfloat16, "num_folding: torch.bfloat16 states must not fold"),
+        (
+            kernels.RingRows(torch.zeros(2).long(), None),
+            torch.bfloat16,
+            "num_folding: torch.bfloat16 states must not fold",
+        ),
         (kernels.RingRows(torch.zeros(2).long(), None), torch.float32, "num_folding: needed on the CPU"),
     ],
 )

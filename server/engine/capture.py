@@ -60,9 +60,9 @@ def capture_steps(
     ring_size = step.states.ring_size
     fold_seconds = {}
     if ring_size:
-        each = _fold_seconds(graphs, StepShape(max_rows, 0, 0), ring_size)
-        buffered = (size for size in prompt_rows(max_rows) if not graphs.folds_every_token(StepShape(size, 0, 0)))
-        fold_seconds = dict.fromkeys(buffered, each)
+        buffered = [StepShape(size, 0, 0) for size in prompt_rows(max_rows) if size]
+        buffered = [shape for shape in buffered if not graphs.folds_every_token(shape)]
+        fold_seconds = {shape.decodes: _fold_seconds(graphs, shape, ring_size) for shape in buffered}
     decoding = time.monotonic()
     seconds: dict[StepShape, float] = {}
     num_shapes = 0

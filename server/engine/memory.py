@@ -295,7 +295,7 @@ def _steps(states: StateTensors, config: EngineConfig, device: torch.device) -> 
     ]
     if on_cuda:
         steps += [(0, (length,), rows[:1].repeat(length)) for length in _SHORT_STEPS]
-        steps += [(decodes, (1,), rows[:1]) for decodes in _more_decodes(model.config.num_kv_heads)]
+        steps += [(decodes, (1,), rows[:1]) for decodes in _more_decodes(states.recurrent_LSGKV.shape[2])]
         # Prompts few to many: their number decides about kernels and about the memory for float32 copies of smaller
         # states, which is largest beside a full budget of tokens.
         most = min(num_rows, num_tokens)

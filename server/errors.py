@@ -17,6 +17,7 @@
          +- QueueFullError       503 with Retry-After
          +- StatesFullError      507: delete some
          +- StateNotSavedError   507: the disk
+         +- StateNotAbsorbedError  507: memory
          +- EngineUnavailableError  503 with Retry-After: starting, draining or dead
              +- EngineAsleepError  503 with Retry-After: sent to sleep
          +- InternalError        500
@@ -147,6 +148,13 @@ class StateNotSavedError(ApiError):
 
     status = 507
     code = "state_not_saved"
+
+
+class StateNotAbsorbedError(ApiError):
+    """A state's snapshot is lost, and there is no room for another one."""
+
+    status = 507
+    code = "state_not_absorbed"
 
 
 class EngineUnavailableError(ApiError):

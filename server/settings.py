@@ -8,7 +8,7 @@ it needs: :class:`EngineConfig` to the engine process, :class:`ApiSettings` to t
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -32,6 +32,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 """Scheme, host and perhaps port, as browsers write them: no path, no slash at the end (RFC 6454)."""
 
 _MAX_GIB = float(1 << 20)
+_LEAST_SIGNING_KEY = 16
 
 CHUNK = 64
 """Prompt chunks end on multiples of this many tokens, so a step must be able to take that many."""
@@ -49,6 +50,7 @@ class StateCacheConfig:
         dtype: to which they are rounded, if they are held in a larger one; ``exact``: to none.
         shared: whether all API keys share them.
         max_saved: saved states in all.
+        signing_key: with which states that travel are signed; None: they are not.
         max_saved_per_key, saved_bytes_per_key: saved states of one API key, and what they may take; None: no limit.
     """
 
@@ -61,6 +63,7 @@ class StateCacheConfig:
     max_saved: int = 1 << 16
     max_saved_per_key: int | None = None
     saved_bytes_per_key: int | None = None
+    signing_key: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +366,19 @@ class Settings(BaseModel):
         Field(gt=0, le=_MAX_GIB),
         _flag(_ENGINE, "GiB that these may take. Default: unlimited.", metavar="GIB"),
     ] = None
+    state_signing_key: Annotated[
+        SecretStr | None,
+        _flag(
+            _ENGINE,
+            "Key of at least 16 characters, with which downloaded states are signed, and uploaded ones must be. "
+            "Default: neither.",
+            env="GALE_STATE_SIGNING_KEY",
+            metavar="KEY",
+        ),
+    ] = None
+    state_signing_key_file: Annotated[
+        Path | None, _flag(_ENGINE, "File that holds this key alone.", metavar="FILE")
+    ] = None
     seed: Annotated[
         int, Field(ge=0, lt=1 << 63), _flag(_ENGINE, "Seed of requests that bring none, and of dummy weights.")
     ] = 0
@@ -455,6 +471,27 @@ class Settings(BaseModel):
             raise SettingsError(f"--api-key-file: {min(taken)} is the name of a key given with --api-key")
         return given + listed
 
+    @cached_property
+    def signing_key(self) -> bytes | None:
+        """With which states that travel are signed; None: they are not.
+
+        Raises:
+            SettingsError: the file cannot be read, or the key is too short.
+        """
+        flag, key = "--state-signing-key", self.state_signing_key
+        content = None if key is None else key.get_secret_value().encode("utf-8", "surrogateescape")
+        if self.state_signing_key_file is not None:
+            if key is not None:
+                raise SettingsError("--state-signing-key and --state-signing-key-file exclude each other")
+            flag = "--state-signing-key-file"
+            try:
+                content = self.state_signing_key_file.read_bytes().strip()
+            except OSError as error:
+                raise SettingsError(f"{flag}: cannot read {self.state_signing_key_file}: {error.strerror}") from None
+        if content is not None and len(content) < _LEAST_SIGNING_KEY:
+            raise SettingsError(f"{flag}: a key must have at least {_LEAST_SIGNING_KEY} characters")
+        return content
+
     @classmethod
     def from_flags(cls, flags: Mapping[str, object]) -> "Settings":
         """Validate what the command line and the environment gave.
@@ -511,6 +548,7 @@ class Settings(BaseModel):
             disk_bytes=_to_bytes(self.state_cache_disk) or 0,
             dtype=self.state_cache_dtype,
             shared=self.state_cache_shared,
+            signing_key=self.signing_key,
             max_saved=self.max_saved_states,
             max_saved_per_key=self.max_saved_states_per_key,
             saved_bytes_per_key=_to_bytes(self.max_saved_gib_per_key),

@@ -66,6 +66,10 @@ class RefusalReason(enum.IntEnum):
     """The tenant saves as many states as it may."""
     NOT_WRITTEN = 9
     """The file of a saved state could not be written."""
+    NOT_ABSORBED = 10
+    """The transcript of a saved state has to be absorbed again first."""
+    BAD_FILE = 11
+    """What was uploaded is no state that can be used here."""
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
@@ -73,6 +77,8 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
 
     reason: RefusalReason
     message: str
+    code: str | None = None
+    """For programs, where the reason does not say enough."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -167,6 +173,10 @@ class StateAction(enum.IntEnum):
     DELETE = 3
     FORK = 4
     """Make another one of the same transcript."""
+    DOWNLOAD = 5
+    """Write it to a file."""
+    UPLOAD = 6
+    """Save what is in a file."""
 
 
 class StateCommand(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -179,9 +189,13 @@ class StateCommand(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     state: str = ""
     """Id or name."""
     name: str | None = None
-    """Of the fork."""
+    """Of the new one, if one is made."""
     ttl: float | None = None
-    """Seconds for which the fork is kept; None: as the engine likes."""
+    """Seconds for which the new one is kept; None: as the engine likes."""
+    path: str = ""
+    """Of the file."""
+    convert: bool = False
+    """Whether numbers may be rounded if this engine cannot hold them as they are."""
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -207,6 +221,8 @@ class StateInfo(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     turn: str | None = None
     """The role of the chat message within which the transcript ends, for the next message comes behind it; None: it
     is not known to end within any."""
+    digest: str = ""
+    """SHA-256 of the contents, in hex, in answer to a DOWNLOAD."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -306,6 +322,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Numbers of the checkpoint."""
     state_bytes: int
     """Memory of one sequence's state."""
+    state_file_bytes: int
+    """Most bytes that a state's file may have beside its transcript."""
     dtype: str
     state_dtype: str
     device: str

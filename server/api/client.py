@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 import msgspec
@@ -24,6 +25,7 @@ from server.errors import (
     NotFoundError,
     QueueFullError,
     RateLimitError,
+    StateNotAbsorbedError,
     StateNotSavedError,
     StatesFullError,
     StatesLimitError,
@@ -61,6 +63,8 @@ _REFUSALS: dict[RefusalReason, Callable[[str], ApiError]] = {
     RefusalReason.STATES_FULL: StatesFullError,
     RefusalReason.STATES_LIMIT: StatesLimitError,
     RefusalReason.NOT_WRITTEN: StateNotSavedError,
+    RefusalReason.NOT_ABSORBED: StateNotAbsorbedError,
+    RefusalReason.BAD_FILE: partial(InvalidRequestError, param="body"),
     RefusalReason.STATES_OFF: partial(InvalidRequestError, param="state", code="states_off"),
     RefusalReason.TOO_LONG: partial(InvalidRequestError, param="state", code="context_length_exceeded"),
 }
@@ -284,6 +288,7 @@ class EngineClient:
         info: what the engine said of itself; None until it is ready.
         stats: the newest snapshot of the engine's figures.
         engine_deaths: of engines since the server's start.
+        transfers: folder for files that pass between the engine and the API processes; it need not be there.
     """
 
     def __init__(self, address: str) -> None:
@@ -292,6 +297,7 @@ class EngineClient:
         self.engine_deaths = 0
         self._status = EngineStatus.STARTING
         self._status_changed = asyncio.Event()
+        self.transfers = Path(address.removeprefix("ipc://")).with_name("transfers")
         self._channel = ClientChannel(address, self._receive)
         self._mailboxes: dict[int, Mailbox] = {}
         self._commands: dict[int, asyncio.Future[list[StateInfo]]] = {}
@@ -410,6 +416,8 @@ class EngineClient:
         state: str = "",
         name: str | None = None,
         ttl: float | None = None,
+        path: Path | None = None,
+        convert: bool = False,
     ) -> list[StateInfo]:
         """Do something about a tenant's saved states; those that it was about.
 
@@ -417,19 +425,31 @@ class EngineClient:
             action: what to do.
             tenant: whose states; see :func:`server.api.auth.tenant_of`.
             state: id or name.
-            name: of a fork.
-            ttl: seconds for which a fork is kept; None: as the engine likes.
+            name: of the new one.
+            ttl: seconds for which that is kept; None: as the engine likes.
+            path: of the file that is to be written or read.
+            convert: whether numbers of that may be rounded.
 
         Raises:
             NotFoundError: there is no such state.
             InvalidRequestError: the engine parks no states.
             StatesFullError, StatesLimitError: no more states can be kept.
             StateNotSavedError: the disk does not take it.
+            StateNotAbsorbedError: the state has to be absorbed again before it can be written.
             EngineUnavailableError: the engine is starting, draining, dead or does not read.
         """
         self.require_ready()
         request_id = next(self._ids)
-        command = StateCommand(request_id=request_id, tenant=tenant, action=action, state=state, name=name, ttl=ttl)
+        command = StateCommand(
+            request_id=request_id,
+            tenant=tenant,
+            action=action,
+            state=state,
+            name=name,
+            ttl=ttl,
+            path="" if path is None else str(path),
+            convert=convert,
+        )
         told: asyncio.Future[list[StateInfo]] = asyncio.get_running_loop().create_future()
         if not self._channel.send(command):
             raise EngineUnavailableError("the engine does not read its requests")
@@ -534,6 +554,7 @@ class EngineClient:
                 mailboxes[request_id]._accept(message.contexts.get(request_id, 0))
         for request_id, refusal in message.rejected.items():
             error = _REFUSALS[refusal.reason](refusal.message)
+            error.code = refusal.code or error.code
             if request_id in mailboxes:
                 mailboxes.pop(request_id)._fail(error)
             elif (command := self._commands.get(request_id)) is not None and not command.done():

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from server.api.body import parse_json, read_body
 from server.api.client import EngineClient
 from server.api.schemas.server import ErrorResponse
+from server.errors import InvalidRequestError
 from server.types import EngineInfo
 
 Answer = TypeVar("Answer")
@@ -27,7 +28,7 @@ ERRORS: Final[dict[int, str]] = {
     403: "The API key has saved as many states as it may.",
     404: "There is no model, or no saved state, of that name.",
     413: "The body is too large.",
-    415: "The body is declared to be something else than plain JSON.",
+    415: "The body is declared to be something else than what the route takes.",
     429: "The API key has as many choices waiting and running as it may; see Retry-After.",
     500: "The server failed.",
     503: "The queue is full, or the engine cannot serve; see Retry-After.",
@@ -46,6 +47,35 @@ def json_body(*schemas: type[BaseModel], required: bool = True) -> dict[str, Any
     references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in schemas]
     schema: dict[str, Any] = references[0] if len(references) == 1 else {"anyOf": references}
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+
+
+def query_parameters(schema: type[BaseModel]) -> list[dict[str, Any]]:
+    """How the OpenAPI document describes a query that the route checks by itself."""
+    described = schema.model_json_schema()["properties"]
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": field.pop("description"),
+            "examples": {"example": {"value": field.pop("examples")[0]}},
+            "schema": {key: value for key, value in field.items() if key != "title"},
+        }
+        for name, field in described.items()
+    ]
+
+
+def unique_query(request: Request) -> dict[str, Any]:
+    """The parameters of a request's query.
+
+    Raises:
+        InvalidRequestError: one is given twice.
+    """
+    pairs = request.query_params.multi_items()
+    for index, (name, _) in enumerate(pairs):
+        if any(name == other for other, _ in pairs[:index]):
+            raise InvalidRequestError(f"'{name}' is given twice.", param=name)
+    return dict(pairs)
 
 
 def event_stream(chunk: type[BaseModel]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Path, Request
+from fastapi.responses import FileResponse
 
 from server.api.accounting import begin_generation
 from server.api.auth import tenant_of
@@ -10,19 +11,29 @@ from server.api.body import check_content_type, parse_json, read_body
 from server.api.checks import invalid, parse_as
 from server.api.client import EngineClient
 from server.api.generation import while_connected
-from server.api.routing import errors, json_body, read_json, ready_info
-from server.api.schemas.states import ForkRequest, PrefillRequest, State, StateDeleted, StateList
+from server.api.routing import errors, json_body, query_parameters, read_json, ready_info, unique_query
+from server.api.schemas.states import ForkRequest, PrefillRequest, State, StateDeleted, StateList, UploadQuery
 from server.api.structured import Grammars
+from server.api.transfers import CONTENT_TYPE, StateResponse, Transfer, Transfers
 from server.api.validation import CompletionValidator, GenerationJob
-from server.errors import InternalError
+from server.errors import InternalError, StateNotAbsorbedError
 from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
-from server.types import StateAction, StateInfo
+from server.types import SamplingParams, StateAction, StateInfo
 
 Reference = Annotated[
     str, Path(description="The state's id or its name.", examples=["state-5f0c6d6c0f5b4f6f8d6a3f6b", "my-book"])
 ]
 _MAX_BODY: Final = 4096
+_BINARY: Final = {CONTENT_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+_FILE: Final[dict[str, Any]] = {
+    "content": _BINARY,
+    "headers": {"ETag": {"description": "SHA-256 of the contents.", "schema": {"type": "string"}}},
+}
+_UPLOAD: Final[dict[str, Any]] = {
+    "requestBody": {"required": True, "content": _BINARY},
+    "parameters": query_parameters(UploadQuery),
+}
 
 
 def states_router(
@@ -38,6 +49,7 @@ def states_router(
     """
     router = APIRouter()
     limit = min(settings.max_body_bytes, _MAX_BODY)
+    transfers = Transfers(lambda: client.transfers)
 
     @router.get(
         "/v1/states",
@@ -91,6 +103,46 @@ def states_router(
         )
         return _state(info)
 
+    @router.get(
+        "/v1/states/{state}/content",
+        summary="Download a saved state",
+        response_description="The state, as a safetensors file.",
+        response_class=FileResponse,
+        responses={200: _FILE, **errors(400, 401, 404, 503, 507)},
+    )
+    async def download_state(request: Request, state: Reference) -> StateResponse:
+        """A file with all that the state is: another server of the same model can go on from it."""
+        transfer = transfers.begin(tenant_of(request.scope))
+        found: list[StateInfo] = []
+        await transfer.engine_done(_write(request, client, state, transfer, found))
+        return StateResponse(transfer.path, found[0].name or found[0].id, found[0].digest, transfer.end)
+
+    @router.post(
+        "/v1/states",
+        summary="Upload a saved state",
+        response_description="The new state.",
+        status_code=201,
+        responses=errors(400, 401, 403, 413, 415, 503, 507),
+        openapi_extra=_UPLOAD,
+    )
+    async def upload_state(request: Request) -> State:
+        """Save a state that was downloaded from a server of the same model. It becomes this API key's."""
+        query = parse_as(UploadQuery, unique_query(request))
+        info = ready_info(client)
+        transcript = settings.max_body_bytes if info.max_model_len is None else 4 * info.max_model_len
+        transfer = transfers.begin(tenant_of(request.scope))
+        with transfer.ending():
+            await transfer.receive(request, info.state_file_bytes + transcript)
+            (saved,) = await client.command(
+                StateAction.UPLOAD,
+                tenant_of(request.scope),
+                name=query.name,
+                ttl=query.ttl,
+                path=transfer.path,
+                convert=query.convert,
+            )
+        return _state(saved)
+
     @router.post(
         "/v1/states/prefill",
         summary="Read a text and save its state",
@@ -111,6 +163,23 @@ def states_router(
         return _state(saved[0])
 
     return router
+
+
+async def _write(
+    request: Request, client: EngineClient, state: str, transfer: Transfer, found: list[StateInfo]
+) -> None:
+    """Have the engine write a state's file, and add what it tells of it."""
+    tenant = tenant_of(request.scope)
+    try:
+        found += await client.command(StateAction.DOWNLOAD, tenant, state=state, path=transfer.path)
+    except StateNotAbsorbedError:
+        record = begin_generation(request.scope, 0)
+        params = SamplingParams(max_tokens=0)
+        async with await client.submit(prompts=[[]], n=1, params=params, tenant=tenant, state=state) as mailbox:
+            record.prompt_tokens += mailbox.context
+            async for events in mailbox:
+                record.note(events)
+        found += await client.command(StateAction.DOWNLOAD, tenant, state=state, path=transfer.path)
 
 
 async def _prefill(request: Request, job: GenerationJob, client: EngineClient, saved: list[StateInfo]) -> None:

@@ -31,7 +31,9 @@ from server.engine.scheduler import Scheduler
 from server.engine.sequence import Save, Sequence
 from server.engine.state_pool import SlotAllocator
 from server.engine.state_requests import Waiting, complete, context_of, obey, reserve
+from server.engine.state_transfer import StateTransfer, largest_file
 from server.engine.stats import Figures
+from server.kernels import STATE_DTYPES
 from server.settings import EngineConfig
 from server.tokenizer import load_tokenizer
 from server.types import (
@@ -42,6 +44,7 @@ from server.types import (
     PromptLogprobs,
     Refusal,
     RefusalReason,
+    StateAction,
     StateCommand,
     StateInfo,
     StepOutput,
@@ -105,12 +108,23 @@ class Engine:
             )
         self._files: SavedFiles | None = None
         self._states: NamedStates | None = None
+        self._transfer: StateTransfer | None = None
         if self._reuse is not None:
+            model = model_fingerprint(config.model_folder, config.load_format, config.seed)
             if config.state_cache.folder is not None:
-                model = model_fingerprint(config.model_folder, config.load_format, config.seed)
                 self._files = SavedFiles(config.state_cache.folder, self._reuse.store, model, model_config.vocab_size)
             limits = state_limits(config.state_cache, built.cache_bytes, built.runner.parked_bytes)
             self._states = NamedStates(self._reuse, limits, self._files)
+            self._transfer = StateTransfer(
+                self._states,
+                self._reuse,
+                model,
+                model_config.vocab_size,
+                built.runner.pool_layout,
+                STATE_DTYPES.get(config.state_cache.dtype),
+                config.state_cache.signing_key,
+                config.max_model_len,
+            )
         self.scheduler = Scheduler(
             SlotAllocator(built.num_slots),
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -133,6 +147,7 @@ class Engine:
             default_sampling=generation.sampling_defaults if config.generation_config == "auto" else {},
             num_parameters=built.num_parameters,
             state_bytes=built.state_bytes,
+            state_file_bytes=largest_file(built.runner.pool_layout),
             dtype=built.dtype,
             state_dtype=config.state_dtype,
             device=built.device_name,
@@ -188,7 +203,14 @@ class Engine:
             else:
                 self._outbox.tell_states(client, command.request_id, told)
 
-        self._waiting.after(obey(self._states, command), tell)
+        transfer = self._transfer
+        if transfer is not None and command.action is StateAction.DOWNLOAD:
+            answer = transfer.download(command)
+        elif transfer is not None and command.action is StateAction.UPLOAD:
+            answer = transfer.upload(command)
+        else:
+            answer = obey(self._states, command)
+        self._waiting.after(answer, tell)
 
     def _sequences(self, client: bytes, request: GenerateRequest, state: NamedState | None) -> list[Sequence]:
         context = b"" if state is None else state.tokens
@@ -311,6 +333,8 @@ class Engine:
 
     def close(self) -> None:
         """Remove what the engine keeps on disk for itself; it can no longer be stepped."""
+        if self._transfer is not None:
+            self._transfer.close()
         if self._files is not None:
             self._files.close()
         if self._reuse is not None:

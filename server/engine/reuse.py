@@ -213,10 +213,10 @@ class PrefixReuse:
         """One session less needs it."""
         self._cache.unfavour(entry)
 
-    def adopt(self, state: NamedState, snapshot: Snapshot) -> None:
-        """Take in a snapshot on the host that another server has taken of a beginning of a state's tokens."""
-        scope = self._scope(state.tenant, state.island)
-        tokens = state.tokens[: snapshot.num_tokens * TOKEN_BYTES]
+    def adopt(self, tenant: str, island: str | None, tokens: bytes, snapshot: Snapshot) -> None:
+        """Take in a snapshot on the host that another server has taken of a beginning of these tokens."""
+        scope = self._scope(tenant, island)
+        tokens = tokens[: snapshot.num_tokens * TOKEN_BYTES]
         complete = snapshot.logits_V is not None
         self._cache.keep(scope, tokens, snapshot, Tier.HOST, snapshot.nbytes, complete=complete)
 

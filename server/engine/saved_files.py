@@ -116,7 +116,7 @@ class SavedFiles:
         self._writer.shutdown()
 
     def _write(self, state: NamedState) -> StateFile:
-        snapshot = self._snapshot(state)
+        snapshot = read_snapshot(self._store, state)
         path = self._path(state)
         tensors = {} if snapshot is None else snapshot.tensors()
         start = time.perf_counter()
@@ -131,21 +131,6 @@ class SavedFiles:
         except OSError as error:
             logger.error("saved state %s cannot be removed: %s", self._path(state), error.strerror)
             raise
-
-    def _snapshot(self, state: NamedState) -> Snapshot | None:
-        """Of a state, on the host; None: it has none that can be read."""
-        for _ in range(_TRIES):
-            if state.entry is None or not state.entry.nbytes:
-                return None
-            payload = state.entry.payload
-            try:
-                return self._store.copy_to_host(payload)
-            except StateFileError as error:
-                if state.entry.payload is payload:
-                    logger.warning("the snapshot of %s is lost: %s", state.id, error)
-                    return None
-                # The engine has just brought it to another tier.
-        return None
 
     def _metadata(self, state: NamedState, snapshot: Snapshot | None) -> dict[str, str]:
         local = {"id": state.id, "name": state.name, "expires": repr(state.expires), "island": state.island}
@@ -196,6 +181,23 @@ class SavedFiles:
 def _with_snapshot(path: Path, nbytes: int, snapshot: Snapshot) -> StateFile:
     payload = FileSnapshot(path, snapshot.num_tokens, num_folded(snapshot), None, None)
     return StateFile(nbytes, payload, snapshot.num_tokens, snapshot.nbytes, snapshot.logits_V is not None)
+
+
+def read_snapshot(store: SnapshotStore, state: NamedState) -> Snapshot | None:
+    """The snapshot of a state, on the host; None: it has none that can be read. For other threads than the engine's."""
+    for _ in range(_TRIES):
+        entry = state.entry
+        if entry is None or not entry.nbytes:
+            return None
+        payload = entry.payload
+        try:
+            return store.copy_to_host(payload)
+        except StateFileError as error:
+            if entry.payload is payload:
+                logger.warning("the snapshot of %s is lost: %s", state.id, error)
+                return None
+            # The engine has just brought it to another tier.
+    return None
 
 
 def transcript_tensor(state: NamedState) -> torch.Tensor:

@@ -23,7 +23,8 @@ from server.kernels import STATE_DTYPES, LayerState
 TRANSCRIPT: Final = "transcript"
 """The tensor of a saved state's tokens, beside the parts of its snapshot."""
 _RING: Final = ("ring_keys", "ring_values", "ring_decays")
-_LONGEST_RING: Final = 64
+LONGEST_RING: Final = 64
+"""Tokens: more than any ring takes."""
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -105,7 +106,7 @@ def _check(snapshot: Snapshot, pool: Mapping[str, Part]) -> None:
         raise StateFileError("scales belong to recurrent states of type U8, and to no others")
     pending = snapshot.num_tokens - snapshot.num_folded
     rings = [name for name in _RING if name in parts]
-    if (rings and (len(rings) < len(_RING) or ring_size > _LONGEST_RING)) or pending > ring_size:
+    if (rings and (len(rings) < len(_RING) or ring_size > LONGEST_RING)) or pending > ring_size:
         raise StateFileError(f"{pending} tokens wait to be folded, and there is no ring that holds them")
 
 

@@ -47,6 +47,10 @@ class UnknownLayoutError(StateFileError):
     """A file is a state of another layout, which another version may be able to read."""
 
 
+class SignatureError(StateFileError):
+    """A file is not signed, or with another key."""
+
+
 class Part(NamedTuple):
     """Type and shape of a tensor."""
 
@@ -193,7 +197,7 @@ def read_state(
     if digest != _digest(table, unsigned, {name: _buffer(part) for name, part in parts.items()}):
         raise StateFileError("damaged: the digest does not fit the contents")
     if key is not None and not hmac.compare_digest(signature.encode(), _sign(digest, key).encode()):
-        raise StateFileError("signed with another key" if signature else "not signed")
+        raise SignatureError("signed with another key, or changed" if signature else "not signed")
     for name, tensor in parts.items():
         # The extremes are finite if everything is (NaN counts as both), and finding them takes a tenth of the time.
         if tensor.dtype.is_floating_point and tensor.numel() and not all(e.isfinite() for e in torch.aminmax(tensor)):

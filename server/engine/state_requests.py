@@ -33,10 +33,11 @@ class Later:
     """
 
     future: "Future[Any]"
-    finish: Callable[[], list[StateInfo] | Refusal]
+    finish: "Callable[[], Answer]"
 
 
 Answer: TypeAlias = list[StateInfo] | Refusal | Later
+"""The states that a command was about, or why it cannot be obeyed."""
 
 
 class Waiting:
@@ -53,7 +54,7 @@ class Waiting:
     def after(self, answer: Answer, then: Callable[[list[StateInfo] | Refusal], None]) -> None:
         """Pass an answer on: now, or when :meth:`settle` finds that it need not wait any longer."""
         if isinstance(answer, Later):
-            self._waiting[answer.future] = lambda: then(answer.finish())
+            self._waiting[answer.future] = lambda: self.after(answer.finish(), then)
         else:
             then(answer)
 

@@ -8,15 +8,18 @@ import asyncio
 import itertools
 import re
 import socket
+import tempfile
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
 import httpx
+import msgspec
 import uvicorn
 
 from server.api.app import create_app
@@ -25,7 +28,7 @@ from server.api.client import EngineClient
 from server.api.sleep import SleepSwitch
 from server.engine.detokenizer import StopMatcher
 from server.engine.named_states import NamedState, NamedStates, StateLimits
-from server.engine.state_requests import Later, context_of, obey, reserve
+from server.engine.state_requests import Later, context_of, obey, reserve, unknown
 from server.keys import ApiKey, hash_key
 from server.settings import ApiSettings
 from server.types import (
@@ -42,7 +45,9 @@ from server.types import (
     Refusal,
     RefusalReason,
     SamplingParams,
+    StateAction,
     StateCommand,
+    StateInfo,
     StepOutput,
     TokenLogprobs,
     pack_tokens,
@@ -65,6 +70,7 @@ INFO = EngineInfo(
     default_sampling={"temperature": 0.7, "top_p": 0.9, "top_k": 40},
     num_parameters=1_000_000,
     state_bytes=1024,
+    state_file_bytes=4096,
     dtype="float32",
     state_dtype="float32",
     device="scripted",
@@ -218,12 +224,30 @@ class ScriptedEngine:
         return True
 
     def _obey(self, command: StateCommand) -> None:
-        told = obey(self.states, command)
+        told = self._transfer(command) if command.path else obey(self.states, command)
         assert not isinstance(told, Later), "there are no files"
         if isinstance(told, Refusal):
             self._receive([StepOutput(rejected={command.request_id: told})])
         else:
             self._receive([StepOutput(states_told={command.request_id: told})])
+
+    def _transfer(self, command: StateCommand) -> list[StateInfo] | Refusal:
+        """A file is the transcript and nothing else."""
+        if self.states is None:
+            return obey(None, command)  # type: ignore[return-value]
+        path = Path(command.path)
+        if command.action is StateAction.DOWNLOAD:
+            state = self.states.find(command.tenant, command.state)
+            if state is None:
+                return unknown(command.state)
+            path.write_bytes(state.tokens)
+            return [msgspec.structs.replace(state.info, digest="d" * 64)]
+        tokens = path.read_bytes()
+        if len(tokens) % 4 or not tokens:
+            return Refusal(RefusalReason.BAD_FILE, "the file is no state for this server", "state_invalid")
+        self.states.reserve(command.tenant, 1)
+        saving = self.states.save(command.tenant, command.name, command.ttl, tokens)
+        return [self.states.complete(saving).info]
 
     def _submit(self, request: GenerateRequest) -> None:
         refusal, context = self._refusal(request), b""
@@ -459,8 +483,9 @@ def serve(
         await serving
         await server.client.close()
 
+    folder = tempfile.TemporaryDirectory()
     with mock.patch("server.api.client.ClientChannel", server.engine.connect):
-        server.client = EngineClient("scripted")
+        server.client = EngineClient(f"ipc://{folder.name}/engine")
     template = None if chat_template is None else ChatTemplate(chat_template, ByteTokenizer.special_tokens)
     app = create_app(api_settings(**changes), server.client, tokenizer and tokenizer(), template, sleep_switch)
     web = Web(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
@@ -474,4 +499,5 @@ def serve(
         server.loop.call_soon_threadsafe(web.stop.set)
         thread.join(10)
         listener.close()
+        folder.cleanup()
     assert not thread.is_alive()

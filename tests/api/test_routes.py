@@ -93,7 +93,8 @@ def test_health_and_version(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "methods"),
     [
-        ("/v1/states", "GET"),
+        ("/v1/states", "GET, POST"),
+        ("/v1/states/some/content", "GET"),
         ("/v1/states/prefill", "POST"),
         ("/v1/states/some", "DELETE, GET"),
         ("/v1/completions", "POST"),

@@ -1,5 +1,6 @@
 """Saved states over HTTP: the fields of completions, the routes, whose states they are."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -200,3 +201,69 @@ def test_a_dying_engine_ends_commands(fresh: Server) -> None:
         fresh.call(lambda: fresh.client.engine_died(1))
         assert asked.result(30).status_code == 503
     assert not fresh.call(lambda: bool(fresh.client._commands))
+
+
+BINARY = {"Content-Type": "application/octet-stream"}
+UPLOAD = (
+    b"POST /v1/states HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\nContent-Length: 9000\r\n\r\n"
+)
+
+
+def test_a_state_is_downloaded_and_uploaded(fresh: Server) -> None:
+    state = save(fresh, save_state="book")["state"]["id"]
+    response = fresh.http.get(f"/v1/states/{state}/content")
+    assert response.status_code == 200 and len(response.content) == 4 * 8
+    assert response.headers["etag"] == f'"{"d" * 64}"'
+    assert response.headers["content-disposition"] == 'attachment; filename="book.safetensors"'
+    sent = fresh.http.post("/v1/states?name=moved&ttl=50", content=response.content, headers=BINARY)
+    assert sent.status_code == 201, sent.text
+    moved = sent.json()
+    assert (moved["name"], moved["num_tokens"], moved["expires"] - moved["created"]) == ("moved", 8, 50)
+    assert fresh.complete("", state="moved", max_tokens=3).json()["choices"][0]["text"] == script_text(8, 0, 3)
+    assert list(fresh.client.transfers.iterdir()) == []
+
+
+def test_refused_uploads_name_their_fault(fresh: Server) -> None:
+    for content, query, headers, status, param in (
+        (b"abc", "", BINARY, 400, "body"),
+        (b"x" * (1 << 16), "", BINARY, 413, None),
+        (b"abcd", "?ttl=x", BINARY, 400, "ttl"),
+        (b"abcd", "?name=state-x", BINARY, 400, "name"),
+        (b"abcd", "?what=x", BINARY, 400, "what"),
+        (b"abcd", "?ttl=1&ttl=2", BINARY, 400, "ttl"),
+        (b"abcd", "", {"Content-Type": "application/json"}, 415, None),
+        (b"abcd", "", BINARY | {"Content-Encoding": "gzip"}, 415, None),
+    ):
+        response = fresh.http.post(f"/v1/states{query}", content=content, headers=headers)
+        assert (response.status_code, response.json()["error"]["param"]) == (status, param), response.text
+    pieces = fresh.http.post("/v1/states", content=iter([b"x" * 10000] * 3), headers=BINARY)
+    assert pieces.status_code == 413, "of unknown length"
+    assert not fresh.client.transfers.exists() or list(fresh.client.transfers.iterdir()) == []
+
+
+def test_a_client_that_leaves_leaves_nothing_behind(fresh: Server) -> None:
+    with fresh.connect() as sock:
+        sock.sendall(UPLOAD + b"x" * 5000)
+        deadline = time.monotonic() + 30
+        while not fresh.client.transfers.exists() or not list(fresh.client.transfers.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    while list(fresh.client.transfers.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_only_so_many_transfers_at_once(fresh: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            sock = stack.enter_context(fresh.connect())
+            sock.sendall(UPLOAD + b"x")
+        deadline = time.monotonic() + 30
+        while not fresh.client.transfers.exists() or len(list(fresh.client.transfers.iterdir())) < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        response = fresh.http.post("/v1/states", content=b"abcd", headers=BINARY)
+        assert response.status_code == 503 and response.headers["retry-after"] == "1"
+    while fresh.http.post("/v1/states", content=b"abcd", headers=BINARY).status_code != 201:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

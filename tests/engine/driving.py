@@ -112,6 +112,7 @@ class Driver:
         save: bool = False,
         name: str | None = None,
         ttl: float | None = None,
+        turn: str | None = None,
         **params: object,
     ) -> int:
         request_id = self._next_id
@@ -129,6 +130,7 @@ class Driver:
             save_state=save,
             state_name=name,
             state_ttl=ttl,
+            state_turn=turn,
             session=session,
         )
         self.engine.submit(CLIENT, request)
@@ -136,12 +138,29 @@ class Driver:
         return request_id
 
     def command(
-        self, action: StateAction, state: str = "", *, tenant: str = "", name: str | None = None
+        self,
+        action: StateAction,
+        state: str = "",
+        *,
+        tenant: str = "",
+        name: str | None = None,
+        ttl: float | None = None,
+        path: Path = Path(),
+        convert: bool = False,
     ) -> list[StateInfo] | Refusal:
         """What the engine tells of saved states, or why it does not."""
         request_id = self._next_id
         self._next_id += 1
-        command = StateCommand(request_id=request_id, tenant=tenant, action=action, state=state, name=name)
+        command = StateCommand(
+            request_id=request_id,
+            tenant=tenant,
+            action=action,
+            state=state,
+            name=name,
+            ttl=ttl,
+            path=str(path),
+            convert=convert,
+        )
         self.engine.command(CLIENT, command)
         self.collect()
         while request_id not in self.rejected and request_id not in self.told:

@@ -31,6 +31,7 @@ INFO = EngineInfo(
     default_sampling={},
     num_parameters=1_000_000,
     state_bytes=1024,
+    state_file_bytes=4096,
     dtype="float32",
     state_dtype="float32",
     device="cpu",

@@ -47,6 +47,8 @@ GIVEN = {
     "max_saved_states": 500,
     "max_saved_states_per_key": 50,
     "max_saved_gib_per_key": 0.25,
+    "state_signing_key": None,
+    "state_signing_key_file": Path(__file__).parent / "keys.txt",
     "seed": 99,
     "shutdown_timeout": 3.5,
     "max_restarts": 2,
@@ -78,6 +80,7 @@ def test_engine_gets_its_part() -> None:
             "max_saved": 500,
             "max_saved_per_key": 50,
             "saved_bytes_per_key": 1 << 28,
+            "signing_key": (Path(__file__).parent / "keys.txt").read_bytes().strip(),
         },
         **{name: GIVEN[name] for name in GIVEN if name in {field.name for field in dataclasses.fields(EngineConfig)}},
     }

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from server.api.schemas.base import Body, ModelName
 from server.api.schemas.fields import MAX_STATE_TTL, STATE_NAME, Prompt, state_name
@@ -23,6 +23,26 @@ class ForkRequest(Body):
     )
     ttl: int | None = Field(
         None, ge=1, le=MAX_STATE_TTL, description="Seconds for which the fork is kept. Default 86400.", examples=[3600]
+    )
+
+
+class UploadQuery(Body):
+    """The query of `POST /v1/states`."""
+
+    model_config = ConfigDict(strict=False)
+
+    name: StateName = Field(
+        None,
+        description="The state's name, taken over from the state that had it, which is deleted. Default: none.",
+        examples=["my-book"],
+    )
+    ttl: int | None = Field(
+        None, ge=1, le=MAX_STATE_TTL, description="Seconds for which it is kept. Default 86400.", examples=[3600]
+    )
+    convert: bool = Field(
+        False,
+        description="Whether numbers may be rounded if this server holds states in a smaller type.",
+        examples=[True],
     )
 
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from clients.bench.flags import SAMPLING
 from clients.bench.load import Load, send
@@ -216,6 +216,7 @@ def _progress(console: Console, requests: int, *, hidden: bool) -> Iterator[Call
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     counter = _Counter()

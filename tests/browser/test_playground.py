@@ -8,6 +8,7 @@ With ``SCREENSHOTS=FOLDER`` in the environment, what the page looks like at each
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,15 +121,30 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def page(server: RunningServer) -> Iterator[Page]:
-    yield from _open(server.base_url)
+    with opened(server.base_url, DESKTOP) as page:
+        yield page
 
 
 @pytest.fixture
 def phone(server: RunningServer) -> Iterator[Page]:
-    yield from _open(server.base_url, PHONE)
+    with opened(server.base_url, PHONE) as page:
+        yield page
 
 
-def _open(url: str, screen: Screen = DESKTOP) -> Iterator[Page]:
+@contextmanager
+def opened(url: str, screen: Screen) -> Iterator[Page]:
+    """The page of a server that wants a key, with the key."""
+    with browsing(url, screen) as page:
+        # It finds out by itself that a key is needed.
+        wait_until(lambda: page.find("keyrow").is_displayed())
+        page.find("key").send_keys("sesame", TAB)
+        wait_until(lambda: page.text_of("model") == "classics-11m")
+        wait_until(lambda: page.find("states").is_displayed())
+        yield page
+
+
+@contextmanager
+def browsing(url: str, screen: Screen) -> Iterator[Page]:
     from selenium import webdriver  # here, since it is there for these tests alone
 
     with tempfile.TemporaryDirectory() as profile:
@@ -139,13 +155,7 @@ def _open(url: str, screen: Screen = DESKTOP) -> Iterator[Page]:
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
         try:
             show_on(driver, screen)
-            opened = Page(driver, url)
-            # The page finds out by itself that a key is needed.
-            wait_until(lambda: opened.find("keyrow").is_displayed())
-            opened.find("key").send_keys("sesame", TAB)
-            wait_until(lambda: opened.text_of("model") == "classics-11m")
-            wait_until(lambda: opened.find("states").is_displayed())
-            yield opened
+            yield Page(driver, url)
             severe = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
             assert all("responded with a status of 4" in entry["message"] for entry in severe), severe
         finally:
@@ -226,6 +236,12 @@ def test_errors_are_shown(page: Page) -> None:
     page.find("go").click()
     wait_until(lambda: page.find("error").is_displayed())
     assert "top_k" in page.text_of("error")
+
+
+def test_the_key_is_asked_for_only_where_one_is_needed(tmp_path: Path) -> None:
+    with RunningServer(tmp_path) as running, browsing(running.base_url, DESKTOP) as page:
+        wait_until(lambda: page.find("states").is_displayed())
+        assert not page.find("keyrow").is_displayed() and page.text_of("model") == "classics-11m"
 
 
 def test_what_a_model_writes_is_text(page: Page) -> None:

@@ -11,6 +11,7 @@ ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
 CLIENTS_VENV ?= .venv-clients
+AUDIT_VENV ?= .venv-audit
 PYTEST_ARGS ?=
 CLIENTS_ARGS ?=
 WORKERS ?= 2
@@ -56,6 +57,10 @@ test-ops: $(VENV)/.test ## Run the tests of running it for others; needs prometh
 soak: $(VENV)/.test ## Put a server under mixed load for MINUTES (default: 30) and check what it must not lose.
 	$(BIN)/python -m tests.ops.soak --minutes $(MINUTES) $(ARGS)
 
+.PHONY: audit
+audit: $(AUDIT_VENV)/.audit ## Look the pinned versions up in a database of known vulnerabilities; needs a network.
+	$(AUDIT_VENV)/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt $(ARGS)
+
 .PHONY: test-clients
 test-clients: $(VENV)/.serve $(CLIENTS_VENV)/.clients ## Run clients that people use against a real server; CLIENTS_ARGS=--record keeps the outcome.
 	SERVER_PYTHON='$(abspath $(BIN)/python)' $(CLIENTS_VENV)/bin/python -m pytest --tb=native tests/clients $(CLIENTS_ARGS)
@@ -80,7 +85,7 @@ install: $(VENV)/.serve ## Create the environment that make serve uses.
 
 .PHONY: clean
 clean: ## Remove the environment, caches and built files.
-	rm -rf $(VENV) $(CLIENTS_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) $(AUDIT_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find server clients tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -99,4 +104,9 @@ $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
 $(CLIENTS_VENV)/.clients: tests/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement tests/clients/requirements.txt
+	@touch $@
+
+$(AUDIT_VENV)/.audit:
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit>=2.7'
 	@touch $@

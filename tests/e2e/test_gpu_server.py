@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.running import RunningServer
+from tests.e2e.running import RunningServer, wait_until
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,9 @@ VOCAB = 32000
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     flags = ["--model", str(RECIPE), "--load-format", "dummy", "--skip-tokenizer-init", "--device", "cuda"]
-    with RunningServer(tmp_path_factory.mktemp("gpu"), *flags, "--served-model-name", MODEL) as running:
+    folder = tmp_path_factory.mktemp("gpu")
+    flags += ["--enable-sleep-mode", "--state-cache-dir", str(folder / "states")]
+    with RunningServer(folder, *flags, "--served-model-name", MODEL) as running:
         print(running.log)
         yield running
 
@@ -90,3 +92,18 @@ def test_engine_figures_stand_in_the_log(server: RunningServer) -> None:
     # 24 layers of 4 heads of 256 x 512 in float32 are 48 MiB; rings of 16 keys and values in bfloat16 and of 16
     # cumulative gates in float32 are 3.75 more.
     assert "51.75 MiB, constant at any length" in server.log
+
+
+def test_sleeping_frees_the_gpu(server: RunningServer) -> None:
+    """The last one: it ends the engine. Weights, 256 states and room for parked ones are some 20 GB."""
+    import torch
+
+    def free() -> int:
+        return torch.cuda.mem_get_info()[0]
+
+    before = server.complete(20, prompt=[5, 6, 7], return_token_ids=True)["choices"][0]["token_ids"]
+    awake = free()
+    assert httpx.post(f"{server.base_url}/sleep", timeout=120).json() == {"is_sleeping": True}
+    wait_until(lambda: free() - awake > 10e9)
+    assert httpx.post(f"{server.base_url}/wake_up", timeout=120).json() == {"is_sleeping": False}
+    assert server.complete(20, prompt=[5, 6, 7], return_token_ids=True)["choices"][0]["token_ids"] == before

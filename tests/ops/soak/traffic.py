@@ -165,7 +165,9 @@ class Client:
     # What clients do.
 
     async def _stream(self) -> None:
-        await self._generate(prompt=tokens(self._rng, 1, 300), stream=True)
+        # Now and then an urgent one, which may take another's slot.
+        priority = self._rng.choice([0, 0, 0, -1])
+        await self._generate(prompt=tokens(self._rng, 1, 300), stream=True, priority=priority)
 
     async def _completion(self) -> None:
         await self._generate(prompt=tokens(self._rng, 1, 300))

@@ -51,7 +51,7 @@ test-browser: $(VENV)/.test ## Run the tests of the playground in Chromium; need
 
 .PHONY: test-ops
 test-ops: $(VENV)/.test ## Run the tests of running it for others; needs prometheus and promtool.
-	$(BIN)/python -m pytest -m ops $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m ops tests/ops $(PYTEST_ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.test ## Put a server under mixed load for MINUTES (default: 30) and check what it must not lose.

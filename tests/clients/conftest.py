@@ -6,15 +6,14 @@ server is started with the interpreter that ``SERVER_PYTHON`` names. ``--record`
 """
 
 import os
-import platform
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.running import RunningServer
+from tests.recording import Recorder
 
 # Before the clients are imported: none of them may look for anything on a network.
 os.environ |= {
@@ -62,30 +61,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write the outcome to tests/clients/RESULTS.md")
 
 
-class Recorder:
-    """Collects outcomes, and what tests say of themselves with ``record_property``."""
-
-    def __init__(self) -> None:
-        self.rows: list[str] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            remarks = "; ".join(f"{name}: {value}" for name, value in report.user_properties)
-            name = report.nodeid.removeprefix("tests/clients/")
-            if report.when == "call" or report.when == "setup":
-                self.rows.append(f"| `{name}` | {report.outcome} | {remarks} |")
-
-    def pytest_sessionfinish(self) -> None:
-        versions = ", ".join(f"{name} {version(name)}" for name in CLIENTS)
-        RESULTS.write_text(
-            "# Clients: the last recorded run\n\n"
-            "Written by `make test-clients CLIENTS_ARGS=--record`.\n\n"
-            f"{datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, {versions}; "
-            f"the shipped model on a CPU ({platform.machine()}, {os.cpu_count()} cores).\n\n"
-            "| test | outcome | remarks |\n| --- | --- | --- |\n" + "\n".join(self.rows) + "\n"
-        )
-
-
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--record"):
-        config.pluginmanager.register(Recorder())
+        versions = ", ".join(f"{name} {version(name)}" for name in CLIENTS)
+        command = "make test-clients CLIENTS_ARGS=--record"
+        config.pluginmanager.register(Recorder(RESULTS, "Clients", command, versions))

@@ -84,7 +84,7 @@ def ask(url: str, query: str) -> list[Any]:
     return result
 
 
-@pytest.mark.parametrize(("title", "queries"), panel_queries().items())
+@pytest.mark.parametrize(("title", "queries"), panel_queries().items(), ids=panel_queries())
 def test_every_panel_has_data(loaded: tuple[RunningServer, str], title: str, queries: list[str]) -> None:
     for query in queries:
         series = ask(loaded[1], query)
@@ -92,7 +92,7 @@ def test_every_panel_has_data(loaded: tuple[RunningServer, str], title: str, que
         assert not any(value == "NaN" for _, value in (entry["value"] for entry in series)), f"{title}: {series}"
 
 
-@pytest.mark.parametrize(("name", "query"), alert_queries().items())
+@pytest.mark.parametrize(("name", "query"), alert_queries().items(), ids=alert_queries())
 def test_every_alert_is_evaluated_and_none_fires(loaded: tuple[RunningServer, str], name: str, query: str) -> None:
     assert ask(loaded[1], query) == [], f"{name} fires on a server that is well"
     rules = httpx.get(f"{loaded[1]}/api/v1/rules").json()["data"]["groups"][0]["rules"]

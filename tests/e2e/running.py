@@ -127,6 +127,12 @@ class RunningServer:
         return answer.json()
 
 
+def delete_states(base_url: str) -> None:
+    """Delete every saved state of a server without keys: other tests may have left some."""
+    for state in httpx.get(f"{base_url}/v1/states").json()["data"]:
+        httpx.delete(f"{base_url}/v1/states/{state['id']}")
+
+
 def wait_until(condition: Callable[[], bool], *, seconds: float = READY_SECONDS) -> None:
     """Return once the condition holds."""
     deadline = time.monotonic() + seconds

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from urllib.request import urlopen
 
+from tests.e2e.running import delete_states
+
 
 def test_every_answer_has_its_length_and_the_report_is_written(base_url: str, tmp_path: Path) -> None:
     flags = "--num-prompts 6 --random-input-len 20 --random-output-len 9 --max-concurrency 1,3 --goodput e2el:60000"
@@ -27,6 +29,7 @@ def test_every_answer_has_its_length_and_the_report_is_written(base_url: str, tm
 
 
 def test_conversations_by_state_and_by_history(base_url: str, tmp_path: Path) -> None:
+    delete_states(base_url)
     flags = "--dataset-name multi-turn --num-turns 3 --num-prompts 4 --random-input-len 70 --random-output-len 5"
     command = [sys.executable, "-m", "server", "bench", "--base-url", base_url, *flags.split()]
     command += ["--history", "resend,state", "--output", str(tmp_path / "runs.json"), "--metric-percentiles", "90"]

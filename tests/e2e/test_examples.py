@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.e2e.running import delete_states
+
 EXAMPLES = Path(__file__).parents[2] / "clients" / "examples"
 
 
@@ -23,6 +25,7 @@ def run(name: str, base_url: str, key: str = "") -> "subprocess.CompletedProcess
 
 
 def output(name: str, base_url: str) -> str:
+    delete_states(base_url)
     done = run(name, base_url)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""

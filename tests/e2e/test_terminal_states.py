@@ -7,16 +7,16 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.e2e.running import delete_states
 from tests.unit.typist import SECONDS, Typist, command, terminal
 
 
 @pytest.fixture
 def states(base_url: str) -> Iterator[str]:
-    """Where the server's states are; those that a test leaves are deleted."""
-    url = f"{base_url}/v1/states"
-    yield url
-    for state in httpx.get(url).json()["data"]:
-        httpx.delete(f"{url}/{state['id']}")
+    """Where the server's states are, of which there are none before and behind a test."""
+    delete_states(base_url)
+    yield f"{base_url}/v1/states"
+    delete_states(base_url)
 
 
 def named(url: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ gale_requests_running                gauge     choices that hold a state slot
 gale_requests_waiting                gauge     choices that wait for a slot
 gale_slots_used                      gauge     state slots in use
 gale_slots_capacity                  gauge     state slots there are
+gale_requests_accepted_total         counter   choices queued: those that run, that wait and that have ended
 gale_prompt_tokens_total             counter   prompt tokens absorbed
 gale_generated_tokens_total          counter   tokens generated
 gale_prefix_hits_total               counter   prompts that began from a parked state
@@ -65,6 +66,7 @@ _GAUGES: Final = (
     ("gale_slots_capacity", "State slots there are.", "slots_total"),
 )
 _COUNTERS: Final = (
+    ("gale_requests_accepted_total", "Choices queued: those that run, that wait and that have ended.", "accepted"),
     ("gale_prompt_tokens_total", "Prompt tokens absorbed.", "prompt_tokens"),
     ("gale_generated_tokens_total", "Tokens generated.", "generated_tokens"),
     ("gale_prefix_hits_total", "Prompts that began from a parked state.", "prefix_hits"),

@@ -265,6 +265,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     slots_used: int
     slots_total: int
+    accepted: int
+    """Choices queued: those that run, that wait and that have finished."""
     prompt_tokens: int
     """Prompt tokens absorbed."""
     generated_tokens: int

@@ -21,6 +21,7 @@ def engine_stats(histogram: HistogramSnapshot | None = None, **changes: Any) -> 
         "waiting": 0,
         "slots_used": 0,
         "slots_total": 0,
+        "accepted": 0,
         "prompt_tokens": 0,
         "generated_tokens": 0,
         "finished": {"stop": 0},

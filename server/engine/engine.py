@@ -192,6 +192,7 @@ class Engine:
             return
         self._requests[client, request.request_id] = sequences
         self.scheduler.add(sequences)
+        self._figures.accepted += len(sequences)
         self._outbox.accept(client, request.request_id, 0 if state is None else state.num_tokens)
 
     def command(self, client: bytes, command: StateCommand) -> None:
@@ -384,6 +385,7 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             slots_used=self.scheduler.allocator.num_used,
             slots_total=self.scheduler.allocator.num_slots,
+            accepted=figures.accepted,
             prompt_tokens=figures.prompt_tokens,
             generated_tokens=figures.generated_tokens,
             finished=dict(figures.finished),

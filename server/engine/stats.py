@@ -44,6 +44,7 @@ class Figures:
     """What the engine counts since its start. Times in seconds.
 
     Attributes:
+        accepted: choices queued; each is waiting, running or counted as finished, once.
         time_to_first_token: from a request's arrival to its choice's first token.
         time_per_output_token: per choice, the mean gap between its tokens after the first.
         end_to_end: from a request's arrival to its choice's end.
@@ -55,6 +56,7 @@ class Figures:
         state_write: writing one.
     """
 
+    accepted: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     finished: Counter[str] = field(

@@ -41,7 +41,7 @@ def settle(driver: Driver) -> None:
     assert not driver.engine._requests
     assert all(answer.finish_reason is not FinishReason.RUNNING for answer in driver.answers.values())
     assert {request_id for request_id, _ in driver.answers} == driver.accepted
-    assert sum(stats.finished.values()) == len(driver.answers)
+    assert sum(stats.finished.values()) == stats.accepted == len(driver.answers)
 
 
 @ALL_MODES
@@ -410,6 +410,8 @@ def test_random_traffic_ends_every_request_once(seed: int, mode: Mode) -> None:
             driver.cancel(rng.choice(open_requests))
         else:
             driver.step()
+        stats = driver.engine.stats()
+        assert stats.accepted == stats.running + stats.waiting + sum(stats.finished.values())
     settle(driver)
     assert len(driver.accepted) + len(driver.rejected) == len(open_requests)
 

@@ -21,6 +21,5 @@ def test_a_minute_of_everything(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "soak.json").read_text())
     assert len(report["kinds"]) == 14
     lasting = [check for check in report["checks"] if not check["name"].endswith(("stable", "flat"))]
-    assert len(lasting) == 8
     assert all(check["passed"] for check in lasting), (lasting, report["wrong"])
     assert "Traceback" not in (tmp_path / "server.log").read_text()

@@ -19,13 +19,14 @@ def record(*, milliseconds: float = 10, wrong: int = 0) -> Record:
 
 
 def sample(seconds: float = 0, engine: float = 500, **metrics: float) -> Sample:
-    figures = dict.fromkeys(GAUGES, 0.0) | {"gale_engine_deaths_total": 0.0} | metrics
+    figures = dict.fromkeys((*GAUGES, "gale_engine_deaths_total", "gale_requests_accepted_total"), 0.0) | metrics
     return Sample(seconds, {"engine": int(engine * MIB)}, figures)
 
 
 def failed(**changes: Any) -> list[str]:
     """The checks that fail after a soak that went well but for these."""
     ended = {"gale_requests_finished_total,reason=length": 92.0, "gale_requests_finished_total,reason=cancelled": 3.0}
+    ended |= {"gale_requests_accepted_total": 95.0}
     went = {
         "records": [record() for _ in range(9)],
         "samples": [sample(10 * number) for number in range(90)],
@@ -49,7 +50,7 @@ def test_an_answer_that_was_wrong() -> None:
 
 def test_a_server_error_that_no_client_saw() -> None:
     after = sample(**{"gale_http_requests_total,method=POST,route=/v1/completions,status=500": 1.0})
-    after.metrics["gale_requests_finished_total,reason=length"] = 92.0
+    after.metrics.update({"gale_requests_finished_total,reason=length": 92.0, "gale_requests_accepted_total": 92.0})
     assert failed(idle=(sample(), after)) == ["no status of 5xx, as clients and as the server count"]
 
 
@@ -66,12 +67,16 @@ def test_latency_that_grows() -> None:
 
 
 def test_a_choice_that_the_engine_never_ended() -> None:
-    short = sample(**{"gale_requests_finished_total,reason=length": 89.0})
-    assert failed(idle=(sample(), short)) == ["the engine ended as many choices as were asked for"]
+    short = sample(**{"gale_requests_finished_total,reason=length": 89.0, "gale_requests_accepted_total": 90.0})
+    assert failed(idle=(sample(), short)) == [
+        "the engine ended as many choices as were asked for",
+        "every choice that was accepted has ended once",
+    ]
 
 
 def test_a_slot_and_a_state_that_stay() -> None:
-    after = sample(gale_slots_used=1.0, **{"gale_requests_finished_total,reason=length": 92.0})
+    ended = {"gale_requests_finished_total,reason=length": 92.0, "gale_requests_accepted_total": 92.0}
+    after = sample(gale_slots_used=1.0, **ended)
     assert failed(idle=(sample(), after), states_left=1) == [
         "no saved state is left",
         "idle again: " + ", ".join(GAUGES),

@@ -144,6 +144,11 @@ def checks(
             f"{choices['answered']} answered, {choices['left']} left by their clients; "
             f"{ended('stop', 'length')} ended, {ended('cancelled')} cancelled",
         ),
+        Check(
+            "every choice that was accepted has ended once",
+            counted["gale_requests_accepted_total"] == ended("stop", "length", "cancelled", "error", "abort"),
+            f"{counted['gale_requests_accepted_total']:g} accepted",
+        ),
         Check("no choice failed", ended("error", "abort") == 0, f"{ended('error', 'abort')}"),
         Check("no engine died", counted["gale_engine_deaths_total"] == 0, f"{counted['gale_engine_deaths_total']:g}"),
         Check("parked states were used", cached > 0, f"{cached} tokens"),

@@ -31,7 +31,7 @@ def failed(**changes: Any) -> list[str]:
         "records": [record() for _ in range(9)],
         "samples": [sample(10 * number) for number in range(90)],
         "idle": (sample(), sample(**ended)),
-        "choices": Counter(answered=90, left=5),
+        "choices": Counter(answered=90, perhaps=5),
         "cached": 10,
         "states_left": 0,
         "p99_factor": 1.5,

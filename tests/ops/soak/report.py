@@ -115,7 +115,7 @@ def checks(
         records: of the windows.
         samples: taken under load.
         idle: before the load and after it.
-        choices: answered in full, and left by clients that hung up.
+        choices: answered in full, and those that perhaps were, of clients that hung up for instance.
         cached: prompt tokens that came from parked states.
         states_left: saved states after all that clients saved was deleted or had expired.
         p99_factor: by which the 99th percentiles of the last third may exceed those of the first.
@@ -140,8 +140,8 @@ def checks(
         Check("no status of 5xx, as clients and as the server count", served("status=5") == 0, f"{served('status=5')}"),
         Check(
             "the engine ended as many choices as were asked for",
-            choices["answered"] <= ended("stop", "length") <= choices["answered"] + choices["left"],
-            f"{choices['answered']} answered, {choices['left']} left by their clients; "
+            choices["answered"] <= ended("stop", "length") <= choices["answered"] + choices["perhaps"],
+            f"{choices['answered']} answered, {choices['perhaps']} perhaps; "
             f"{ended('stop', 'length')} ended, {ended('cancelled')} cancelled",
         ),
         Check(

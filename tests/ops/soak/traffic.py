@@ -61,7 +61,8 @@ class Traffic:
     Attributes:
         records: one per window, the last one being filled.
         wrong: the first answers that must not have come.
-        choices: ``answered`` in full, and ``left``, those that may have been cancelled.
+        choices: ``answered`` in full, and ``perhaps``, of clients that hung up and others that may have been no more
+            than accepted.
         cached: prompt tokens that answers said to have come from parked states.
     """
 
@@ -182,15 +183,30 @@ class Client:
         self._traffic.cached += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     async def _states(self) -> None:
-        """Read, go on and save, fork, go on, delete."""
+        """Read, go on and save, fork, download, upload, go on, delete."""
         ttl = STATE_SECONDS
         read = await self._ask("POST", "/v1/states/prefill", 201, prompt=tokens(self._rng, 20, 200), ttl=ttl)
         answer = await self._generate(state=read["id"], prompt=tokens(self._rng, 1, 20), save_state=True, state_ttl=ttl)
         saved = answer["state"]["id"]
         fork = await self._ask("POST", f"/v1/states/{saved}/fork", 201, ttl=ttl)
-        await self._generate(state=fork["id"], prompt=tokens(self._rng, 1, 20), stream=True)
-        for state in (read["id"], saved, fork["id"]):
+        moved = await self._move(fork["id"])
+        await self._generate(state=moved["id"], prompt=tokens(self._rng, 1, 20), stream=True)
+        for state in (read["id"], saved, fork["id"], moved["id"]):
             await self._ask("DELETE", f"/v1/states/{state}", 200)
+
+    async def _move(self, state: str) -> Any:
+        """Download a state and upload it again."""
+        # Should its snapshot be gone, a choice that generates nothing absorbs it.
+        self._traffic.choices["perhaps"] += 1
+        async with self._http.get(f"/v1/states/{state}/content") as answer:
+            content = await answer.read()
+            self._expect(answer.status, 200, content[:300].decode(errors="replace"))
+        kind = {"Content-Type": "application/octet-stream"}
+        async with self._http.post(f"/v1/states?ttl={STATE_SECONDS}", data=content, headers=kind) as answer:
+            text = await answer.text()
+            self._expect(answer.status, 201, text)
+        self._traffic.record.outcomes["answered"] += 2
+        return json.loads(text)
 
     async def _scores(self) -> None:
         prompt = tokens(self._rng, 2, 300)
@@ -240,7 +256,7 @@ class Client:
     async def _hang_up(self) -> None:
         fields = {"prompt": tokens(self._rng, 1, 300), "n": self._rng.randint(1, 2), "save_state": True}
         body = fields | {"max_tokens": 200, "ignore_eos": True, "stream": True, "state_ttl": STATE_SECONDS}
-        self._traffic.choices["left"] += fields["n"]
+        self._traffic.choices["perhaps"] += fields["n"]
         async with self._http.post("/v1/completions", json=body) as answer:
             self._expect(answer.status, 200, "")
             for _ in range(self._rng.choice([0, 1, 5, 20])):
@@ -250,7 +266,7 @@ class Client:
 
     async def _hang_up_before(self) -> None:
         body = {"prompt": tokens(self._rng, 1, 700), "max_tokens": 200, "ignore_eos": True}
-        self._traffic.choices["left"] += 1
+        self._traffic.choices["perhaps"] += 1
         try:
             async with (
                 asyncio.timeout(self._rng.random() * 0.2),

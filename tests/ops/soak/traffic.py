@@ -192,7 +192,7 @@ class Client:
         saved = answer["state"]["id"]
         fork = await self._ask("POST", f"/v1/states/{saved}/fork", 201, ttl=ttl)
         states = [read["id"], saved, fork["id"]]
-        if self._rng.random() < _MOVED_BYTES / read["bytes"]:
+        if self._rng.random() < _MOVED_BYTES / max(1, read["bytes"]):
             states.append((await self._move(fork["id"]))["id"])
         await self._generate(state=states[-1], prompt=tokens(self._rng, 1, 20), stream=True)
         for state in states:

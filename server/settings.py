@@ -127,6 +127,7 @@ class ApiSettings:
         max_model_len: most tokens of prompt and answer together; None: unlimited.
         max_body_bytes: larger request bodies are refused.
         sleep_mode: whether clients may send the engine to sleep.
+        max_log_len: characters of each prompt and of each answer that are logged.
         created: Unix time of the server's start, shown by ``/v1/models``.
     """
 
@@ -140,6 +141,7 @@ class ApiSettings:
     max_model_len: int | None
     max_body_bytes: int
     sleep_mode: bool
+    max_log_len: int
     created: int
 
 
@@ -419,6 +421,11 @@ class Settings(BaseModel):
     ] = False
     log_level: Annotated[LogLevel, _flag(_PROCESS, "Least severe messages to log.")] = "info"
     log_format: Annotated[LogFormat, _flag(_PROCESS, "Log lines as text or as JSON objects, on stderr.")] = "text"
+    max_log_len: Annotated[
+        int,
+        Field(ge=0, le=1 << 20),
+        _flag(_PROCESS, "Characters of each prompt and of each answer in a request's line of the log; 0: no text."),
+    ] = 0
 
     @model_validator(mode="after")
     def _combinations(self) -> "Settings":
@@ -575,6 +582,7 @@ class Settings(BaseModel):
             max_model_len=self.max_model_len,
             max_body_bytes=self.max_body_bytes,
             sleep_mode=self.enable_sleep_mode,
+            max_log_len=self.max_log_len,
             created=int(time.time()),
         )
 

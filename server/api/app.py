@@ -117,7 +117,7 @@ def create_app(
             allow_headers=("*",),
             expose_headers=_CORS_HEADERS,
         )
-    app.add_middleware(AccountingMiddleware, metrics=metrics)
+    app.add_middleware(AccountingMiddleware, metrics=metrics, max_log_len=settings.max_log_len, tokenizer=tokenizer)
     app.add_middleware(RequestIdMiddleware)  # the last one added is the outermost
 
     def openapi() -> dict[str, Any]:

@@ -54,7 +54,7 @@ class GenerationAnswer(Response):
         assert info is not None, "a job was made, so the engine is known"
         answer_id = self._form.id_prefix + name_request(scope, self._job.request_id)
         envelope = Envelope(answer_id, int(time.time()), info.fingerprint)
-        self._record = begin_generation(scope, sum(map(len, self._job.prompts)))
+        self._record = begin_generation(scope, sum(map(len, self._job.prompts)), self._job.prompts)
         await while_connected(receive, self._answer(envelope, tenant_of(scope), session_of(scope), send))
 
     async def _answer(self, envelope: Envelope, tenant: str, session: str | None, send: Send) -> None:

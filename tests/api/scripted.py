@@ -440,6 +440,7 @@ def api_settings(**changes: Any) -> ApiSettings:
         "max_model_len": 2000,
         "max_body_bytes": 100_000,
         "sleep_mode": False,
+        "max_log_len": 0,
         "created": 1_700_000_000,
     }
     keys = changes.pop("keys", ())

@@ -35,6 +35,21 @@ def test_a_generation_is_one_line_without_its_text(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_text_is_logged_where_somebody_asks_for_it(caplog: pytest.LogCaptureFixture, stream: bool) -> None:
+    caplog.set_level(logging.INFO)
+    with serve(max_log_len=7) as server:
+        answer = server.complete(["one\ntwo three", "four"], max_tokens=12, n=2, stream=stream)
+    with serve(max_log_len=3, tokenizer=None) as server:
+        server.complete([1, 2, 3, 4, 5], max_tokens=2)
+    [line, without] = lines(caplog)
+    assert line["prompts"] == ["one\ntwo", "four"]
+    assert [len(text) for text in line["texts"]] == [7] * 4
+    assert stream or line["texts"] == [choice["text"][:7] for choice in answer.json()["choices"]]
+    assert "\n" not in next(record.message for record in caplog.records if "four" in record.message)
+    assert without["prompts"] == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_the_line_says_how_much_of_the_prompts_was_cached(caplog: pytest.LogCaptureFixture, stream: bool) -> None:
     """The engine tells it with a choice's first token, long before the choice ends."""
     caplog.set_level(logging.INFO)

@@ -56,6 +56,7 @@ GIVEN = {
     "enable_sleep_mode": True,
     "log_level": "error",
     "log_format": "json",
+    "max_log_len": 80,
 }
 
 
@@ -99,6 +100,7 @@ def test_api_gets_its_part() -> None:
         max_model_len=5000,
         max_body_bytes=1000,
         sleep_mode=True,
+        max_log_len=80,
         created=api.created,
     )
 

@@ -17,7 +17,7 @@ _PROMPT_ROWS = (0, 1, 8, 32, 64, 128, 256, 512, MAX_ROWS)
 """Decodes beside prompts: fewer sizes than for decodes alone, since each comes with many numbers of tokens."""
 _SPANS = 8
 _MANY_SPANS = 32
-"""Spans of a step, besides one. The segments that suit one long span would mostly be empty ones of many."""
+"""Spans of a step, besides one. Those that are not there cost programs that find nothing to do."""
 _MANY_SPANS_TOKENS = 1024
 _PADDING_SAVED = 0.75
 """What padding saves of the time that decodes in its place would add to a step: it moves no state. Measured on an H200,

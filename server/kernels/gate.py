@@ -1,7 +1,7 @@
 """The low-rank gate, from its inner projection to log decays.
 
-The rank is 16, so the product is a handful of additions per channel: no work for tensor cores, and it stays float32.
-The kernels that decode do it themselves (:func:`log_decays_of`); for prompts it is a kernel.
+The rank is 16, so the product is a handful of additions per channel, in float32. The kernels that decode do it
+themselves (:func:`log_decays_of`), a token at a time; for prompts it is a kernel, which takes many tokens at once.
 """
 
 # Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from server.kernels.pdl import await_previous, launches_early, start_next
-from server.kernels.shapes import next_power_of_2
+from server.kernels.shapes import FLOAT32_PRODUCT, next_power_of_2
 from server.kernels.state import LowRankGate
 
-_BLOCK_D = 64
+_BLOCK_T, _BLOCK_D = 64, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,12 @@ def log_decay(
     """See :func:`server.kernels.log_decay`, which has checked the arguments."""
     tokens, rank = low_rank_TR.shape
     channels = bias_D.shape[0]
-    # Few tokens: one per program, for the shortest time. Many: several, which share a load of the weights.
-    block_t = 1 if tokens <= 256 else 16
     g_TD = torch.empty((tokens, channels), dtype=torch.float32, device=bias_D.device)
     if tokens == 0:
         return g_TD
     early = launches_early(low_rank_TR.device)
     with torch.cuda.device_of(low_rank_TR):
-        log_decay_kernel[(triton.cdiv(channels, _BLOCK_D), triton.cdiv(tokens, block_t))](
+        log_decay_kernel[(triton.cdiv(channels, _BLOCK_D), triton.cdiv(tokens, _BLOCK_T))](
             low_rank_TR,
             weight_DR,
             bias_D,
@@ -72,11 +70,11 @@ def log_decay(
             -float("inf") if clamp_min is None else clamp_min,
             D=channels,
             R=rank,
-            BR=next_power_of_2(rank),
-            BT=block_t,
+            BR=max(16, next_power_of_2(rank)),  # the least that a product takes
+            BT=_BLOCK_T,
             BD=_BLOCK_D,
             EARLY=early,
-            num_warps=2,
+            num_warps=4,
             launch_pdl=early,
         )
     return g_TD
@@ -101,26 +99,31 @@ def log_decay_kernel(
 ):
     """Grid: (channel tiles, token tiles)."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     o_r = tl.arange(0, BR)
     m_d = o_d < D
+    m_t = o_t < tokens
     m_r = o_r < R
     start_next(EARLY)
-    b_weight = tl.load(p_weight + o_d[:, None] * R + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
+    b_weight = tl.load(p_weight + o_d[None, :] * R + o_r[:, None], mask=m_d[None, :] & m_r[:, None], other=0.0)
     b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)
     await_previous(EARLY)
-    for i in range(BT):
-        i_t = tl.program_id(1).to(tl.int64) * BT + i
-        b_x = tl.load(p_x + i_t * stride_xt + o_r, mask=m_r & (i_t < tokens), other=0.0).to(tl.float32)
-        b_g = log_decays_of(b_x, b_weight, b_bias, factor, clamp_min)
-        tl.store(p_g + i_t * D + o_d, b_g, mask=m_d & (i_t < tokens))
+    b_x = tl.load(p_x + o_t[:, None] * stride_xt + o_r[None, :], mask=m_t[:, None] & m_r[None, :], other=0.0)
+    b_logits = tl.dot(b_x.to(tl.float32), b_weight, input_precision=FLOAT32_PRODUCT) + b_bias[None, :]
+    b_g = _log_decays(b_logits, factor, clamp_min)
+    tl.store(p_g + o_t[:, None] * D + o_d[None, :], b_g, mask=m_t[:, None] & m_d[None, :])
 
 
 @triton.jit
 def log_decays_of(b_x, b_weight, b_bias, factor, clamp_min):
     """Log decays [BD] of one token's inner projection [BR], by weights [BD, BR] and a bias [BD], all float32."""
-    b_g = tl.sum(b_weight * b_x[None, :], axis=1) + b_bias
+    return _log_decays(tl.sum(b_weight * b_x[None, :], axis=1) + b_bias, factor, clamp_min)
+
+
+@triton.jit
+def _log_decays(b_logits, factor, clamp_min):
     # logsigmoid(x) = min(x, 0) - log(1 + e), where e = exp(-|x|); a small e, lost in 1 + e, takes the series.
-    b_e = tl.exp(-tl.abs(b_g))
+    b_e = tl.exp(-tl.abs(b_logits))
     b_series = b_e * (1.0 - b_e * (1 / 2 - b_e * (1 / 3 - b_e * (1 / 4))))
     b_log = tl.where(b_e < 0.03, b_series, tl.log(1.0 + b_e))
-    return tl.maximum((tl.minimum(b_g, 0.0) - b_log) * factor, clamp_min, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum((tl.minimum(b_logits, 0.0) - b_log) * factor, clamp_min, propagate_nan=tl.PropagateNan.ALL)

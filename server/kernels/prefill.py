@@ -20,8 +20,6 @@ from server.kernels.shapes import check_head_k, next_power_of_2, product_dtype
 
 MIN_SEGMENT = 256
 """Tokens. Shorter segments of a prompt of 2,048 took longer on an H200: more states in between."""
-_PROGRAMS_PER_PROCESSOR = 4
-"""Of a walk, at most, for the sake of segments: three of them find that they have no tokens."""
 _COMBINED_ELEMENTS = 4096
 """Of a state, per program that combines segments."""
 
@@ -88,22 +86,22 @@ def gla_prefill(
     plan = plan or plan_prefill(head_k, head_v, repeats, q_THK.element_size(), shared_memory)
     value_tiles = triton.cdiv(head_v, plan.block_v)
     if segment_length is None:
-        segment_length = plan_segments(tokens, spans, max_length, kv_heads * value_tiles, plan.chunk, processors)
-    segments = max(1, triton.cdiv(max_length, segment_length))
+        segment_length = plan_segments(tokens, max_length, kv_heads * value_tiles, plan.chunk, processors)
+    is_segmented = max_length > segment_length
     chunks = tokens // plan.chunk + spans  # an upper bound, see chunk_id
     scores_CHLL = torch.empty((chunks, heads, plan.chunk, plan.chunk), dtype=dtype, device=device)
     q_decayed_CHLK = torch.empty((chunks, heads, plan.chunk, head_k), dtype=dtype, device=device)
     k_decayed_CGLK = torch.empty((chunks, kv_heads, plan.chunk, head_k), dtype=dtype, device=device)
     decay_CGK = torch.empty((chunks, kv_heads, head_k), dtype=torch.float32, device=device)
-    ids = 1 + tokens // segment_length if segments > 1 else 0  # an upper bound, see _segment_id
+    ids = 1 + tokens // segment_length if is_segmented else 0  # an upper bound, see _segment_id
     segments_IGKV = torch.empty((ids, kv_heads, head_k, head_v), dtype=torch.float32, device=device)
     segments_decay_IGK = torch.empty((ids, kv_heads, head_k), dtype=torch.float32, device=device)
     sizes = {"K": head_k, "V": head_v, "BK": plan.block_k, "BV": plan.block_v, "CHUNK": plan.chunk, "DOT": dot_dtype}
     slices = max(1, plan.block_k // WARP_CHANNELS)
     launch = {"TRANSPOSED": plan.transposed, "num_warps": plan.walk_warps, "num_stages": plan.walk_stages}
-    walk_grid = (value_tiles, kv_heads, spans * segments)
+    walk_grid = (value_tiles, kv_heads, spans + tokens // segment_length if is_segmented else spans)
     with torch.cuda.device_of(q_THK):
-        prepare_kernel[(heads * triton.cdiv(max_length, BLOCK.value), spans)](
+        prepare_kernel[(heads * chunks * plan.chunk // BLOCK.value,)](
             q_THK,
             k_TGK,
             g_TGK,
@@ -112,6 +110,7 @@ def gla_prefill(
             k_decayed_CGLK,
             decay_CGK,
             cu_seqlens,
+            spans,
             q_THK.stride(1),
             k_TGK.stride(1),
             g_TGK.stride(1),
@@ -129,7 +128,7 @@ def gla_prefill(
             num_stages=1,
             maxnreg=plan.prepare_registers,
         )
-        if segments > 1:
+        if is_segmented:
             absorb_kernel[walk_grid](
                 k_decayed_CGLK,
                 v_TGV,
@@ -137,7 +136,7 @@ def gla_prefill(
                 segments_IGKV,
                 segments_decay_IGK,
                 cu_seqlens,
-                segments,
+                spans,
                 segment_length,
                 *v_TGV.stride()[:2],
                 **sizes,
@@ -158,6 +157,7 @@ def gla_prefill(
                 V=head_v,
                 BK=combined_k,
                 BV=combined_v,
+                EXACT=v_TGV.dtype == torch.float32,
                 num_warps=4,
             )
         walk_kernel[walk_grid](
@@ -173,14 +173,14 @@ def gla_prefill(
             from_zero_N,
             cu_seqlens,
             scale,
-            segments,
+            spans,
             segment_length,
             *v_TGV.stride()[:2],
             state_SGKV.stride(0),
             REPEATS=repeats,
             **sizes,
             **launch,
-            SEGMENTED=segments > 1,
+            SEGMENTED=is_segmented,
         )
     return o_THV
 
@@ -223,24 +223,21 @@ def plan_prefill(head_k: int, head_v: int, repeats: int, itemsize: int, shared_m
     )
 
 
-def plan_segments(tokens: int, spans: int, max_length: int, programs: int, chunk: int, processors: int) -> int:
+def plan_segments(tokens: int, max_length: int, programs: int, chunk: int, processors: int) -> int:
     """Tokens of a segment: so many that no span has two, unless the device would then have too little to do.
 
     A captured step has room for more spans than it absorbs, so what counts is how many there must be if one of them is
-    the longest. Every span there is room for has as many segments, though, and those without tokens must not cost more
-    than the others save.
+    the longest.
 
     Args:
         tokens: of all spans, at most.
-        spans: at most.
         max_length: of a span, at most.
         programs: of a walk of one span: kv heads times value tiles.
         chunk: tokens of a chunk.
         processors: of the device.
     """
     full_spans = max(1, tokens // max(1, max_length))
-    at_once = min(processors // (programs * full_spans), _PROGRAMS_PER_PROCESSOR * processors // (programs * spans))
-    segments = max(1, min(at_once, max_length // MIN_SEGMENT))
+    segments = max(1, min(processors // (programs * full_spans), max_length // MIN_SEGMENT))
     return max(1, int(triton.cdiv(max_length, segments * chunk))) * chunk
 
 

@@ -12,7 +12,8 @@ side, and ``combine_kernel`` goes through them, S' = decay * S + added. Then all
 import triton
 import triton.language as tl
 
-from server.kernels.prefill_scores import FLOAT32_PRODUCT, chunk_id
+from server.kernels.prefill_scores import chunk_id, exact_decay, span_of_chunk
+from server.kernels.shapes import FLOAT32_PRODUCT
 
 
 @triton.jit
@@ -21,8 +22,16 @@ def _segment_id(start, segment_length):
     return start // segment_length
 
 
+@triton.jit
+def _segment_of(p_cu_seqlens, spans, segment_length):
+    """The span of this program's segment, and which of its segments that is; it may be behind the span's last."""
+    i_segment = tl.program_id(2)
+    i_n = span_of_chunk(p_cu_seqlens, spans, i_segment, segment_length)
+    return i_n, i_segment - chunk_id(tl.load(p_cu_seqlens + i_n), i_n, 0, segment_length)
+
+
 # The spans of a mixed batch are slices that begin anywhere: one variant for all alignments, or serving would compile.
-@triton.jit(do_not_specialize=["segments", "segment_length"], do_not_specialize_on_alignment=["p_slots", "p_from_zero"])
+@triton.jit(do_not_specialize=["spans", "segment_length"], do_not_specialize_on_alignment=["p_slots", "p_from_zero"])
 def walk_kernel(
     p_q_decayed,
     p_k_decayed,
@@ -36,7 +45,7 @@ def walk_kernel(
     p_from_zero,
     p_cu_seqlens,
     scale,
-    segments,
+    spans,
     segment_length,
     stride_vt,
     stride_vg,
@@ -51,15 +60,17 @@ def walk_kernel(
     TRANSPOSED: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
-    """Grid: (value tiles, kv heads, spans times segments). Each program walks the chunks of one segment.
+    """Grid: (value tiles, kv heads, spans or segments). Each program walks the chunks of one segment.
 
-    SEGMENTED: whether the states at the starts of segments behind a span's first are read from p_segments
-    [segments, G, K, V].
+    SEGMENTED: whether spans may have several segments, numbered as chunk_id does. The states at the starts of those
+    behind a span's first are then read from p_segments [segments, G, K, V].
     """
-    i_v, i_g = tl.program_id(0), tl.program_id(1)
-    i_n, i_s = tl.program_id(2) // segments, tl.program_id(2) % segments
+    i_v, i_g, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G = tl.num_programs(1)
     H = G * REPEATS
+    i_s = 0
+    if SEGMENTED:
+        i_n, i_s = _segment_of(p_cu_seqlens, spans, segment_length)
     span = tl.load(p_cu_seqlens + i_n).to(tl.int64)
     i_first = i_s * segment_length  # token of the span
     left_in_span = (tl.load(p_cu_seqlens + i_n + 1).to(tl.int64) - span).to(tl.int32) - i_first
@@ -114,15 +125,16 @@ def walk_kernel(
             p_scores_head = p_scores + i_r * (CHUNK * CHUNK) + o_l[:, None] * CHUNK + o_l[None, :]
             b_q = tl.load(p_q_head, mask=m_lk, other=0.0)  # [CHUNK, BK]
             b_scores = tl.load(p_scores_head, mask=m_l[:, None], other=0.0)  # [CHUNK, CHUNK]
+            # The product without the state first: while it is formed, the state is rounded for the other.
             if TRANSPOSED:
-                b_o = tl.dot(b_factor, tl.trans(b_q), input_precision=FLOAT32_PRODUCT)
-                b_o = tl.dot(tl.trans(b_v), tl.trans(b_scores), acc=b_o, input_precision=FLOAT32_PRODUCT)
+                b_o = tl.dot(tl.trans(b_v), tl.trans(b_scores), input_precision=FLOAT32_PRODUCT)
+                b_o = tl.dot(b_factor, tl.trans(b_q), acc=b_o, input_precision=FLOAT32_PRODUCT)
             else:
-                b_o = tl.dot(b_q, b_factor, input_precision=FLOAT32_PRODUCT)
-                b_o = tl.dot(b_scores, b_v, acc=b_o, input_precision=FLOAT32_PRODUCT)
+                b_o = tl.dot(b_scores, b_v, input_precision=FLOAT32_PRODUCT)
+                b_o = tl.dot(b_q, b_factor, acc=b_o, input_precision=FLOAT32_PRODUCT)
             tl.store(p_o + (o_ol * H + i_r) * V + o_ov, b_o * scale, mask=(o_ol < left) & (o_ov < V))
         b_k = tl.load(p_k_decayed + o_l[:, None] * K + o_k[None, :], mask=m_lk, other=0.0)  # [CHUNK, BK]
-        b_state = _absorb_chunk(b_state, b_k, b_v, b_decay, TRANSPOSED)
+        b_state = _absorb_chunk(b_state, b_k, b_v, b_decay, p_v.dtype.element_ty == tl.float32, TRANSPOSED)
         p_v += CHUNK * stride_vt
         p_k_decayed += G * (CHUNK * K)
         p_q_decayed += H * (CHUNK * K)
@@ -133,14 +145,31 @@ def walk_kernel(
 
 
 @triton.jit
-def _absorb_chunk(b_state, b_k, b_v, b_decay, TRANSPOSED: tl.constexpr):
+def _absorb_chunk(b_state, b_k, b_v, b_decay, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The state behind a chunk.
+
+    EXACT: whether decays are as :func:`exact_decay` keeps them, and the chunk is summed up by itself and then added:
+    tensor cores round every sum towards zero, which adds up where a state grows for thousands of tokens.
+    """
     if TRANSPOSED:
-        return tl.dot(tl.trans(b_v), b_k, acc=b_state * b_decay[None, :], input_precision=FLOAT32_PRODUCT)
+        b_left, b_right, b_decay = tl.trans(b_v), b_k, b_decay[None, :]
     else:
-        return tl.dot(tl.trans(b_k), b_v, acc=b_state * b_decay[:, None], input_precision=FLOAT32_PRODUCT)
+        b_left, b_right, b_decay = tl.trans(b_k), b_v, b_decay[:, None]
+    if EXACT:
+        return _decay_exactly(b_state, b_decay, tl.dot(b_left, b_right, input_precision=FLOAT32_PRODUCT))
+    else:
+        return tl.dot(b_left, b_right, acc=b_state * b_decay, input_precision=FLOAT32_PRODUCT)
 
 
-@triton.jit(do_not_specialize=["segments", "segment_length"])
+@triton.jit
+def _decay_exactly(b_state, b_decay, b_added):
+    """decay * state + added, the decay as :func:`exact_decay` keeps it."""
+    # No mere addition, which the compiler would make part of a product that gives what is added.
+    b_added = tl.fma(b_state, tl.broadcast_to(-b_decay, b_state.shape), b_added)
+    return tl.where(b_decay >= 0, b_state, 0.0) + b_added
+
+
+@triton.jit(do_not_specialize=["spans", "segment_length"])
 def absorb_kernel(
     p_k_decayed,
     p_v,
@@ -148,7 +177,7 @@ def absorb_kernel(
     p_segments,
     p_segments_decay,
     p_cu_seqlens,
-    segments,
+    spans,
     segment_length,
     stride_vt,
     stride_vg,
@@ -163,10 +192,10 @@ def absorb_kernel(
     """What a segment adds to a state, p_segments [segments, G, K, V], and the decay over it, p_segments_decay
     [segments, G, K], both where the state at the next segment's start will be; not for the last segment of a span.
 
-    Grid: (value tiles, kv heads, spans times segments).
+    Grid: (value tiles, kv heads, segments, numbered as chunk_id does).
     """
     i_v, i_g = tl.program_id(0), tl.program_id(1)
-    i_n, i_s = tl.program_id(2) // segments, tl.program_id(2) % segments
+    i_n, i_s = _segment_of(p_cu_seqlens, spans, segment_length)
     G = tl.num_programs(1)
     span = tl.load(p_cu_seqlens + i_n).to(tl.int64)
     i_first = i_s * segment_length
@@ -185,7 +214,9 @@ def absorb_kernel(
     else:
         o_sk, o_sv = o_k[:, None], o_v[None, :]
         b_state = tl.zeros([BK, BV], dtype=tl.float32)
+    EXACT: tl.constexpr = p_v.dtype.element_ty == tl.float32
     b_all = tl.full([BK], 1.0, dtype=tl.float32)
+    b_lost = tl.zeros([BK], dtype=tl.float32)
     first = chunk_id(span, i_n, i_first // CHUNK, CHUNK)
     p_v += (span + i_first) * stride_vt + i_g * stride_vg
     p_k_decayed += (first * G + i_g) * (CHUNK * K)
@@ -199,13 +230,19 @@ def absorb_kernel(
         if p_v.dtype.element_ty != DOT:
             b_v = b_v.to(tl.float32).to(DOT)
         b_k = tl.load(p_k_decayed + o_l[:, None] * K + o_k[None, :], mask=m_k[None, :], other=0.0)
-        b_state = _absorb_chunk(b_state, b_k, b_v, b_decay, TRANSPOSED)
-        b_all *= b_decay
+        b_state = _absorb_chunk(b_state, b_k, b_v, b_decay, EXACT, TRANSPOSED)
+        if EXACT:
+            b_lost += tl.where(b_decay >= 0, b_decay, 1 + b_decay) * (1 - b_lost)
+            b_all *= tl.where(b_decay >= 0, 1 - b_decay, -b_decay)
+        else:
+            b_all *= b_decay
         p_v += CHUNK * stride_vt
         p_k_decayed += G * (CHUNK * K)
     i_segment = _segment_id(span + i_first + segment_length, segment_length) * G + i_g
     tl.store(p_segments + i_segment * (K * V) + o_sk * V + o_sv, b_state, mask=(o_sk < K) & (o_sv < V))
     if i_v == 0:
+        if EXACT:
+            b_all = exact_decay(b_all, b_lost)
         tl.store(p_segments_decay + i_segment * K + o_k, b_all, mask=m_k)
 
 
@@ -223,8 +260,11 @@ def combine_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Replace what each segment adds to a state by the state at the next one's start.
+
+    EXACT: whether decays are as :func:`exact_decay` keeps them.
 
     Grid: (tiles of BK channels of keys, kv heads, spans).
     """
@@ -247,7 +287,8 @@ def combine_kernel(
     for _ in tl.range(0, (length - 1) // segment_length, num_stages=4):
         b_added = tl.load(p_segments, mask=m_kv, other=0.0)
         b_decay = tl.load(p_segments_decay, mask=o_k < K, other=0.0)
-        b_state = b_decay[:, None] * b_state + b_added
+        b_decay = b_decay[:, None]
+        b_state = _decay_exactly(b_state, b_decay, b_added) if EXACT else b_decay * b_state + b_added
         tl.store(p_segments, b_state, mask=m_kv)
         p_segments += G * K * V
         p_segments_decay += G * K

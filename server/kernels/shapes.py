@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+FLOAT32_PRODUCT = tl.constexpr("tf32x3")
+"""How float32 matrices are multiplied: on tensor cores, at nearly the precision of float32."""
 MAX_HEAD_K = 256
 """A program holds a state tile of all head_k rows in registers."""
 

@@ -1,6 +1,7 @@
 """RMSNorm over every head's output, times swish of the output gate, and RMSNorm of a residual with what is added to it.
 
-A program has one head of one token, or one row of the residual, so a row's result does not depend on its batch.
+A warp or two have one head of one token, a program one row of the residual: which others there are does not matter to a
+row's result, but for the order of the sum over a head, which is another one from 1,024 tokens on.
 """
 
 # Triton's decorator has no types, and a kernel's arguments are pointers and integers of no Python type.
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import next_power_of_2
+
+_MANY_TOKENS = 1024
+"""From so many on, a program normalizes several heads: starting one for each takes longer than moving its bytes."""
 
 
 def add_rms_norm(
@@ -65,60 +69,70 @@ def norm_gate(o_THV: Tensor, weight_V: Tensor | None, gate_TE: Tensor | None, *,
     if tokens == 0:
         return out_TE
     block = next_power_of_2(head_v)
+    block_r = 4 if tokens >= _MANY_TOKENS and block <= 1024 else 1
     early = launches_early(o_THV.device)
     with torch.cuda.device_of(o_THV):
-        norm_gate_kernel[(tokens, heads)](
+        norm_gate_kernel[(triton.cdiv(tokens * heads, block_r),)](
             o_THV,
             weight_V,
             gate_TE,
             out_TE,
+            tokens * heads,
             eps,
             o_THV.stride(0),
             o_THV.stride(1),
             0 if gate_TE is None else gate_TE.stride(0),
             HAS_WEIGHT=weight_V is not None,
             HAS_GATE=gate_TE is not None,
+            H=heads,
             V=head_v,
+            BR=block_r,
             BV=block,
             EARLY=early,
-            num_warps=min(max(block // 256, 1), 8),
+            num_warps=min(max(block // 256, 1), 8) if block_r == 1 else block_r,
             launch_pdl=early,
         )
     return out_TE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_gate_kernel(
     p_o,
     p_weight,
     p_gate,
     p_out,
+    rows,
     eps,
     stride_ot,
     stride_oh,
     stride_gt,
     HAS_WEIGHT: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    H: tl.constexpr,
     V: tl.constexpr,
+    BR: tl.constexpr,
     BV: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Grid: (tokens, heads)."""
-    i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_v = tl.arange(0, BV)
+    """Grid: (tiles of rows, each a head of a token)."""
+    i_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    i_t, i_h = i_r // H, i_r % H
+    o_v = tl.arange(0, BV)[None, :]
     m_v = o_v < V
+    mask = (i_r < rows) & m_v
     start_next(EARLY)
     if HAS_WEIGHT:
         b_weight = tl.load(p_weight + o_v, mask=m_v, other=0.0).to(tl.float32)
     await_previous(EARLY)
-    b_o = tl.load(p_o + i_t * stride_ot + i_h * stride_oh + o_v, mask=m_v, other=0.0).to(tl.float32)
-    b_o *= tl.rsqrt(tl.sum(b_o * b_o, axis=0) / V + eps)
+    b_o = tl.load(p_o + i_t * stride_ot + i_h * stride_oh + o_v, mask=mask, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        b_gate = tl.load(p_gate + i_t * stride_gt + i_h * V + o_v, mask=mask, other=0.0).to(tl.float32)
+    b_o *= tl.rsqrt(tl.sum(b_o * b_o, axis=1) / V + eps)[:, None]
     if HAS_WEIGHT:
         b_o *= b_weight
     if HAS_GATE:
-        b_gate = tl.load(p_gate + i_t * stride_gt + i_h * V + o_v, mask=m_v, other=0.0).to(tl.float32)
         b_o *= b_gate * tl.sigmoid(b_gate)
-    tl.store(p_out + (i_t * tl.num_programs(1) + i_h) * V + o_v, b_o, mask=m_v)
+    tl.store(p_out + i_r * V + o_v, b_o, mask=mask)
 
 
 @triton.jit(do_not_specialize=["stride_addend"], do_not_specialize_on_alignment=["p_rows"])

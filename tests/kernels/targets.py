@@ -166,7 +166,7 @@ def _calls(ops: Any, model: str) -> Iterator[Callable[[], object]]:
                 yield lambda i=(q, k, v, g), s=dtype, n=slots, z=from_zero, r=ring_rows: ops.gla_decode(
                     *i, state(s, True), n, z, scale=1.0, rows=r
                 )
-    for rows in (1, 2, 40, 100, 200, 300):
+    for rows in (1, 2, 40, 100, 200, 2048):
         x, norm_weight = torch.zeros((rows, hidden), dtype=bf16), torch.ones(hidden, dtype=bf16)
         weight, packed = torch.zeros((hidden, hidden), dtype=bf16), torch.zeros((2 * inner, hidden), dtype=bf16)
         down, h = torch.zeros((hidden, inner), dtype=bf16), torch.zeros((rows, inner), dtype=bf16)
@@ -179,7 +179,7 @@ def _calls(ops: Any, model: str) -> Iterator[Callable[[], object]]:
         yield lambda x=x, h=h, w=down: ops.linear_add_(x, h, w)
         o = torch.zeros((rows, heads, head_v), dtype=bf16)
         yield lambda o=o: ops.norm_gate(o, None, torch.zeros((o.shape[0], heads * head_v), dtype=bf16), eps=1e-6)
-    for rows in (1, 300):
+    for rows in (1, 2048):
         low_rank, gate_weight = torch.zeros((rows, 16), dtype=bf16), torch.zeros((kv_heads * head_k, 16))
         yield lambda r=low_rank, w=gate_weight: ops.log_decay(
             r, w, torch.zeros(w.shape[0]), normalizer=16.0, clamp_min=None

@@ -125,6 +125,22 @@ def test_swiglu(backend: str, dtype: torch.dtype, tokens: int, inner: int) -> No
         assert relative_error(out, truth) < TOLERANCE[dtype]
 
 
+def test_many_tokens() -> None:
+    """So many that programs take several of them, the last one fewer than the others."""
+    tokens, dtype = 1027, torch.bfloat16
+    o, columns = random(tokens, 2, 24, dtype=dtype), random(tokens, 48 + 3, dtype=dtype, seed=1)
+    out = run("triton", "norm_gate", o, None, columns[:, 3:], eps=1e-6)
+    truth = F.rms_norm(o.double(), (24,), None, 1e-6).flatten(1) * F.silu(columns[:, 3:].double())
+    assert relative_error(out, truth) < TOLERANCE[dtype]
+    out = run("triton", "swiglu", columns[:, :50])
+    truth = F.silu(columns[:, :25].double()) * columns[:, 25:50].double()
+    assert relative_error(out, truth) < TOLERANCE[dtype]
+    weight, bias = random(70, 16, seed=2), random(70, seed=3)
+    g = run("triton", "log_decay", columns[:, :16], weight, bias, normalizer=16, clamp_min=None)
+    truth = F.logsigmoid(columns[:, :16].double() @ weight.double().T + bias.double()) / 16
+    assert relative_error(g, truth) < 1e-6
+
+
 def test_a_row_is_the_same_in_any_batch() -> None:
     x, o = random(9, 16, dtype=torch.bfloat16), random(9, 2, 64, dtype=torch.bfloat16)
     weight, bias = random(40, 16, seed=1), random(40, seed=2)

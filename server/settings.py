@@ -77,7 +77,7 @@ class EngineConfig:
         dtype: of weights and activations; ``auto``: float32 on the CPU, the checkpoint's on CUDA.
         state_dtype: of the recurrent states.
         max_num_seqs: sequences that may run at once; fewer where memory holds fewer states.
-        max_num_batched_tokens: most tokens absorbed by one step.
+        max_num_batched_tokens: most tokens absorbed by one step; None: as suits the device.
         max_model_len: most tokens of prompt and answer together; None: unlimited.
         gpu_memory_utilization: share of the GPU's memory for weights, states and workspace.
         max_num_queued_reqs: choices that may wait beyond the running ones.
@@ -98,7 +98,7 @@ class EngineConfig:
     dtype: str
     state_dtype: str
     max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_batched_tokens: int | None
     max_model_len: int | None
     gpu_memory_utilization: float
     max_num_queued_reqs: int
@@ -267,10 +267,14 @@ class Settings(BaseModel):
         int, Field(ge=1, le=65535), _flag(_ENGINE, "Sequences that run at once; fewer if memory holds fewer states.")
     ] = 256
     max_num_batched_tokens: Annotated[
-        int,
+        int | None,
         Field(ge=CHUNK, le=1 << 20),
-        _flag(_ENGINE, "Most tokens in one step: decodes first, then pieces of prompts. At least --max-num-seqs + 64."),
-    ] = 2048
+        _flag(
+            _ENGINE,
+            "Most tokens in one step: decodes first, then pieces of prompts. At least --max-num-seqs + 64. "
+            "Default: 8192 on CUDA, 2048 on the CPU, or that least if it is more.",
+        ),
+    ] = None
     max_model_len: Annotated[
         int | None,
         Field(ge=1),
@@ -449,11 +453,12 @@ class Settings(BaseModel):
                 raise ValueError(
                     f"--allowed-origins: {origin!r} is not an origin, such as https://chat.example.com:8443"
                 )
-        if self.max_num_batched_tokens < self.max_num_seqs + CHUNK:
+        least = self.max_num_seqs + CHUNK
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < least:
             # A step takes one token of every decoding sequence and at least one piece of a prompt.
             raise ValueError(
                 f"--max-num-batched-tokens must be at least --max-num-seqs + {CHUNK}, "
-                f"that is {self.max_num_seqs + CHUNK}, is {self.max_num_batched_tokens}"
+                f"that is {least}, is {self.max_num_batched_tokens}"
             )
         if self.enable_sleep_mode and self.state_cache_dir is None:
             raise ValueError("--enable-sleep-mode needs --state-cache-dir, so that saved states are not lost")

@@ -127,7 +127,7 @@ class Engine:
             )
         self.scheduler = Scheduler(
             SlotAllocator(built.num_slots),
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=built.max_num_batched_tokens,
             prompt_limits=built.prompt_limits,
             ring_size=built.ring_size,
             max_num_queued_reqs=config.max_num_queued_reqs,

@@ -90,7 +90,8 @@ class Scheduler:
         self._prompt_limits = prompt_limits
         self._ring_size = ring_size
         self._prompts_paused = False
-        self._token_budget = max_num_batched_tokens
+        self.token_budget = max_num_batched_tokens
+        """Most tokens of a step."""
         self._max_queued = max_num_queued_reqs
         self._max_per_tenant = max_seqs_per_tenant
         self._several_tenants = several_tenants
@@ -377,7 +378,7 @@ class Scheduler:
         A step may leave prompts alone for the sake of its folds, but never two in a row.
         """
         limits = self._prompt_limits
-        tokens, prompts = max(self._token_budget - decodes, PREFILL_GRID), self.allocator.num_slots
+        tokens, prompts = max(self.token_budget - decodes, PREFILL_GRID), self.allocator.num_slots
         if limits:
             index = min(bisect_left(limits, (decodes,)), len(limits) - 1)
             index = min(bisect_left(limits, (limits[index].decodes, folds)), len(limits) - 1)

@@ -350,8 +350,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", type=_numbers, default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--streams", type=int, default=256, help="of workload")
     parser.add_argument("--tokens", type=int, default=1024, help="of workload, per stream")
-    default_budget = Settings.model_fields["max_num_batched_tokens"].default
-    parser.add_argument("--max-num-batched-tokens", type=int, default=default_budget)
+    parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     add_output_flags(parser)
@@ -382,7 +381,7 @@ def main() -> None:
     env = environment(engine.info.device)
     print(
         f"{env['device']}: {args.model.name}, {engine.info.dtype} weights, {engine.info.state_dtype} states, "
-        f"{args.max_num_batched_tokens} tokens per step at most; ready after {time.perf_counter() - start:.1f} s"
+        f"{engine.scheduler.token_budget} tokens per step at most; ready after {time.perf_counter() - start:.1f} s"
     )
     bench = Bench(engine, {"temperature": args.temperature, "top_p": args.top_p})
     measure: dict[str, Callable[[], Iterator[Row]]] = {
@@ -404,7 +403,7 @@ def main() -> None:
         "model": args.model.name,
         "dtype": engine.info.dtype,
         "state dtype": engine.info.state_dtype,
-        "budget": args.max_num_batched_tokens,
+        "budget": engine.scheduler.token_budget,
     }
     finish(args, "engine", env, {"setting": setting, "rows": every})
 

@@ -67,7 +67,7 @@ def stub_engine(batch: int) -> Engine:
         load_format="auto",
         seed=0,
     )
-    built = BuiltRunner(StubRunner(), torch.device("cpu"), batch, 0, "float32", "stub", (), 0, 0)  # type: ignore[arg-type]
+    built = BuiltRunner(StubRunner(), torch.device("cpu"), batch, 8192, 0, "float32", "stub", (), 0, 0)  # type: ignore[arg-type]
     with mock.patch.object(engine_module, "build_runner", lambda *_: built):
         return Engine(config, overlap=True)
 

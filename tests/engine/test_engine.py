@@ -44,6 +44,19 @@ def settle(driver: Driver) -> None:
     assert sum(stats.finished.values()) == stats.accepted == len(driver.answers)
 
 
+@pytest.mark.parametrize(
+    ("mode", "max_num_seqs", "expected"),
+    [
+        (IN_STEP, 4, 2048),
+        (IN_STEP, 3000, 3064),
+        pytest.param(("cuda", True), 4, 8192, marks=pytest.mark.gpu),
+    ],
+)
+def test_the_device_decides_about_the_size_of_a_step(mode: Mode, max_num_seqs: int, expected: int) -> None:
+    driver = make_driver(mode=mode, max_num_batched_tokens=None, max_num_seqs=max_num_seqs)
+    assert driver.engine.scheduler.token_budget == expected
+
+
 @ALL_MODES
 @pytest.mark.parametrize("name", ["base", "gqa", "conv", "nofuse"])
 def test_greedy_answers_are_the_expected_ones(name: str, mode: Mode) -> None:

@@ -66,7 +66,7 @@ def make_driver(monkeypatch: pytest.MonkeyPatch) -> MakeDriver:
             runner._graphs, _ = capture_steps(
                 runner._step,
                 max_rows=engine.info.max_num_seqs,
-                max_tokens=config.max_num_batched_tokens,
+                max_tokens=engine.scheduler.token_budget,
                 stream=None,  # type: ignore[arg-type]
             )
         assert (runner._graphs is not None) == graphs

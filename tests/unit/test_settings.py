@@ -113,6 +113,7 @@ def test_defaults() -> None:
     settings = Settings.from_flags({})
     assert (settings.host, settings.port, settings.device, settings.dtype) == ("127.0.0.1", 8000, "auto", "auto")
     assert settings.max_model_len is None
+    assert settings.max_num_batched_tokens is None  # the engine knows the device
     assert settings.max_body_bytes == 64 * 1024 * 1024
     assert settings.api_settings(Path("shipped"), None).api_keys == ()
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import msgspec
@@ -31,6 +31,7 @@ from server.engine.memory import BuiltRunner
 from server.engine.process import EngineLoop
 from server.engine.runner import PendingStep, _plan
 from server.engine.sampler import Sampled
+from server.engine.state_file import Part
 from server.ipc import EngineChannel
 from server.settings import EngineConfig
 from server.types import EngineMessage, GenerateRequest, Hello, SamplingParams, pack_tokens
@@ -40,6 +41,9 @@ MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 
 class StubRunner:
     """Samples a token for every row without a device; what the host has to find out of a batch it does find out."""
+
+    swap = None
+    pool_layout: ClassVar[dict[str, Part]] = {}
 
     def launch(self, batch: Batch) -> PendingStep:
         rows, _, _ = _plan(batch.spans)

@@ -43,7 +43,7 @@ class StubRunner:
     """Samples a token for every row without a device; what the host has to find out of a batch it does find out."""
 
     swap = None
-    pool_layout: ClassVar[dict[str, Part]] = {}
+    pool_layout: ClassVar[dict[str, Part]] = {"recurrent": Part(torch.float32, (10, 2, 64, 128))}
 
     def launch(self, batch: Batch) -> PendingStep:
         rows, _, _ = _plan(batch.spans)

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.running import RunningServer, wait_until
+from tests.e2e.running import RunningServer
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +23,7 @@ VOCAB = 32000
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     flags = ["--model", str(RECIPE), "--load-format", "dummy", "--skip-tokenizer-init", "--device", "cuda"]
     folder = tmp_path_factory.mktemp("gpu")
-    flags += ["--enable-sleep-mode", "--state-cache-dir", str(folder / "states")]
+    flags += ["--enable-sleep-mode", "--state-cache-dir", str(folder / "states"), "--state-cache-disk", "1"]
     with RunningServer(folder, *flags, "--served-model-name", MODEL) as running:
         print(running.log)
         yield running
@@ -95,15 +95,20 @@ def test_engine_figures_stand_in_the_log(server: RunningServer) -> None:
 
 
 def test_sleeping_frees_the_gpu(server: RunningServer) -> None:
-    """The last one: it ends the engine. Weights, 256 states and room for parked ones are some 20 GB."""
+    """Weights, 256 states and room for parked ones are some 20 GB. Tests beside this one may take them at once."""
     import torch
 
-    def free() -> int:
-        return torch.cuda.mem_get_info()[0]
+    def answer() -> list[int]:
+        return server.complete(20, prompt=[5, 6, 7], return_token_ids=True)["choices"][0]["token_ids"]
 
-    before = server.complete(20, prompt=[5, 6, 7], return_token_ids=True)["choices"][0]["token_ids"]
-    awake = free()
-    assert httpx.post(f"{server.base_url}/sleep", timeout=120).json() == {"is_sleeping": True}
-    wait_until(lambda: free() - awake > 10e9)
-    assert httpx.post(f"{server.base_url}/wake_up", timeout=120).json() == {"is_sleeping": False}
-    assert server.complete(20, prompt=[5, 6, 7], return_token_ids=True)["choices"][0]["token_ids"] == before
+    before, freed = answer(), 0
+    for _ in range(3):
+        awake = torch.cuda.mem_get_info()[0]
+        assert httpx.post(f"{server.base_url}/sleep", timeout=120).json() == {"is_sleeping": True}
+        freed = max(freed, torch.cuda.mem_get_info()[0] - awake)
+        assert "gale-engine" not in {child.name() for child in server.find_children()}
+        assert httpx.post(f"{server.base_url}/wake_up", timeout=120).json() == {"is_sleeping": False}
+        assert answer() == before
+        if freed > 10e9:
+            return
+    pytest.fail(f"{freed} bytes were freed")

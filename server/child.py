@@ -100,7 +100,13 @@ class FallAsleep:
 
 @dataclass(frozen=True, slots=True)
 class EngineAsleep:
-    """Launcher to API process: the engine has ended, and another one starts when somebody asks for it."""
+    """Launcher to API process: the engine has ended, and another one starts when somebody asks for it.
+
+    Attributes:
+        failure: why the last one that was asked for did not start; None: none was.
+    """
+
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,7 @@ class Supervisor:
         self._engine_deaths = 0
         self._engine_starts = 0
         self._sleep = _Sleep.AWAKE
+        self._waking = False
         self._folder = ""
 
     def run(self, engine: EngineConfig, api: ApiSettings, listeners: list[list[socket.socket]]) -> int:
@@ -218,6 +219,7 @@ class Supervisor:
             for child in self._children:
                 if child.replacing and child.ready:
                     child.replacing = False
+                    self._waking = self._waking and child is not engine
                     logger.info("the %s process serves again", child.name)
 
     def _next_look(self) -> float | None:
@@ -240,6 +242,9 @@ class Supervisor:
     def _replace(self, place: Place, child: Child) -> None:
         """Note a death, and see to it that the next child is started; or give up."""
         error = child.error()
+        if place is self._engine_place and self._waking:
+            self._sleep_on(child, error)
+            return
         most = self._settings.max_restarts
         if not self._announced or place.deaths >= most:
             self._give_up(place, child)
@@ -301,15 +306,25 @@ class Supervisor:
             self._wait(deadline)
         if engine.process.exitcode != 0:
             logger.error("%s when it was sent to sleep", engine.error() if engine.dead else "the engine process hung")
+        self._leave_empty(engine, EngineAsleep())
+        logger.info("asleep: the engine has ended; POST /wake_up starts another")
+
+    def _sleep_on(self, engine: Child, error: ChildError) -> None:
+        """The engine that somebody asked for did not start: the device may still be in use. They may ask again."""
+        self._waking = False
+        self._leave_empty(engine, EngineAsleep(str(error)))
+        logger.error("%s; asleep again", error)
+
+    def _leave_empty(self, engine: Child, news: EngineAsleep) -> None:
         engine.kill()
         self._engine_place.child = None
         self._engine_place.due = math.inf
         self._sleep = _Sleep.ASLEEP
-        self._tell_apis(EngineAsleep())
-        logger.info("asleep: the engine has ended; POST /wake_up starts another")
+        self._tell_apis(news)
 
     def _wake(self) -> None:
         self._sleep = _Sleep.AWAKE
+        self._waking = True
         self._engine_place.due = 0.0
         logger.info("waking up")
 

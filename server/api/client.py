@@ -288,6 +288,7 @@ class EngineClient:
         info: what the engine said of itself; None until it is ready.
         stats: the newest snapshot of the engine's figures.
         engine_deaths: of engines since the server's start.
+        wake_failure: why no engine started when the server was last woken; None: one did.
         transfers: folder for files that pass between the engine and the API processes; it need not be there.
     """
 
@@ -295,6 +296,7 @@ class EngineClient:
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
         self.engine_deaths = 0
+        self.wake_failure: str | None = None
         self._status = EngineStatus.STARTING
         self._status_changed = asyncio.Event()
         self.transfers = Path(address.removeprefix("ipc://")).with_name("transfers")
@@ -482,8 +484,13 @@ class EngineClient:
             await asyncio.sleep(_QUIET_SECONDS)
         self.fail_all(EngineAsleepError("the engine was sent to sleep while it worked on this request"))
 
-    def engine_asleep(self) -> None:
-        """Note that the engine has ended on purpose; what it said of its load holds no longer."""
+    def engine_asleep(self, failure: str | None) -> None:
+        """Note that the engine has ended on purpose; what it said of its load holds no longer.
+
+        Args:
+            failure: why the one that somebody asked for did not start; None: nobody asked.
+        """
+        self.wake_failure = failure
         if self.status is not EngineStatus.DRAINING:
             self.status = EngineStatus.ASLEEP
         self.stats = None

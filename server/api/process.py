@@ -133,7 +133,7 @@ class ApiProcess:
                 self._falling_asleep.cancel()
             self._falling_asleep = asyncio.create_task(self._fall_asleep(message.timeout))
         elif isinstance(message, EngineAsleep):
-            self._client.engine_asleep()
+            self._client.engine_asleep(message.failure)
         elif isinstance(message, Drain):
             self._client.drain()
             self._end(self._drain(message.timeout))

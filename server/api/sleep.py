@@ -10,6 +10,7 @@ from server.api.checks import invalid
 from server.api.client import EngineClient, EngineStatus
 from server.api.routing import errors
 from server.api.schemas.server import SleepState
+from server.errors import EngineAsleepError
 
 _LEVELS: Final = ("1", "2")
 _MODES: Final = ("abort", "wait")
@@ -70,14 +71,21 @@ def sleep_router(client: EngineClient, switch: SleepSwitch) -> APIRouter:
         responses=errors(400, 401, 503),
     )
     async def wake_up(request: Request) -> SleepState:
-        """Start another engine, and answer when it serves. Saved states are there again."""
+        """Start another engine, and answer when it serves. Saved states are there again.
+
+        Where it cannot start, because somebody else has taken the device's memory for instance, the answer says why,
+        and the server sleeps on.
+        """
         _refuse_unknown(request)
         if client.status is EngineStatus.FALLING_ASLEEP:
             await client.wait_for(EngineStatus.ASLEEP, *_ENDS)
         if client.status is EngineStatus.ASLEEP:
             switch.wake()
-        if await client.wait_for(EngineStatus.READY, *_ENDS) is not EngineStatus.READY:
-            client.require_ready()
+            await client.wait_for(*(status for status in EngineStatus if status is not EngineStatus.ASLEEP))
+        status = await client.wait_for(EngineStatus.READY, EngineStatus.ASLEEP, *_ENDS)
+        if status is EngineStatus.ASLEEP and client.wake_failure is not None:
+            raise EngineAsleepError(f"The engine did not start, and sleeps on: {client.wake_failure}")
+        client.require_ready()
         return SleepState(is_sleeping=False)
 
     @router.get(

@@ -19,7 +19,7 @@ class Launcher:
 
     def sleep(self, wait: bool) -> None:
         self.asked.append("wait" if wait else "abort")
-        self.server.client.engine_asleep()
+        self.server.client.engine_asleep(None)
 
     def wake(self) -> None:
         self.asked.append("wake")

@@ -1,5 +1,6 @@
 """The engine is sent to sleep and woken: what it held is free in between, and what was saved is there afterwards."""
 
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ import httpx
 
 from tests.e2e.running import RunningServer, Stream, wait_until
 
+MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 ENDLESS = 1_000_000
 
 
@@ -55,6 +57,26 @@ def test_an_engine_sleeps_and_wakes(tmp_path: Path) -> None:
         assert server.complete(8)["choices"][0]["text"] == before
         assert client.get("/v1/states/story").json()["id"] == saved["state"]["id"]
         assert server.complete(8, state="story", prompt=" and")["choices"][0]["text"] == rest
+
+
+def test_where_no_engine_can_start_the_server_sleeps_on(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    flags = ("--enable-sleep-mode", "--state-cache-dir", str(tmp_path / "states"), "--model", str(model))
+    with RunningServer(tmp_path / "server", *flags) as server, httpx.Client(base_url=server.base_url) as client:
+        assert client.post("/sleep", timeout=60).json() == {"is_sleeping": True}
+        (model / "model.safetensors").rename(tmp_path / "elsewhere")
+        answer = client.post("/wake_up", timeout=90)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_asleep")
+        assert "The engine did not start, and sleeps on: " in answer.json()["error"]["message"]
+        assert client.get("/is_sleeping").json() == {"is_sleeping": True}
+        (tmp_path / "elsewhere").rename(model / "model.safetensors")
+        assert client.post("/wake_up", timeout=90).json() == {"is_sleeping": False}
+        assert server.complete(8)["usage"]["completion_tokens"] == 8
+        # Once it has served, its death is like any other.
+        server.child("gale-engine").kill()
+        server.wait_for_log("the engine process was killed by SIGKILL; starting it again")
+        wait_until(lambda: client.get("/health").status_code == 200)
 
 
 def test_those_that_run_may_finish_first(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@
 Starts a server of its own, or loads one that runs. Clients stream, chat, ask for several choices, share beginnings,
 save, fork, continue and delete states, score prompts, ask for structures, send nonsense, and hang up at any time
 (``tests/ops/soak/traffic.py``); every answer is checked. Without a tokenizer (``--load-format dummy``) all prompts are
-token ids. At the end, ``report.py`` puts what was seen to its checks. The exit code is 1 if one fails. ``soak.json``,
-``soak.md``, the server's log and, where there is matplotlib, ``soak.png`` lie in the output folder then.
+token ids. A server whose caches of states are not full after a third of the run is not flat yet: with a model of your
+own, or another server, choose ``--state-cache-gpu`` and ``--state-cache-host`` accordingly.
+
+At the end, ``report.py`` puts what was seen to its checks. The exit code is 1 if one fails. ``soak.json``, ``soak.md``,
+the server's log and, where there is matplotlib, ``soak.png`` lie in the output folder then.
 """
 
 import argparse

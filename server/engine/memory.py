@@ -4,6 +4,7 @@ States are the only memory that grows with the number of users, and their size i
 first request: so the server finds out at start how many requests it can hold and never runs out later.
 """
 
+import copy
 import ctypes
 import logging
 import os
@@ -274,8 +275,13 @@ def _run_worst_case(
         from server.kernels.compiling import compile_together
 
         start = time.monotonic()
-        # No logits: what is sampled from them would be looked up.
-        count = compile_together(lambda: [model.forward(inputs, states) for inputs in steps], device)
+        # Two layers have all kernels: the first layer's and those behind another. No sampling: it looks values up.
+        shallow, few = copy.copy(model), slice(2)
+        shallow.layers = model.layers[few]
+        shallow_states = StateTensors(
+            {name: part_LS[few] for name, part_LS in states.parts.items()}, states.layers[few]
+        )
+        count = compile_together(lambda: [shallow.forward(inputs, shallow_states) for inputs in steps], device)
         logger.info("%d kernels compiled, or found compiled, in %.2f s", count, time.monotonic() - start)
     for inputs in steps:
         logits = model.forward(inputs, states)

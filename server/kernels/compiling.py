@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import torch
+import triton
 from triton import knobs
 
 MAX_THREADS: Final = 16
@@ -21,8 +22,8 @@ def compile_together(work: Callable[[], object], device: torch.device) -> int:
     """Compile what a piece of work launches, as far as this process has not; how many kernels those were.
 
     Args:
-        work: runs with no kernel of Triton's launched, so what they would write is garbage, and it must not look at
-            that. Everything else in it, PyTorch's own operations among it, does run.
+        work: runs with no kernel of Triton's launched, compiled or not: what they would write is garbage, and it must
+            not look at that. Everything else in it, PyTorch's own operations among it, does run.
         device: whose kernels they are.
 
     Raises:
@@ -40,12 +41,20 @@ def compile_together(work: Callable[[], object], device: torch.device) -> int:
             torch.cuda.set_device(device)  # the current device is a thread's own
         preload()
 
+    run = triton.JITFunction.run
+
+    def run_nothing(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        # The hook is not asked about kernels that are compiled, and they would take what others have not written.
+        return run(self, *args, grid=grid, warmup=True, **options)
+
     before = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = note
+    triton.JITFunction.run = run_nothing
     try:
         work()
     finally:
         knobs.runtime.jit_cache_hook = before
+        triton.JITFunction.run = run
     with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as threads:
         list(threads.map(compile_one, wanted.values()))
     return len(wanted)

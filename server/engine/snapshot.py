@@ -70,6 +70,10 @@ def take_snapshot(
         num_tokens, num_folded: as in :class:`Snapshot`.
     """
     copies = {name: part_LS[:, slot].clone() for name, part_LS in states.parts.items()}
+    for name, part_L in copies.items():
+        if name.startswith("ring_"):
+            # Behind what waits there is what the slot's earlier users have left, or memory that nobody has written.
+            part_L[:, :, num_tokens - num_folded :].zero_()
     return Snapshot(copies, None if logits_V is None else logits_V.clone(), num_tokens, num_folded, None)
 
 

@@ -59,10 +59,11 @@ def adapt(snapshot: Snapshot, pool: Mapping[str, Part], *, exact: bool) -> Snaps
     parts = dict(snapshot.parts)
     dtype, target = parts["recurrent"].dtype, pool["recurrent"].dtype
     pending = snapshot.num_tokens - snapshot.num_folded
-    if pending and (dtype != target or any(pool.get(name) != _part(parts[name]) for name in _RING)):
+    fits = dtype == target and all(name in parts and pool.get(name) == _part(parts[name]) for name in _RING)
+    if pending and not fits:
         parts = _fold(parts, pending)
         pending = 0
-    if not pending:
+    if not fits:
         for name in _RING:
             parts.pop(name, None)
     if dtype.itemsize > target.itemsize and exact:

@@ -61,8 +61,8 @@ class Stream:
         """As the usage says."""
         if b"data: [DONE]" not in self.tail:
             raise RuntimeError(f"a stream was cut off: {self.tail!r}")
-        usage = json.loads(self.tail[self.tail.index(b'"usage":{') + 8 :].split(b"}", 1)[0] + b"}")
-        return int(usage["completion_tokens"])
+        *_, last = (line for line in self.tail.split(b"\n") if line.startswith(b"data: {") and b'"usage":{' in line)
+        return int(json.loads(last[len(b"data: ") :])["usage"]["completion_tokens"])
 
 
 def send(host: str, port: int, body: dict[str, object]) -> tuple[socket.socket, Stream]:

@@ -11,6 +11,7 @@
          +- StatesLimitError     403: delete some
          +- NotFoundError        404
          +- MethodNotAllowedError  405
+         +- RequestTimeoutError  408
          +- BodyTooLargeError    413
          +- UnsupportedMediaTypeError  415
          +- RateLimitError       429 with Retry-After
@@ -99,6 +100,14 @@ class MethodNotAllowedError(ApiError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_supported"
+
+
+class RequestTimeoutError(ApiError):
+    """The client sends nothing of what it has announced."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
 
 
 class BodyTooLargeError(ApiError):

@@ -107,6 +107,14 @@ class Tokenizer(ABC):
                 return behind
         return self._longest_tokens(wanted, self._ids_by_text if parse_special_tokens else self._ids_by_bytes)
 
+    def encode_within(self, text: str) -> list[int]:
+        """The token ids of a text that stands within another one, as :meth:`encode` of the whole would give them."""
+        for anchor_text, anchor in self._anchors.items():
+            ids = self.encode(anchor_text + text, add_special_tokens=False)
+            if ids[: len(anchor)] == anchor:
+                return ids[len(anchor) :]
+        return self.encode_continuation(text)
+
     @cached_property
     def _anchors(self) -> dict[str, list[int]]:
         return {text: self.encode(text, add_special_tokens=False) for text in _ANCHORS}

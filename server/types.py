@@ -147,6 +147,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The name of the state to be saved; only with one choice."""
     state_ttl: float | None = None
     """Seconds for which it is kept; None: as the engine likes."""
+    more: bool = False
+    """Whether the prompt goes on in :class:`Extend` messages; only with one choice, of which nothing is generated. Its
+    progress is told."""
     session: str | None = None
     """Names the conversation, among the tenant's, whose next message is likely to go on from an answer of this."""
     state_turn: str | None = None
@@ -162,6 +165,16 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The named requests are no longer wanted. Unknown ids are ignored."""
 
     request_ids: tuple[int, ...]
+
+
+class Extend(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """More of the prompt of a request with ``more``. Ignored if the request has ended."""
+
+    request_id: int
+    tokens: bytes
+    """int32 token ids; at least one in the last message."""
+    last: bool
+    """Whether the prompt ends with these."""
 
 
 class StateAction(enum.IntEnum):
@@ -202,7 +215,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """First message of an API process; answered with :class:`EngineInfo` once the engine is ready."""
 
 
-ClientMessage: TypeAlias = Hello | GenerateRequest | Cancel | StateCommand
+ClientMessage: TypeAlias = Hello | GenerateRequest | Extend | Cancel | StateCommand
 
 
 class StateInfo(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -361,6 +374,8 @@ class StepOutput(msgspec.Struct, kw_only=True, tag=True):
     """Request ids now queued or running."""
     contexts: dict[int, int] = {}
     """By request id, of accepted ones that continue a saved state: tokens of it, before every prompt."""
+    progress: dict[int, int] = {}
+    """By request id, of requests with ``more``: tokens absorbed so far, those of a saved state included."""
     states: dict[int, StateInfo] = {}
     """By row: the saved state of a choice that has ended."""
     states_told: dict[int, list[StateInfo]] = {}

@@ -20,12 +20,13 @@ from server.api.errors import ErrorMiddleware, answer_api_error, answer_http_err
 from server.api.models import models_router
 from server.api.operations import operations_router
 from server.api.playground import playground_router
+from server.api.prefill import prefill_router
 from server.api.request_id import RequestIdMiddleware
 from server.api.routing import ERRORS
 from server.api.schemas.chat import ChatCompletionChunk, ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
 from server.api.schemas.server import ErrorResponse
-from server.api.schemas.states import ForkRequest, PrefillRequest
+from server.api.schemas.states import ForkRequest, PrefillProgress, PrefillRequest
 from server.api.schemas.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from server.api.sleep import SleepSwitch, sleep_router
 from server.api.states import states_router
@@ -44,6 +45,7 @@ _UNBOUND = (
     TokenizeChatRequest,
     DetokenizeRequest,
     ForkRequest,
+    PrefillProgress,
     PrefillRequest,
 )
 """Models that the framework does not see: bodies are read by the routes themselves, chunks are written by hand."""
@@ -96,7 +98,8 @@ def create_app(
     app.include_router(chat_router(settings, client, tokenizer, grammars, conversations))
     app.include_router(tokenization_router(settings, client, tokenizer, conversations))
     app.include_router(models_router(settings, client))
-    app.include_router(states_router(settings, client, tokenizer, grammars))
+    app.include_router(prefill_router(settings, client, tokenizer, grammars))
+    app.include_router(states_router(settings, client))
     metrics = HttpMetrics()
     app.include_router(operations_router(client, metrics))
     if sleep_switch is not None:

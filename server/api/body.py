@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -26,11 +27,32 @@ def check_content_type(request: Request) -> None:
     Raises:
         UnsupportedMediaTypeError: the body is declared as something else, or as compressed.
     """
+    kind = media_type(request)
+    is_json = kind == "application/json" or (kind and kind.startswith("application/") and kind.endswith("+json"))
+    if kind is not None and not is_json:
+        raise UnsupportedMediaTypeError(f"Send the body with 'Content-Type: application/json', not {kind!r}.")
+    _check_encoding(request)
+
+
+def check_text_type(request: Request) -> None:
+    """Accept a body that has been declared as a text or as bytes, and is UTF-8.
+
+    Raises:
+        UnsupportedMediaTypeError: the body is declared to be of another charset, or as compressed.
+    """
+    charset = re.search(r"charset=\"?([^\s;\"]+)", request.headers.get("content-type", ""), re.IGNORECASE)
+    if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise UnsupportedMediaTypeError(f"The charset {charset[1][:40]!r} is not supported: send UTF-8.")
+    _check_encoding(request)
+
+
+def media_type(request: Request) -> str | None:
+    """What the body is declared to be, without parameters; None: nothing."""
     content_type = request.headers.get("content-type")
-    if content_type is not None:
-        kind = content_type.partition(";")[0].strip().lower()
-        if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-            raise UnsupportedMediaTypeError(f"Send the body with 'Content-Type: application/json', not {kind!r}.")
+    return None if content_type is None else content_type.partition(";")[0].strip().lower()
+
+
+def _check_encoding(request: Request) -> None:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise UnsupportedMediaTypeError(f"Content-Encoding {encoding!r} is not supported: send the body as it is.")

@@ -37,6 +37,7 @@ from server.types import (
     EngineInfo,
     EngineMessage,
     EngineStats,
+    Extend,
     FinishReason,
     GenerateRequest,
     Hello,
@@ -153,6 +154,7 @@ class Mailbox:
     Attributes:
         num_choices: ``len(prompts) * n``.
         context: tokens of the saved state that every prompt continues.
+        absorbed: of a prompt that comes in pieces: tokens absorbed so far, those of a saved state included.
         prompt_logprobs: of the prompts' tokens, if asked for, in pieces, by the first choice of each prompt. Complete
             for a prompt when the first event of one of its choices is read.
     """
@@ -162,17 +164,27 @@ class Mailbox:
         "_closed",
         "_error",
         "_on_close",
+        "_on_extend",
         "_open",
         "_pending",
         "_unread",
         "_waiter",
+        "absorbed",
         "context",
         "num_choices",
         "prompt_logprobs",
     )
 
-    def __init__(self, num_choices: int, accepted: "asyncio.Future[None]", on_close: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        num_choices: int,
+        accepted: "asyncio.Future[None]",
+        on_close: Callable[[bool], None],
+        on_extend: Callable[[Sequence[int], bool], None],
+    ) -> None:
         self.num_choices = num_choices
+        self.absorbed = 0
+        self._on_extend = on_extend
         self.context = 0
         self.prompt_logprobs: dict[int, list[PromptLogprobs]] = {}
         self._open = set(range(num_choices))
@@ -189,19 +201,51 @@ class Mailbox:
 
     async def __anext__(self) -> list[ChoiceEvent]:
         while not self._pending:
-            if self._error is not None:
-                # One error may end many requests; each shows its own traceback.
-                raise self._error.with_traceback(None)
+            self._check()
             if not self._open or self._closed:
                 raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._change()
         pending, self._pending = self._pending, {}
         self._unread = 0
         return [row.event(choice) for choice, row in pending.items()]
+
+    def extend(self, tokens: Sequence[int], *, last: bool) -> None:
+        """Send more of a prompt that comes in pieces.
+
+        Args:
+            tokens: at least one, if they are the last.
+            last: whether the prompt ends with these.
+
+        Raises:
+            EngineUnavailableError: the engine does not read, is dead or has been reset.
+        """
+        self._check()
+        self._on_extend(tokens, last)
+
+    async def progress(self) -> bool:
+        """Wait until more of a prompt that comes in pieces has been absorbed, or the request has ended; whether it has.
+
+        Raises:
+            EngineUnavailableError, InternalError: as the iteration does.
+        """
+        absorbed = self.absorbed
+        while self.absorbed == absorbed and self._open:
+            self._check()
+            await self._change()
+        self._check()
+        return not self._open
+
+    def _check(self) -> None:
+        if self._error is not None:
+            # One error may end many requests; each shows its own traceback.
+            raise self._error.with_traceback(None)
+
+    async def _change(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     async def __aenter__(self) -> "Mailbox":
         return self
@@ -352,6 +396,7 @@ class EngineClient:
         state_ttl: float | None = None,
         state_turn: str | None = None,
         session: str | None = None,
+        more: bool = False,
     ) -> Mailbox:
         """Hand a request to the engine and wait until it is queued there.
 
@@ -370,6 +415,7 @@ class EngineClient:
             state_ttl: seconds for which it is kept; None: as the engine likes.
             state_turn: the role of the chat message within which the transcripts will end; None: of none.
             session: names the conversation that it is a part of.
+            more: whether the prompt, a single one that is only read, goes on with :meth:`Mailbox.extend`.
 
         Raises:
             NotFoundError: there is no such state.
@@ -395,10 +441,14 @@ class EngineClient:
             state_ttl=state_ttl,
             state_turn=state_turn,
             session=session,
+            more=more,
         )
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         mailbox = Mailbox(
-            request.num_choices, accepted, lambda unfinished: self._forget(request.request_id, unfinished)
+            request.num_choices,
+            accepted,
+            lambda unfinished: self._forget(request.request_id, unfinished),
+            lambda tokens, last: self._extend(request.request_id, tokens, last),
         )
         if not self._channel.send(request):
             raise EngineUnavailableError("the engine does not read its requests")
@@ -573,6 +623,11 @@ class EngineClient:
             mailbox = mailboxes.get(request_id)
             if mailbox is not None:
                 mailbox.prompt_logprobs.setdefault(choice, []).append(logprobs)
+        for request_id, absorbed in message.progress.items():
+            mailbox = mailboxes.get(request_id)
+            if mailbox is not None:
+                mailbox.absorbed = absorbed
+                touched[request_id] = mailbox
         for row, request_id in enumerate(message.request_ids):
             mailbox = mailboxes.get(request_id)
             if mailbox is not None:
@@ -581,6 +636,10 @@ class EngineClient:
 
     def _receive_reset(self, message: ClientReset) -> None:
         self.fail_all(EngineUnavailableError(f"the request was dropped: {message.reason}"))
+
+    def _extend(self, request_id: int, tokens: Sequence[int], last: bool) -> None:
+        if not self._channel.send(Extend(request_id=request_id, tokens=pack_tokens(tokens), last=last)):
+            raise EngineUnavailableError("the engine does not read its requests")
 
     def _forget(self, request_id: int, unfinished: bool) -> None:
         """The mailbox is closed or failed; its request, unless it has ended, is of no more use."""

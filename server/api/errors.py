@@ -35,15 +35,21 @@ def _unicode(text: str | None) -> str | None:
 
 
 class ErrorAnswer(Response):
-    """An :class:`ApiError` as an HTTP response."""
+    """An :class:`ApiError` as an HTTP response.
+
+    Args:
+        error: to be told.
+        headers: further ones.
+        body_unread: whether there is more of the request's body than has been read.
+    """
 
     media_type = "application/json"
 
-    def __init__(self, error: ApiError, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, error: ApiError, headers: Mapping[str, str] | None = None, *, body_unread: bool = False) -> None:
         super().__init__(error_json(error), error.status, headers)
         if error.retry_after is not None:
             self.headers["retry-after"] = str(error.retry_after)
-        self._body_unread = isinstance(error, BodyTooLargeError)
+        self._body_unread = body_unread or isinstance(error, BodyTooLargeError)
         if self._body_unread:
             self.headers["connection"] = "close"
 

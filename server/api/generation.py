@@ -22,7 +22,7 @@ from server.errors import ApiError, InternalError
 
 logger = logging.getLogger(__name__)
 
-_STREAM_HEADERS: Final = [
+STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     # Asks reverse proxies not to collect the stream before passing it on.
@@ -93,7 +93,7 @@ class GenerationAnswer(Response):
 
     async def _stream(self, mailbox: Mailbox, envelope: Envelope, send: Send) -> None:
         renderer = ChunkRenderer(self._job, self._form, envelope, mailbox.prompt_logprobs, mailbox.context)
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         try:
             if opening := renderer.opening():
                 await send({"type": "http.response.body", "body": opening, "more_body": True})

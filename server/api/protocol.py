@@ -5,6 +5,8 @@ the memory with one endless header, before the body or after it.
 """
 
 import asyncio
+import select
+from typing import Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -14,6 +16,8 @@ from server.errors import InvalidRequestError
 MAX_HEAD_BYTES = 64 * 1024
 """Of request line and headers. Also of whatever comes between two pieces of a body, or after the last one."""
 HEAD_SECONDS = 30.0
+PEER: Final = "gale.peer"
+"""Extension of the scope: its ``has_left`` tells whether the client is gone, which nobody notices who does not read."""
 
 
 def _last_words(status: bytes, message: str, code: str) -> bytes:
@@ -87,6 +91,16 @@ class HttpProtocol(HttpToolsProtocol):
         self._unaccounted = 0
         self._stop_timer()
         super().on_headers_complete()
+        self.scope.setdefault("extensions", {})[PEER] = {"has_left": self._peer_left}
+
+    def _peer_left(self) -> bool:
+        """Whether the client has closed its end, also where nothing is read because there is enough to do."""
+        connection = self.transport.get_extra_info("socket")
+        if self.transport.is_closing() or connection is None:
+            return True
+        poll = select.poll()
+        poll.register(connection.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def on_chunk_header(self) -> None:
         """The size of the next piece of a body is known."""

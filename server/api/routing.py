@@ -27,6 +27,7 @@ ERRORS: Final[dict[int, str]] = {
     401: "No API key, or a wrong one.",
     403: "The API key has saved as many states as it may.",
     404: "There is no model, or no saved state, of that name.",
+    408: "Nothing of the body has come for too long.",
     413: "The body is too large.",
     415: "The body is declared to be something else than what the route takes.",
     429: "The API key has as many choices waiting and running as it may; see Retry-After.",
@@ -78,9 +79,20 @@ def unique_query(request: Request) -> dict[str, Any]:
     return dict(pairs)
 
 
-def event_stream(chunk: type[BaseModel]) -> dict[str, Any]:
+def prefill_body(schema: type[BaseModel], query: type[BaseModel]) -> dict[str, Any]:
+    """How the OpenAPI document describes a body that is JSON, or a text with fields of this form behind the path."""
+    described = json_body(schema)
+    text = {"schema": {"type": "string", "minLength": 1}, "example": "The old man looked at the sea and"}
+    for kind in ("text/plain", "application/octet-stream"):
+        described["requestBody"]["content"][kind] = text
+    described["parameters"] = query_parameters(query)
+    return described
+
+
+def event_stream(*chunks: type[BaseModel]) -> dict[str, Any]:
     """How the OpenAPI document describes an answer as server-sent events, in the form that FastAPI gives its own."""
-    schemas = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in (chunk, ErrorResponse)]
+    models: tuple[type[BaseModel], ...] = (*chunks, ErrorResponse)
+    schemas = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
     json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": schemas}}
     data = {
         "description": "A chunk; an error, after which nothing but the end follows; or `[DONE]`, the end.",

@@ -8,17 +8,13 @@ from fastapi.responses import FileResponse
 from server.api.accounting import begin_generation
 from server.api.auth import tenant_of
 from server.api.body import check_content_type, parse_json, read_body
-from server.api.checks import invalid, parse_as
+from server.api.checks import parse_as
 from server.api.client import EngineClient
-from server.api.generation import while_connected
-from server.api.routing import errors, json_body, query_parameters, read_json, ready_info, unique_query
-from server.api.schemas.states import ForkRequest, PrefillRequest, State, StateDeleted, StateList, UploadQuery
-from server.api.structured import Grammars
+from server.api.routing import errors, json_body, query_parameters, ready_info, unique_query
+from server.api.schemas.states import ForkRequest, State, StateDeleted, StateList, UploadQuery
 from server.api.transfers import CONTENT_TYPE, StateResponse, Transfer, Transfers
-from server.api.validation import CompletionValidator, GenerationJob
-from server.errors import InternalError, StateNotAbsorbedError
+from server.errors import StateNotAbsorbedError
 from server.settings import ApiSettings
-from server.tokenizer import Tokenizer
 from server.types import SamplingParams, StateAction, StateInfo
 
 Reference = Annotated[
@@ -36,16 +32,12 @@ _UPLOAD: Final[dict[str, Any]] = {
 }
 
 
-def states_router(
-    settings: ApiSettings, client: EngineClient, tokenizer: Tokenizer | None, grammars: Grammars
-) -> APIRouter:
+def states_router(settings: ApiSettings, client: EngineClient) -> APIRouter:
     """The routes, bound to one engine.
 
     Args:
         settings: limits.
         client: the way to the engine.
-        tokenizer: None: only token ids are served.
-        grammars: made with the same tokenizer.
     """
     router = APIRouter()
     limit = min(settings.max_body_bytes, _MAX_BODY)
@@ -60,7 +52,7 @@ def states_router(
     async def list_states(request: Request) -> StateList:
         """The states that were saved with this API key, the oldest first."""
         told = await client.command(StateAction.LIST, tenant_of(request.scope))
-        return StateList(data=[_state(info) for info in told])
+        return StateList(data=[state_of(info) for info in told])
 
     @router.get(
         "/v1/states/{state}",
@@ -71,7 +63,7 @@ def states_router(
     async def retrieve_state(request: Request, state: Reference) -> State:
         """One state that was saved with this API key."""
         (info,) = await client.command(StateAction.DESCRIBE, tenant_of(request.scope), state=state)
-        return _state(info)
+        return state_of(info)
 
     @router.delete(
         "/v1/states/{state}",
@@ -101,7 +93,7 @@ def states_router(
         (info,) = await client.command(
             StateAction.FORK, tenant_of(request.scope), state=state, name=fork.name, ttl=fork.ttl
         )
-        return _state(info)
+        return state_of(info)
 
     @router.get(
         "/v1/states/{state}/content",
@@ -141,26 +133,7 @@ def states_router(
                 path=transfer.path,
                 convert=query.convert,
             )
-        return _state(saved)
-
-    @router.post(
-        "/v1/states/prefill",
-        summary="Read a text and save its state",
-        response_description="The new state.",
-        status_code=201,
-        responses=errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 507),
-        openapi_extra=json_body(PrefillRequest),
-    )
-    async def prefill_state(request: Request) -> State:
-        """Absorb a text, alone or behind a saved state, and generate nothing."""
-        check_content_type(request)
-        validator = CompletionValidator(settings.served_model_names, ready_info(client), tokenizer, grammars)
-        job = await read_json(
-            request, settings.max_body_bytes, lambda body: validator.job(_reading(parse_as(PrefillRequest, body)))
-        )
-        saved: list[StateInfo] = []
-        await while_connected(request.receive, _prefill(request, job, client, saved))
-        return _state(saved[0])
+        return state_of(saved)
 
     return router
 
@@ -182,37 +155,8 @@ async def _write(
         found += await client.command(StateAction.DOWNLOAD, tenant, state=state, path=transfer.path)
 
 
-async def _prefill(request: Request, job: GenerationJob, client: EngineClient, saved: list[StateInfo]) -> None:
-    """Run a job that reads one prompt, and add the state that it saved."""
-    record = begin_generation(request.scope, len(job.prompts[0]))
-    mailbox = await client.submit(
-        prompts=job.prompts,
-        n=1,
-        params=job.params,
-        tenant=tenant_of(request.scope),
-        state=job.state,
-        save_state=True,
-        state_name=job.state_name,
-        state_ttl=job.state_ttl,
-    )
-    async with mailbox:
-        record.prompt_tokens += mailbox.context
-        async for events in mailbox:
-            record.note(events)
-            saved += [event.state for event in events if event.state is not None]
-    if not saved:
-        raise InternalError("The engine did not save the state.")
-
-
-def _reading(request: PrefillRequest) -> dict[str, Any]:
-    """The completion that reads a prompt and does nothing else."""
-    if len(request.prompt) > 1:
-        raise invalid("prompt", "must be one text or one list of token ids")
-    fields = request.model_dump(exclude={"name", "ttl"}, exclude_none=True)
-    return {**fields, "max_tokens": 0, "save_state": request.name or True, "state_ttl": request.ttl}
-
-
-def _state(info: StateInfo) -> State:
+def state_of(info: StateInfo) -> State:
+    """What clients are told of a saved state."""
     return State(
         id=info.id,
         name=info.name,

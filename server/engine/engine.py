@@ -39,6 +39,7 @@ from server.tokenizer import load_tokenizer
 from server.types import (
     EngineInfo,
     EngineStats,
+    Extend,
     FinishReason,
     GenerateRequest,
     PromptLogprobs,
@@ -261,8 +262,15 @@ class Engine:
             checkpoint_at=tuple(context + position for position in request.checkpoint_at),
             tenant=request.tenant,
             session=request.session,
+            streams=request.more,
+            grows=request.more,
             save=Save(request.state_name, request.state_ttl, request.state_turn) if request.save_state else None,
         )
+
+    def extend(self, client: bytes, message: Extend) -> None:
+        """Take more of a prompt."""
+        for seq in self._requests.get((client, message.request_id), ()):
+            self.scheduler.extend(seq, unpack_tokens(message.tokens), last=message.last)
 
     def cancel(self, client: bytes, request_ids: Iterable[int]) -> None:
         """End the named requests' choices now. Unknown ids are ignored: they may have just ended."""
@@ -326,11 +334,11 @@ class Engine:
             self._abandon(batch, failure)
         if idle:
             reads = set() if self._reuse is None else self._reuse.reads
-            wait(
-                self._missing_masks() | reads | self._waiting.futures,
-                timeout=_IDLE_WAIT_SECONDS,
-                return_when=FIRST_COMPLETED,
-            )
+            awaited = self._missing_masks() | reads | self._waiting.futures
+            if awaited:
+                wait(awaited, timeout=_IDLE_WAIT_SECONDS, return_when=FIRST_COMPLETED)
+            else:
+                time.sleep(_IDLE_WAIT_SECONDS)  # those who wait do so for slots of prompts that have yet to come
 
     def close(self) -> None:
         """Remove what the engine keeps on disk for itself; it can no longer be stepped."""
@@ -434,7 +442,10 @@ class Engine:
                 self._end(span.seq, span.seq.last_reason)
         for span in step.batch.prefills + step.batch.replays:
             self._figures.prompt_tokens += span.length
-            if span.seq.max_tokens == 0 and span.start + span.length == len(span.seq.prompt):
+            if span.seq.streams and not span.seq.finished:
+                self._outbox.progress(span.seq, span.start + span.length)
+            is_whole = not span.seq.grows and span.start + span.length == len(span.seq.prompt)
+            if span.seq.max_tokens == 0 and is_whole:
                 # Only the prompt was to be absorbed.
                 self._end_group(span.seq, FinishReason.LENGTH)
         self.scheduler.retire(step.batch)
@@ -561,8 +572,8 @@ class Engine:
         if self._reuse is not None:
             self._reuse.leave(seq)
             is_answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
-            # With fewer tokens, the state is the one at the prompt's end.
-            if is_answered and seq.num_absorbed > len(seq.prompt):
+            # With fewer tokens, the state is the one at the prompt's end, which has left it unless its end was unknown.
+            if is_answered and (seq.num_absorbed > len(seq.prompt) or seq.streams):
                 self._reuse.keep_answer(seq, self._runner.snapshot(seq))
             if is_answered:
                 self._reuse.note_session(seq)

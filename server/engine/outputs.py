@@ -62,6 +62,10 @@ class Outbox:
         """Of the next tokens of the prompt that a sequence absorbs."""
         self._of(seq.client).rest.prompt_logprobs.append((seq.request_id, seq.choice, logprobs))
 
+    def progress(self, seq: Sequence, absorbed: int) -> None:
+        """So many tokens of a sequence have been absorbed."""
+        self._of(seq.client).rest.progress[seq.request_id] = absorbed
+
     def token(
         self,
         seq: Sequence,

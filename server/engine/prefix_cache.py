@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from server.engine.radix import TOKEN_BYTES, Node, RadixTree
+from server.settings import CHUNK
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ class Ticket(Generic[P]):
         tokens: the prompt, int32 bytes.
         reuse: whether it may begin from a snapshot.
         priority: it waits for nobody of a higher value, who may be kept from going on.
+        grows: whether these are not all of the prompt's tokens. It then leaves no snapshot at their end, and begins
+            where at least one piece of them is left.
         entry: the snapshot to begin from, pinned until :meth:`PrefixCache.started`; None: none.
         start: tokens that need not be absorbed.
         points: positions still ahead at which to take a snapshot, ascending. A step's piece must not cross one.
@@ -130,6 +133,7 @@ class Ticket(Generic[P]):
     checkpoints: tuple[int, ...]
     reuse: bool
     priority: int = 0
+    grows: bool = False
     entry: Entry[P] | None = None
     start: int = 0
     points: list[int] = field(default_factory=list)
@@ -533,7 +537,10 @@ def _longest(found: "list[Node[_Spot[P]]]", ticket: Ticket[P]) -> Entry[P] | Non
     """The deepest snapshot that a prompt can go on from: one at its very end must have the logits."""
     for node in reversed(found):
         entry = None if node.value is None else node.value.entry
-        if entry is not None and (entry.complete or entry.num_tokens < ticket.length):
+        if entry is None:
+            continue
+        last = (ticket.length - 1) // CHUNK * CHUNK if ticket.grows else ticket.length
+        if entry.num_tokens < last or (entry.complete and not ticket.grows):
             return entry
     return None
 
@@ -545,7 +552,7 @@ def _points(ticket: Ticket[P], shared: int) -> list[int]:
         shared: tokens that it has in common with an earlier prompt.
     """
     start, length = ticket.start, ticket.length
-    points = {length, *ticket.checkpoints}
+    points = set(ticket.checkpoints) if ticket.grows else {length, *ticket.checkpoints}
     if shared - start >= LEAST_GAIN:
         points.add(shared)
     spacing = FIRST_SPACING

@@ -11,6 +11,7 @@ from server.types import (
     Cancel,
     ClientMessage,
     EngineInfo,
+    Extend,
     GenerateRequest,
     Hello,
     StateCommand,
@@ -65,6 +66,8 @@ class EngineLoop:
     def _handle(self, client: bytes, message: ClientMessage) -> None:
         if isinstance(message, GenerateRequest):
             self._engine.submit(client, message)
+        elif isinstance(message, Extend):
+            self._engine.extend(client, message)
         elif isinstance(message, Cancel):
             self._engine.cancel(client, message.request_ids)
         elif isinstance(message, StateCommand):

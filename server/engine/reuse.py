@@ -128,7 +128,9 @@ class PrefixReuse:
             # Who wants to know how likely the prompt is must absorb it.
             reuse = seq.params.prompt_logprobs is None or seq.leads_again
             scope = self._scope(seq.tenant, seq.island)
-            seq.ticket = Ticket(scope, seq.prompt.tobytes(), seq.checkpoint_at, reuse, seq.priority)
+            seq.ticket = Ticket(
+                scope, seq.prompt.tobytes(), seq.checkpoint_at, reuse, priority=seq.priority, grows=seq.grows
+            )
         if not self._cache.admit(seq.ticket):
             return False
         entry = seq.ticket.entry

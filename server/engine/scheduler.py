@@ -6,6 +6,7 @@ most urgent and of those the oldest getting most, in pieces that end on a fixed 
 how a prompt is cut does not change its result.
 """
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -101,6 +102,8 @@ class Scheduler:
         """Running sequences whose next token is yet to be sampled, when the mask of their constraint is known."""
         self.swapped: dict[Sequence, None] = {}
         """Waiting sequences that have run."""
+        self._starved: dict[Sequence, None] = {}
+        """Sequences, waiting or running, that wait for more of their prompt."""
         self._victims: dict[Sequence, Sequence] = {}
         """Of the step being scheduled: who gives a slot up, by who gets one."""
         self._swaps: list[tuple[Sequence, int]] = []
@@ -110,8 +113,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence waits or runs."""
-        return bool(self.running or self.waiting)
+        """Whether any sequence waits or runs, save those that wait for more of their prompt."""
+        return len(self.running) + len(self.waiting) > len(self._starved)
 
     @property
     def max_request_choices(self) -> int:
@@ -149,6 +152,15 @@ class Scheduler:
         """Queue sequences behind those of their tenants and priorities that wait already."""
         for seq in sequences:
             self.waiting.add(seq)
+            if seq.starved:
+                self._starved[seq] = None
+
+    def extend(self, seq: Sequence, tokens: "array[int]", *, last: bool) -> None:
+        """Give a sequence more of its prompt; ``last``: all that is left of it."""
+        seq.prompt.extend(tokens)
+        seq.grows = not last
+        if not seq.starved:
+            self._starved.pop(seq, None)
 
     def schedule(self, now: float) -> Batch | None:
         """Choose the next step's spans and count them as launched; None when there is nothing to do.
@@ -172,7 +184,7 @@ class Scheduler:
         for seq in self.running:
             if seq in sitting_out:
                 continue
-            if seq.num_launched < len(seq.prompt):
+            if seq.prompt_remaining:
                 prompts.append(seq)
             elif self._may_decode(seq):
                 span = self._launch(seq, 1)
@@ -241,6 +253,14 @@ class Scheduler:
         if room <= 0:
             return victims
         placed = set(candidates)
+        # Who waits for more of its prompt needs no slot meanwhile.
+        idle = [seq for seq in self._starved if seq.slot is not None]
+        for seq in self._unblocked(self.waiting) if idle else ():
+            if len(victims) == min(room, len(idle)):
+                break
+            if seq.leader is None and seq not in placed:
+                victims[seq] = idle[len(victims)]
+        placed |= victims.keys()
         for tenant in self.waiting.overtaken():
             # The least urgent, and of those the newest, gives way first.
             own = (seq for seq in self.running if seq.tenant == tenant and self._may_give_way(seq))
@@ -393,10 +413,13 @@ class Scheduler:
         start = seq.num_launched
         discards = seq.num_sampled == seq.max_tokens
         # A prompt that is only read leaves logits to the next one.
-        samples = start + length >= len(seq.prompt) and not (discards and (not length or self._reuse is None))
+        at_end = not seq.grows and start + length >= len(seq.prompt)
+        samples = at_end and not (discards and (not length or self._reuse is None))
         span = Span(seq, slot, start, length, samples, seq.num_sampled, discards)
         seq.num_launched = start + length
         seq.in_flight += 1
+        if seq.starved:
+            self._starved[seq] = None
         if discards:
             seq.closes = samples
             return span
@@ -409,6 +432,7 @@ class Scheduler:
         """End a sequence, waiting or running. Its slot is released once no launched step refers to it."""
         assert not seq.finished
         seq.finish_reason = reason
+        self._starved.pop(seq, None)
         if seq.slot is None:
             self.waiting.remove(seq)
             self._kept.pop(seq, None)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.engine.constraints import Constraint
 from server.engine.detokenizer import StopMatcher
+from server.settings import CHUNK
 from server.types import FinishReason, SamplingParams, StateInfo, pack_tokens
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ class Sequence:
 
     constraint: Constraint | None = None
     """What has to be known of the tokens so far before the next one can be sampled; None: nothing."""
+    streams: bool = False
+    """Whether its prompt has come, or is still coming, in pieces."""
+    grows: bool = False
+    """Whether more of its prompt is to come."""
     leader: "Sequence | None" = None
     """Who absorbs the prompt for this sequence, until it has done so."""
     followers: list["Sequence"] = field(default_factory=list)
@@ -115,15 +120,26 @@ class Sequence:
         return self.finish_reason is not FinishReason.RUNNING
 
     @property
+    def prompt_end(self) -> int:
+        """Up to where the prompt can be absorbed now: its end, or, of one that grows, the last place where a piece may
+        end that leaves a token for the last piece."""
+        return (len(self.prompt) - 1) // CHUNK * CHUNK if self.grows else len(self.prompt)
+
+    @property
     def prompt_remaining(self) -> int:
-        """Prompt tokens not yet given to a launched step."""
-        return max(0, len(self.prompt) - self.num_launched)
+        """Prompt tokens that can be absorbed now, and have not been given to a launched step."""
+        return max(0, self.prompt_end - self.num_launched)
+
+    @property
+    def starved(self) -> bool:
+        """Whether it can do nothing until more of its prompt has come."""
+        return self.grows and not self.prompt_remaining
 
     @property
     def blocked(self) -> bool:
         """Whether this waiting sequence waits for a snapshot that another one is about to leave, or for a launched step
-        that will tell its newest token."""
-        if self.swapped and self.in_flight:
+        that will tell its newest token, or for more of its prompt."""
+        if self.starved or (self.swapped and self.in_flight):
             return True
         ticket = self.ticket if self.leader is None else self.leader.ticket
         return ticket is not None and ticket.blocked
@@ -132,8 +148,8 @@ class Sequence:
     def prompt_stop(self) -> int:
         """Where the next piece of the prompt must end at the latest: where a snapshot is to be taken, or its end."""
         if self.ticket is not None and self.ticket.points:
-            return self.ticket.points[0]
-        return len(self.prompt)
+            return min(self.ticket.points[0], self.prompt_end)
+        return self.prompt_end
 
     @property
     def transcript(self) -> bytes:

@@ -37,6 +37,7 @@ from server.types import (
     EngineInfo,
     EngineMessage,
     EngineStats,
+    Extend,
     FinishReason,
     GenerateRequest,
     Hello,
@@ -100,6 +101,9 @@ class ByteTokenizer:
     def encode_continuation(self, text: str, *, parse_special_tokens: bool = False) -> list[int]:
         return self.encode(text, add_special_tokens=False, parse_special_tokens=parse_special_tokens)
 
+    def encode_within(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False)
+
     def token_bytes(self, *, special: bool = False) -> list[bytes]:
         named = [b"<s>", b"</s>"] if special else [b"", b""]
         return [bytes([value]) for value in range(256)] + named + ["aß".encode()]
@@ -148,6 +152,10 @@ class Running:
     matcher: StopMatcher | None
     tokens: Iterator[int]
     sent: int = 0
+    grows: bool = False
+    """Whether more of the prompt is to come."""
+    absorbed: int = 0
+    """Of a prompt that comes in pieces."""
 
 
 class NoParking:
@@ -194,6 +202,10 @@ class ScriptedEngine:
     """Choices for which there is no token."""
     cached_tokens: int = 0
     """What it says of every prompt."""
+    absorbed_per_step: int = 4096
+    """Of a prompt that comes in pieces."""
+    most_pending: int = 0
+    """Tokens of such a prompt that it had to keep beside those that it had absorbed."""
     states: NamedStates | None = field(default_factory=lambda: NamedStates(NoParking(), StateLimits(1 << 40, 1 << 10)))
     """What clients have saved."""
     stop_after: int | None = None
@@ -212,6 +224,8 @@ class ScriptedEngine:
     def send(self, message: ClientMessage) -> bool:
         if isinstance(message, Hello):
             self.loop.call_soon(lambda: self._receive([self.info]))
+        elif isinstance(message, Extend):
+            self.loop.call_soon(self._extend, message)
         elif isinstance(message, Cancel):
             self.cancelled += message.request_ids
             for key in [key for key in self.running if key[0] in message.request_ids]:
@@ -222,6 +236,13 @@ class ScriptedEngine:
         elif not self.mute:
             self.loop.call_soon(self._submit, message)
         return True
+
+    def _extend(self, message: Extend) -> None:
+        running = self.running.get((message.request_id, 0))
+        if running is not None:
+            assert running.grows and message.tokens
+            running.prompt += message.tokens
+            running.grows = not message.last
 
     def _obey(self, command: StateCommand) -> None:
         told = self._transfer(command) if command.path else obey(self.states, command)
@@ -265,7 +286,9 @@ class ScriptedEngine:
             prompt = context + request.prompts[choice // request.n]
             tokens = script(len(unpack_tokens(prompt)), choice % request.n)
             matcher = self._matcher(request.params)
-            self.running[request.request_id, choice] = Running(request, choice, prompt, matcher, tokens)
+            self.running[request.request_id, choice] = Running(
+                request, choice, prompt, matcher, tokens, grows=request.more
+            )
         contexts = {request.request_id: len(unpack_tokens(context))} if context else {}
         self._receive([StepOutput(accepted=[request.request_id], contexts=contexts)])
         if idle:
@@ -303,6 +326,14 @@ class ScriptedEngine:
 
     def _advance(self, output: StepOutput, key: tuple[int, int], running: Running) -> None:
         params = running.request.params
+        if running.request.more:
+            length = len(running.prompt) // 4
+            if running.absorbed < length:
+                running.absorbed = min(length, running.absorbed + self.absorbed_per_step)
+                output.progress[key[0]] = running.absorbed
+                self.most_pending = max(self.most_pending, length - running.absorbed)
+            if running.grows or running.absorbed < length:
+                return
         if running.sent == 0 and key[1] % running.request.n == 0 and params.prompt_logprobs is not None:
             prompt = unpack_tokens(running.request.prompts[key[1] // running.request.n])
             output.prompt_logprobs += [(*key, piece) for piece in prompt_pieces(prompt, params.prompt_logprobs)]

@@ -23,7 +23,7 @@ STATUSES = {
     ("/tokenize", "post"): ANSWERS,
     ("/detokenize", "post"): ANSWERS,
     ("/tokenizer_info", "get"): {"200", "400", "401"},
-    ("/v1/states/prefill", "post"): GENERATES - {"200"} | {"201"},
+    ("/v1/states/prefill", "post"): GENERATES | {"201", "408"},
     ("/v1/states", "get"): {"200", "400", "401", "503"},
     ("/v1/states", "post"): {"201", "400", "401", "403", "413", "415", "503", "507"},
     ("/v1/states/{state}/content", "get"): {"200", "400", "401", "404", "503", "507"},

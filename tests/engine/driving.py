@@ -11,6 +11,7 @@ import torch
 from server.engine.engine import Engine
 from server.settings import EngineConfig
 from server.types import (
+    Extend,
     FinishReason,
     GenerateRequest,
     PromptLogprobs,
@@ -97,6 +98,7 @@ class Driver:
         self.rejected: dict[int, Refusal] = {}
         self.contexts: dict[int, int] = {}
         self.told: dict[int, list[StateInfo]] = {}
+        self.progress: dict[int, int] = {}
         self._next_id = 0
 
     def submit(
@@ -109,6 +111,7 @@ class Driver:
         checkpoint_at: tuple[int, ...] = (),
         state: str | None = None,
         session: str | None = None,
+        more: bool = False,
         save: bool = False,
         name: str | None = None,
         ttl: float | None = None,
@@ -132,6 +135,7 @@ class Driver:
             state_ttl=ttl,
             state_turn=turn,
             session=session,
+            more=more,
         )
         self.engine.submit(CLIENT, request)
         self.collect()
@@ -167,6 +171,10 @@ class Driver:
             self.step()
         return self.rejected[request_id] if request_id in self.rejected else self.told[request_id]
 
+    def extend(self, request_id: int, tokens: list[int], *, last: bool = False) -> None:
+        """More of a prompt."""
+        self.engine.extend(CLIENT, Extend(request_id=request_id, tokens=pack_tokens(tokens), last=last))
+
     def cancel(self, request_id: int) -> None:
         self.engine.cancel(CLIENT, [request_id])
         self.collect()
@@ -188,6 +196,9 @@ class Driver:
             self.accepted.update(message.accepted)
             self.rejected.update(message.rejected)
             self.contexts.update(message.contexts)
+            for request_id, absorbed in message.progress.items():
+                assert absorbed > self.progress.get(request_id, 0)
+                self.progress[request_id] = absorbed
             self.told.update(message.states_told)
             for request_id, choice, piece in message.prompt_logprobs:
                 self.prompts.setdefault((request_id, choice), PromptScores()).add(piece)

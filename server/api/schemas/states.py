@@ -76,6 +76,55 @@ class PrefillRequest(Body):
         examples=[False],
     )
 
+    stream: bool | None = Field(
+        None,
+        description="Tell of the progress by server-sent events, ended by the new state and `data: [DONE]`.",
+        examples=[False],
+    )
+
+
+class PrefillQuery(Body):
+    """What stands behind the path of `POST /v1/states/prefill` where the body is a text."""
+
+    model_config = ConfigDict(strict=False)
+
+    model: ModelName = None
+    state: str | None = Field(
+        None,
+        min_length=1,
+        max_length=128,
+        description="Id or name of a saved state that the text continues.",
+        examples=["my-book"],
+    )
+    name: StateName = Field(
+        None,
+        description="The new state's name, taken over from the state that had it, which is deleted.",
+        examples=["my-chapter"],
+    )
+    ttl: int | None = Field(
+        None, ge=1, le=MAX_STATE_TTL, description="Seconds for which it is kept. Default 86400.", examples=[3600]
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Whether the text gets the tokenizer's special tokens. Default: true, behind a `state` false.",
+        examples=[False],
+    )
+    stream: bool | None = Field(
+        None,
+        description="Tell of the progress by server-sent events. Also where the body is JSON.",
+        examples=[False],
+    )
+
+
+class PrefillProgress(BaseModel):
+    """An event of a streamed answer to `POST /v1/states/prefill`."""
+
+    object: str = Field("state.progress", description="Always `state.progress`.", examples=["state.progress"])
+    num_tokens: int = Field(
+        description="Tokens absorbed so far, those of a `state` that is continued included.", examples=[16384]
+    )
+    tokens_per_second: float = Field(description="Of the text, since its beginning.", examples=[20000.0])
+
 
 class State(BaseModel):
     """A saved state."""

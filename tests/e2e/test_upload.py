@@ -1,0 +1,57 @@
+"""A text that is longer than what the engine takes at once, sent as it comes to be, to a real server."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from tests.e2e.running import RunningServer
+
+TEXT = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def pieces() -> Iterator[bytes]:
+    """Cut anywhere, also inside characters."""
+    data = TEXT.encode()
+    for start in range(0, len(data), 997):
+        yield data[start : start + 997]
+
+
+def test_a_text_is_read_as_it_comes(server: RunningServer) -> None:
+    headers = {"Content-Type": "application/octet-stream"}
+    url = f"{server.base_url}/v1/states/prefill?stream=true&name=readme"
+    with httpx.stream("POST", url, content=pieces(), headers=headers, timeout=120) as response:
+        assert response.status_code == 200
+        *lines, done = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    *progress, state = map(json.loads, lines)
+    assert done == "[DONE]" and state["name"] == "readme"
+    counts = [event["num_tokens"] for event in progress]
+    assert 0 < counts[0] <= counts[-1] <= state["num_tokens"] and counts == sorted(counts)
+    # In one piece it has the same tokens, all of which have been absorbed.
+    body = {"prompt": TEXT, "max_tokens": 8, "temperature": 0}
+    whole = httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=120).json()
+    assert whole["usage"]["prompt_tokens"] == state["num_tokens"]
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == state["num_tokens"]
+    more = httpx.post(f"{server.base_url}/v1/completions", json=body | {"prompt": "", "state": "readme"}, timeout=60)
+    assert more.json()["choices"][0]["text"] == whole["choices"][0]["text"]
+
+
+def test_a_client_that_leaves_midway(server: RunningServer) -> None:
+    used = server.metric("gale_slots_used")
+    url = httpx.URL(server.base_url)
+    with socket.create_connection((url.host, url.port or 80)) as connection:
+        head = "POST /v1/states/prefill?name=half HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        sent = "Call me Ishmael. " * 20_000
+        connection.sendall(f"{len(sent):x}\r\n{sent}\r\n".encode())
+        deadline = time.monotonic() + 60
+        while server.metric("gale_slots_used") == used:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    while server.metric("gale_slots_used") != used:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert httpx.get(f"{server.base_url}/v1/states/half").status_code == 404

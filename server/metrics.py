@@ -50,7 +50,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from server.types import EngineStats, HistogramSnapshot
+from server.types import EngineStats, HistogramSnapshot, SavedStats
 
 disable_created_metrics()  # a second series for each, which nobody asks for
 
@@ -151,10 +151,46 @@ class EngineCollector(Collector):
             yield parked
         for name, text, field in _HISTOGRAMS:
             yield _histogram(name, text, getattr(stats, field))
+        yield from _saved(stats.saved)
         steps = HistogramMetricFamily("gale_step_seconds", "One engine step, by part.", labels=["part"])
         for part, snapshot in stats.step_parts.items():
             steps.add_metric([part], _buckets(snapshot), snapshot.sum)
         yield steps
+
+
+def _saved(saved: SavedStats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("gale_saved_states", "Saved states.", value=saved.states)
+    yield GaugeMetricFamily("gale_saved_states_bytes", "Bytes of their files, or else in memory.", value=saved.nbytes)
+    yield CounterMetricFamily(
+        "gale_saved_states_failed_total", "States whose files could not be written.", value=saved.failed
+    )
+    labelled: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, str, dict[str, int]], ...] = (
+        (GaugeMetricFamily, "gale_saved_snapshots", "Their snapshots.", "tier", saved.snapshots),
+        (GaugeMetricFamily, "gale_saved_snapshots_bytes", "Bytes of these.", "tier", saved.snapshots_bytes),
+        (
+            CounterMetricFamily,
+            "gale_saved_state_operations_total",
+            "What was done with saved states.",
+            "operation",
+            saved.operations,
+        ),
+        (
+            GaugeMetricFamily,
+            "gale_saved_state_files_skipped",
+            "Files found at the start that are not used.",
+            "reason",
+            saved.skipped,
+        ),
+    )
+    for kind, name, text, label, values in labelled:
+        family = kind(name, text, labels=[label])
+        for key, value in values.items():
+            family.add_metric([key], value)
+        yield family
+    seconds = HistogramMetricFamily("gale_saved_state_seconds", "Until a state's file was there.", labels=["operation"])
+    for operation, snapshot in saved.seconds.items():
+        seconds.add_metric([operation], _buckets(snapshot), snapshot.sum)
+    yield seconds
 
 
 class HttpMetrics:

@@ -271,6 +271,26 @@ class HistogramSnapshot(msgspec.Struct, frozen=True, array_like=True):
     sum: float
 
 
+class SavedStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of saved states."""
+
+    states: int = 0
+    nbytes: int = 0
+    """What they take: their files, or else their snapshots in memory."""
+    snapshots: dict[str, int] = {}
+    """Their snapshots by tier, those in memory or among the cache's files, and those in the states' files only: device,
+    host, disk, saved."""
+    snapshots_bytes: dict[str, int] = {}
+    operations: dict[str, int] = {}
+    """What was done, by name: save, restore, fork, delete, expire, upload, download."""
+    failed: int = 0
+    """States whose files could not be written."""
+    skipped: dict[str, int] = {}
+    """Files found at the start that are not used, by why: damaged, layout, model."""
+    seconds: dict[str, HistogramSnapshot] = {}
+    """From the end of an answer, or from the command, until the file was there, by operation."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's figures since its start, as ``/metrics`` shows them."""
 
@@ -315,6 +335,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     state_save: HistogramSnapshot
     state_read: HistogramSnapshot
     state_write: HistogramSnapshot
+    saved: SavedStats = SavedStats()
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -45,6 +45,7 @@ from server.types import (
     PromptLogprobs,
     Refusal,
     RefusalReason,
+    SavedStats,
     StateAction,
     StateCommand,
     StateInfo,
@@ -417,7 +418,13 @@ class Engine:
             state_save=copies.saves.snapshot(),
             state_read=figures.state_read.snapshot(),
             state_write=figures.state_write.snapshot(),
+            saved=self._saved_stats(),
         )
+
+    def _saved_stats(self) -> SavedStats:
+        if self._states is None or self._reuse is None:
+            return SavedStats()
+        return self._states.stats(self._reuse.held(), {} if self._files is None else self._files.skipped)
 
     def _retire(self, step: PendingStep) -> None:
         begun = time.monotonic()

@@ -12,15 +12,18 @@ import heapq
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from server.engine.prefix_cache import Entry
 from server.engine.radix import TOKEN_BYTES
-from server.types import STATE_ID_PREFIX, StateInfo
+from server.engine.stats import Histogram, seconds_histogram
+from server.types import STATE_ID_PREFIX, SavedStats, StateInfo
 
+OPERATIONS: Final = ("save", "restore", "fork", "delete", "expire", "upload", "download")
+TIMED_OPERATIONS: Final = ("save", "fork", "upload", "download")
 DEFAULT_TTL: Final = 86400.0
 """Seconds for which a state is kept if nobody says for how long."""
 
@@ -179,6 +182,8 @@ class NamedStates:
 
     Attributes:
         counts: of what was done with states, by name of the operation.
+        failed: states whose files could not be written.
+        seconds: how long operations with files took, by name.
     """
 
     def __init__(
@@ -197,7 +202,9 @@ class NamedStates:
         self._expiries: list[tuple[float, str]] = []
         self._reserved: Counter[str] = Counter()
         self._used = _Ledger()
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(OPERATIONS, 0))
+        self.failed = 0
+        self.seconds: dict[str, Histogram] = {name: seconds_histogram() for name in TIMED_OPERATIONS}
         if files is not None:
             for state in sorted(files.scan(), key=lambda state: state.created):
                 self._enter(state)
@@ -210,6 +217,24 @@ class NamedStates:
     def nbytes(self) -> int:
         """What they take: their files, or else their snapshots in memory."""
         return self._used.nbytes[None]
+
+    def stats(self, held: Mapping[str, tuple[int, int]], skipped: Mapping[str, int]) -> SavedStats:
+        """The figures as they stand.
+
+        Args:
+            held: snapshots of saved states, and their bytes, by tier.
+            skipped: files that are not used, by why.
+        """
+        return SavedStats(
+            states=len(self._states),
+            nbytes=self.nbytes,
+            snapshots={tier: count for tier, (count, _) in held.items()},
+            snapshots_bytes={tier: nbytes for tier, (_, nbytes) in held.items()},
+            operations=dict(self.counts),
+            failed=self.failed,
+            skipped=dict(skipped),
+            seconds={name: histogram.snapshot() for name, histogram in self.seconds.items()},
+        )
 
     def reserve(self, tenant: str, count: int, nbytes: int | None = None) -> None:
         """Set room aside for states about to be saved; each is followed by ``save`` or ``give_up``.
@@ -276,6 +301,7 @@ class NamedStates:
             except OSError as error:
                 if state.entry is not None:
                     self._parking.release(state.entry)
+                self.failed += 1
                 raise NotWrittenError(f"the state could not be saved: {error.strerror or error}") from error
         self._enter(state)
         return state

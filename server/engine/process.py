@@ -85,14 +85,14 @@ class EngineLoop:
             self._deliver(client, output)
 
     def _stats_are_due(self, outputs: dict[bytes, StepOutput]) -> bool:
-        """After a choice has ended, so that who asks next finds it counted; else now and then; and when going idle."""
+        """After a choice or a command has ended, so that who asks next finds it counted; now and then; when going idle."""
         busy, was_busy = self._engine.has_work(), self._was_busy
         self._was_busy = busy
         now = time.monotonic()
         due = (
             (was_busy and not busy)
             or (busy and now >= self._stats_due)
-            or any(any(output.finish_reasons) for output in outputs.values())
+            or any(any(output.finish_reasons) or output.states_told for output in outputs.values())
         )
         if due:
             self._stats_due = now + _STATS_SECONDS

@@ -1,5 +1,6 @@
 """What requests ask of saved states, and why they may not have it. Torch-free."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -92,12 +93,14 @@ def obey(states: NamedStates | None, command: StateCommand) -> Answer:
     return info
 
 
-def complete(states: NamedStates, saving: Saving, operation: str) -> Answer:
+def complete(states: NamedStates, saving: Saving, operation: str, begun: float | None = None) -> Answer:
     """Enter a state that is being saved, and tell of it.
 
     Args:
         operation: counts as one of these.
+        begun: when it began, by ``time.monotonic``; None: now.
     """
+    started = time.monotonic() if begun is None else begun
 
     def finish() -> list[StateInfo] | Refusal:
         try:
@@ -105,6 +108,7 @@ def complete(states: NamedStates, saving: Saving, operation: str) -> Answer:
         except NotWrittenError as error:
             return Refusal(RefusalReason.NOT_WRITTEN, str(error))
         states.counts[operation] += 1
+        states.seconds[operation].observe(time.monotonic() - started)
         return [info]
 
     return finish() if saving.written is None else Later(saving.written, finish)

@@ -8,6 +8,7 @@ one of the same API key.
 
 import math
 import secrets
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class StateTransfer:
                 f"the snapshot of {state.id} holds {state.num_absorbed} of {state.num_tokens} tokens, and there is no "
                 "room for a better one",
             )
-        info = state.info
+        info, begun = state.info, time.monotonic()
         future = self._threads.submit(self._write, state, Path(command.path))
 
         def finish() -> Answer:
@@ -112,6 +113,7 @@ class StateTransfer:
             except StateFileError as error:
                 return Refusal(RefusalReason.FAILED, f"the state's snapshot is lost: {error}")
             self.states.counts["download"] += 1
+            self.states.seconds["download"].observe(time.monotonic() - begun)
             return [msgspec.structs.replace(info, digest=digest)]
 
         return Later(future, finish)
@@ -120,6 +122,7 @@ class StateTransfer:
         """Save what is in the file that the command names, if it can be trusted and used."""
         if (refusal := reserve(self.states, command.tenant, 1)) is not None:
             return refusal
+        begun = time.monotonic()
         future = self._threads.submit(self._read, Path(command.path), exact=not command.convert)
 
         def finish() -> Answer:
@@ -135,7 +138,7 @@ class StateTransfer:
             island = None if self.key is not None else secrets.token_hex(12)
             self.reuse.adopt(command.tenant, island, uploaded.tokens, uploaded.snapshot)
             saving = self.states.save(command.tenant, command.name, command.ttl, uploaded.tokens, uploaded.turn, island)
-            return complete(self.states, saving, "upload")
+            return complete(self.states, saving, "upload", begun)
 
         return Later(future, finish)
 

@@ -35,7 +35,8 @@ class Histogram:
         return HistogramSnapshot(self._bounds, list(self._counts), self._sum)
 
 
-def _seconds() -> Histogram:
+def seconds_histogram() -> Histogram:
+    """Of times between a millisecond and a quarter of an hour."""
     return Histogram(_SECONDS)
 
 
@@ -62,13 +63,13 @@ class Figures:
     finished: Counter[str] = field(
         default_factory=lambda: Counter({reason.name.lower(): 0 for reason in FinishReason if reason})
     )
-    time_to_first_token: Histogram = field(default_factory=_seconds)
+    time_to_first_token: Histogram = field(default_factory=seconds_histogram)
     time_per_output_token: Histogram = field(default_factory=lambda: Histogram(_SECONDS_PER_TOKEN))
-    end_to_end: Histogram = field(default_factory=_seconds)
-    queue_time: Histogram = field(default_factory=_seconds)
+    end_to_end: Histogram = field(default_factory=seconds_histogram)
+    queue_time: Histogram = field(default_factory=seconds_histogram)
     tokens_per_step: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
     step_parts: dict[str, Histogram] = field(
         default_factory=lambda: {part: Histogram(_STEP_SECONDS) for part in ("schedule", "launch", "device", "retire")}
     )
-    state_read: Histogram = field(default_factory=_seconds)
-    state_write: Histogram = field(default_factory=_seconds)
+    state_read: Histogram = field(default_factory=seconds_histogram)
+    state_write: Histogram = field(default_factory=seconds_histogram)

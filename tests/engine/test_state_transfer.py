@@ -354,3 +354,29 @@ def test_every_part_travels(tmp_path: Path) -> None:
     header = read_header(tmp_path / "a")
     assert header.parts.keys() - {"transcript"} == pool.keys()
     assert all(header.parts[name] == part for name, part in pool.items())
+
+
+def test_figures(tmp_path: Path) -> None:
+    cache = StateCacheConfig(host_bytes=64 * MiB, folder=tmp_path / "states", disk_bytes=64 * MiB)
+    driver = make_driver(cache=cache)
+    saved(driver, tmp_path / "a", name="a")
+    uploaded(driver, tmp_path / "a", name="b")
+    driver.command(StateAction.FORK, "a", name="c")
+    driver.command(StateAction.FORK, "a", name="d", ttl=1e-9)
+    run(driver, [5], state="a", max_tokens=1)
+    driver.command(StateAction.DELETE, "c")
+    figures = driver.engine.stats().saved
+    operations = {"save": 1, "restore": 1, "fork": 2, "delete": 1, "expire": 1, "upload": 1, "download": 1}
+    assert figures.states == 2 and figures.operations == operations
+    assert figures.snapshots == {"device": 0, "host": 2, "disk": 0, "saved": 0}
+    assert figures.snapshots_bytes["host"] == 2 * listed(driver)[0].nbytes
+    assert figures.nbytes == sum(path.stat().st_size for path in (tmp_path / "states" / "saved").iterdir())
+    assert {name: sum(one.counts) for name, one in figures.seconds.items()} == {
+        name: operations[name] for name in ("save", "fork", "upload", "download")
+    }
+    assert figures.failed == 0 and figures.skipped == {"damaged": 0, "layout": 0, "model": 0}
+    driver.engine.close()
+    again = make_driver(cache=cache)
+    figures = again.engine.stats().saved
+    assert figures.states == 2 and figures.snapshots == {"device": 0, "host": 0, "disk": 0, "saved": 2}
+    again.engine.close()

@@ -41,7 +41,7 @@ gale_http_requests_in_progress       gauge     HTTP requests being answered
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Final
 
@@ -161,36 +161,25 @@ class EngineCollector(Collector):
 def _saved(saved: SavedStats) -> Iterator[Metric]:
     yield GaugeMetricFamily("gale_saved_states", "Saved states.", value=saved.states)
     yield GaugeMetricFamily("gale_saved_states_bytes", "Bytes of their files, or else in memory.", value=saved.nbytes)
-    yield CounterMetricFamily(
-        "gale_saved_states_failed_total", "States whose files could not be written.", value=saved.failed
-    )
-    labelled: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, str, dict[str, int]], ...] = (
-        (GaugeMetricFamily, "gale_saved_snapshots", "Their snapshots.", "tier", saved.snapshots),
-        (GaugeMetricFamily, "gale_saved_snapshots_bytes", "Bytes of these.", "tier", saved.snapshots_bytes),
-        (
-            CounterMetricFamily,
-            "gale_saved_state_operations_total",
-            "What was done with saved states.",
-            "operation",
-            saved.operations,
-        ),
-        (
-            GaugeMetricFamily,
-            "gale_saved_state_files_skipped",
-            "Files found at the start that are not used.",
-            "reason",
-            saved.skipped,
-        ),
-    )
-    for kind, name, text, label, values in labelled:
-        family = kind(name, text, labels=[label])
-        for key, value in values.items():
-            family.add_metric([key], value)
-        yield family
+    gauge, counter = GaugeMetricFamily, CounterMetricFamily
+    yield _labelled(gauge("gale_saved_snapshots", "Their snapshots.", labels=["tier"]), saved.snapshots)
+    yield _labelled(gauge("gale_saved_snapshots_bytes", "Bytes of these.", labels=["tier"]), saved.snapshots_bytes)
+    text = "What was done with saved states."
+    yield _labelled(counter("gale_saved_state_operations_total", text, labels=["operation"]), saved.operations)
     seconds = HistogramMetricFamily("gale_saved_state_seconds", "Until a state's file was there.", labels=["operation"])
     for operation, snapshot in saved.seconds.items():
         seconds.add_metric([operation], _buckets(snapshot), snapshot.sum)
     yield seconds
+    text = "States whose files could not be written."
+    yield counter("gale_saved_states_failed_total", text, value=saved.failed)
+    text = "Files found at the start that are not used."
+    yield _labelled(gauge("gale_saved_state_files_skipped", text, labels=["reason"]), saved.skipped)
+
+
+def _labelled(family: GaugeMetricFamily | CounterMetricFamily, values: Mapping[str, int]) -> Metric:
+    for label, value in values.items():
+        family.add_metric([label], value)
+    return family
 
 
 class HttpMetrics:

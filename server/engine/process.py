@@ -85,7 +85,7 @@ class EngineLoop:
             self._deliver(client, output)
 
     def _stats_are_due(self, outputs: dict[bytes, StepOutput]) -> bool:
-        """After a choice or a command has ended, so that who asks next finds it counted; now and then; when going idle."""
+        """After a choice or a command, so that who asks next finds it counted; now and then, and when idle."""
         busy, was_busy = self._engine.has_work(), self._was_busy
         self._was_busy = busy
         now = time.monotonic()

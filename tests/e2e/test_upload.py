@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -55,3 +56,23 @@ def test_a_client_that_leaves_midway(server: RunningServer) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert httpx.get(f"{server.base_url}/v1/states/half").status_code == 404
+
+
+def test_an_evaluation_is_the_same_cold_and_warm(server: RunningServer) -> None:
+    """Scored as lm-evaluation-harness does it, and generated from; the second time begins from parked states."""
+    prompts = [f"{name} looked at the sea and said that" for name in ("Nemo", "Queequeg", "Starbuck")]
+
+    def evaluate() -> tuple[list[Any], list[str], list[int]]:
+        scoring = {"prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+        generating = {"prompt": prompts, "max_tokens": 16, "temperature": 0}
+        scored, said = (
+            httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=60).json()
+            for body in (scoring, generating)
+        )
+        cached = said["usage"]["prompt_tokens_details"]["cached_tokens"], said["usage"]["prompt_tokens"]
+        return [one["logprobs"] for one in scored["choices"]], [one["text"] for one in said["choices"]], list(cached)
+
+    cold, warm = evaluate(), evaluate()
+    assert cold[:2] == warm[:2]
+    # What was scored has left its state, with the logits of its last token.
+    assert cold[2][0] == cold[2][1] == warm[2][0]

@@ -187,3 +187,66 @@ def test_random_traces_say_what_they_would_have_said_alone(seed: int, mode: Mode
     if not seed:
         # Without prefix reuse every prompt is absorbed once, cancelled ones in part.
         assert absorbed <= stats.prompt_tokens <= sum(len(prompt) for prompt, _, _ in requests.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_states_that_grow_are_swapped_and_are_gone_on_from(seed: int) -> None:
+    """Texts that come in pieces, conversations that go on from saved states, urgent requests between them: every answer
+    is that of its whole transcript, and what a state holds is not absorbed again."""
+    rng = random.Random(seed)
+    cache = StateCacheConfig(gpu_bytes=64 << 20, host_bytes=64 << 20)
+    fields: dict[str, Any] = {"folder": FIXTURES / ("base", "conv", "gqa")[seed], "mode": ("cpu", seed != 1)}
+    driver = make_driver(max_num_seqs=2, state_cache=cache, **fields)
+    cold = make_driver(swap_bytes=0, **fields)
+    saved: dict[str, list[int]] = {}
+    growing: dict[int, tuple[str, list[int], int]] = {}
+    answering: dict[int, tuple[str | None, list[int], int]] = {}
+    checked = 0
+    for number in range(60):
+        kind = rng.choice(["grow", "chat", "chat", "storm"])
+        priority = rng.randrange(3)
+        if kind == "grow" and len(growing) < 2:
+            text, start = random_prompt(rng.randrange(300, 500), VOCAB, 1000 * seed + number), rng.randrange(130, 250)
+            request = driver.submit(
+                [text[:start]], save=True, name=f"text-{number}", more=True, priority=priority, max_tokens=0
+            )
+            growing[request] = f"text-{number}", text, start
+        elif kind == "chat":
+            state = rng.choice([None, *saved])
+            new = random_prompt(rng.choice([1, 7, 40]), VOCAB, 2000 * seed + number)
+            if state is not None and rng.random() < 0.3:
+                new = []
+            length = rng.randrange(1, 12)
+            request = driver.submit(
+                [new], state=state, save=True, name=f"talk-{number}", priority=priority, max_tokens=length, **GREEDY
+            )
+            answering[request] = state, new, number
+        else:
+            driver.submit([random_prompt(9, VOCAB, number)], priority=-1, max_tokens=3, **GREEDY)
+        for _ in range(rng.randrange(8)):
+            driver.step()
+        for request, (name, text, start) in list(growing.items()):
+            end = min(len(text), start + rng.randrange(1, 150))
+            driver.extend(request, text[start:end], last=end == len(text))
+            growing[request] = name, text, end
+            if end == len(text):
+                del growing[request]
+                driver.run()
+                assert driver.answers[request, 0].state is not None
+                saved[name] = text
+        for request, (state, new, number_of) in list(answering.items()):
+            answer = driver.answers.get((request, 0))
+            if answer is None or not answer.finish_reason:
+                continue
+            del answering[request]
+            before = [] if state is None else saved[state]
+            prompt = before + new
+            expected = cold.complete(prompt, max_tokens=len(answer.token_ids), **GREEDY)
+            assert answer.token_ids == expected.token_ids
+            assert state is None or answer.cached_tokens >= len(before), "what the state holds is not absorbed again"
+            saved[f"talk-{number_of}"] = prompt + answer.token_ids
+            checked += 1
+    for request, (_, text, start) in growing.items():
+        driver.extend(request, text[start:], last=True)
+    settle(driver)
+    assert checked > 10 and driver.engine.stats().swaps_out > 3

@@ -221,7 +221,8 @@ def fork_slot(states: StateTensors, source: int, targets: Sequence[int]) -> None
     """Let the target slots hold what the source slot does. The source must not be among them."""
     targets_N = _upload(targets, states.recurrent_LSGKV.device)
     for part_LS in states.parts.values():
-        _spread(part_LS, targets_N, part_LS[:, source])
+        # A copy: of a single layer, PyTorch sees that source and target share memory, and refuses.
+        _spread(part_LS, targets_N, part_LS[:, source].clone())
 
 
 def _spread(part_LS: Tensor, slots_N: Tensor, value_L: Tensor) -> None:

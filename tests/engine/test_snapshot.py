@@ -1,5 +1,6 @@
 """Copies of slots are exact, touch nobody else, and hold everything."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,12 @@ def test_a_fork_copies_one_slot_to_others(name: str, dtype: str, device: str) ->
     for part, tensor in states.parts.items():
         for slot in range(SLOTS + 1):
             assert torch.equal(bits(tensor)[:, slot], before[part][:, 3 if slot in (1, 5) else slot]), (part, slot)
+
+
+def test_a_fork_of_a_model_of_one_layer() -> None:
+    config = replace(GLAConfig.from_folder(FIXTURES / "base"), num_hidden_layers=1)
+    kind = torch.float32
+    states = allocate_states(config, SLOTS, device=torch.device("cpu"), dtype=kind, state_dtype=kind)
+    states.recurrent_LSGKV.normal_()
+    fork_slot(states, 2, [1, 4])
+    assert all(torch.equal(states.recurrent_LSGKV[:, slot], states.recurrent_LSGKV[:, 2]) for slot in (1, 4))

@@ -1,6 +1,7 @@
 """What is seen of a server from outside while it is under load: its processes' memory, the GPU's, its metrics."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 import time
@@ -77,9 +78,10 @@ def resident(pid: int) -> dict[str, int]:
 
 
 def gpu_memory() -> dict[str, int]:
-    """Bytes in use on the first GPU, where there is one."""
+    """Bytes in use on the first GPU that servers started here see, where there is one."""
     if shutil.which("nvidia-smi") is None:
         return {}
-    command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={first}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return {"GPU": int(found.stdout) << 20} if found.returncode == 0 else {}

@@ -526,6 +526,10 @@ class Engine:
         # Last: what raises before it leaves a sequence that can still end with an error.
         if reason is not FinishReason.RUNNING:
             self._finish(seq, reason, now)
+        if seq.saving is None:
+            # Every token comes this way, and spares itself a function to be called later.
+            self._outbox.token(seq, token, text, logprobs=logprobs, stop_reason=stop_reason)
+            return
         self._report(seq, lambda: self._outbox.token(seq, token, text, logprobs=logprobs, stop_reason=stop_reason))
 
     def _judge(self, seq: Sequence, token: int) -> tuple[bytes, FinishReason, int | str | None]:

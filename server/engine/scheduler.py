@@ -418,7 +418,7 @@ class Scheduler:
         span = Span(seq, slot, start, length, samples, seq.num_sampled, discards)
         seq.num_launched = start + length
         seq.in_flight += 1
-        if seq.starved:
+        if seq.grows and seq.starved:
             self._starved[seq] = None
         if discards:
             seq.closes = samples

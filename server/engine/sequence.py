@@ -128,7 +128,9 @@ class Sequence:
     @property
     def prompt_remaining(self) -> int:
         """Prompt tokens that can be absorbed now, and have not been given to a launched step."""
-        return max(0, self.prompt_end - self.num_launched)
+        # Asked of every running sequence in every step, hence neither max() nor, mostly, the other property.
+        remaining = (self.prompt_end if self.grows else len(self.prompt)) - self.num_launched
+        return remaining if remaining > 0 else 0
 
     @property
     def starved(self) -> bool:

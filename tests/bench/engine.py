@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 
+from server.child import keep_loaded
 from server.engine.engine import Engine
 from server.settings import EngineConfig, Settings
 from server.types import GenerateRequest, SamplingParams, pack_tokens
@@ -383,6 +384,7 @@ def main() -> None:
         f"{env['device']}: {args.model.name}, {engine.info.dtype} weights, {engine.info.state_dtype} states, "
         f"{engine.scheduler.token_budget} tokens per step at most; ready after {time.perf_counter() - start:.1f} s"
     )
+    keep_loaded()  # as the engine's process does
     bench = Bench(engine, {"temperature": args.temperature, "top_p": args.top_p})
     measure: dict[str, Callable[[], Iterator[Row]]] = {
         "decode": lambda: decode_rows(bench, args.batch, args.prompt_length, args.steps),

@@ -26,6 +26,7 @@ import zmq
 from server.child import Heartbeat
 from server.engine import engine as engine_module
 from server.engine.batch import Batch
+from server.engine.copy_clock import CopyClock
 from server.engine.engine import Engine
 from server.engine.memory import BuiltRunner
 from server.engine.process import EngineLoop
@@ -44,6 +45,9 @@ class StubRunner:
 
     swap = None
     pool_layout: ClassVar[dict[str, Part]] = {"recurrent": Part(torch.float32, (10, 2, 64, 128))}
+
+    def __init__(self) -> None:
+        self.copies = CopyClock(torch.device("cpu"))
 
     def launch(self, batch: Batch) -> PendingStep:
         rows, _, _ = _plan(batch.spans)

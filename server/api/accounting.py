@@ -10,7 +10,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.auth import tenant_of
-from server.api.client import ChoiceEvent
+from server.api.mailbox import ChoiceEvent
 from server.metrics import HttpMetrics
 from server.tokenizer import Tokenizer
 from server.types import FinishReason

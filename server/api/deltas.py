@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from server.api.client import ChoiceEvent
+from server.api.mailbox import ChoiceEvent
 from server.api.validation import GenerationJob
 from server.tokenizer import Tokenizer
 from server.types import FinishReason, TokenLogprobs

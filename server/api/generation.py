@@ -12,8 +12,9 @@ from starlette.types import Receive, Scope, Send
 from server.api.accounting import begin_generation
 from server.api.auth import tenant_of
 from server.api.body import ClientGoneError
-from server.api.client import ChoiceEvent, EngineClient, Mailbox
+from server.api.client import EngineClient
 from server.api.errors import error_json
+from server.api.mailbox import ChoiceEvent, Mailbox
 from server.api.rendering import DONE, AnswerForm, ChunkRenderer, Envelope, render_answer
 from server.api.request_id import name_request
 from server.api.sessions import session_of

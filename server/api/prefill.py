@@ -15,9 +15,10 @@ from server.api.accounting import Generation, begin_generation
 from server.api.auth import tenant_of
 from server.api.body import ClientGoneError, check_content_type, check_text_type, media_type
 from server.api.checks import check_vocabulary, invalid, parse_as, served_name
-from server.api.client import EngineClient, Mailbox
+from server.api.client import EngineClient
 from server.api.errors import ErrorAnswer, error_json
 from server.api.generation import STREAM_HEADERS, while_connected
+from server.api.mailbox import Mailbox
 from server.api.protocol import PEER
 from server.api.rendering import DONE, to_json
 from server.api.routing import errors, event_stream, prefill_body, read_json, ready_info, unique_query

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 import msgspec
 
-from server.api.client import ChoiceEvent
 from server.api.deltas import ChoiceReader, Delta, LogprobsWriter, TokenNames, UsageCounter, join_events
+from server.api.mailbox import ChoiceEvent
 from server.api.scores import PromptScores
 from server.api.validation import GenerationJob
 from server.types import PromptLogprobs, StateInfo

@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from server.api.body import parse_json
 from server.api.chat_template import ChatTemplate
 from server.api.chat_validation import ChatValidator
-from server.api.client import ChoiceEvent
 from server.api.conversation import Conversations
 from server.api.deltas import TokenNames
 from server.api.forms import CompletionForm
+from server.api.mailbox import ChoiceEvent
 from server.api.rendering import ChunkRenderer, Envelope, render_answer
 from server.api.schemas.chat import ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest

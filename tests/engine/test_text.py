@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.api.client import ChoiceEvent
 from server.api.deltas import ChoiceReader, join_events
+from server.api.mailbox import ChoiceEvent
 from server.tokenizer import Tokenizer
 from server.types import FinishReason
 from tests.engine.driving import EOS, Answer, Driver

@@ -164,6 +164,13 @@ class Stream:
         self._context.__exit__(None, None, None)
         self._client.close()
 
+    @property
+    def port(self) -> int:
+        """The client's end of the connection."""
+        _, port = self._response.extensions["network_stream"].get_extra_info("client_addr")
+        assert isinstance(port, int)
+        return port
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self
 

@@ -25,6 +25,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 def as_flags(given: dict[str, object]) -> list[str]:
     flags = []
     for name, value in given.items():
+        if value is None:
+            continue
         if isinstance(value, bool):
             flags += [f"--{name.replace('_', '-')}"] if value else []
         else:

@@ -8,7 +8,7 @@ one per sequence and step.
 import enum
 from array import array
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -41,6 +41,9 @@ def unpack_tokens(packed: bytes) -> "array[int]":
     return token_ids
 
 
+Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
+"""Of a chat's messages."""
+ROLES: Final = get_args(Role)
 STATE_ID_PREFIX: Final = "state-"
 """Begins the id of every saved state, and no name of one."""
 

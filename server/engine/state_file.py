@@ -34,6 +34,8 @@ _DTYPES: Final = {
 }
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 MAX_HEADER_BYTES: Final = 1 << 20
+_MAX_STRING = 1024
+"""Characters of a name, or of what the metadata say, which may stand in errors and go on to clients."""
 _PIECE_BYTES = 4 << 20
 _ALIGNMENT = 64
 _hashers = ThreadPoolExecutor(4, thread_name_prefix="state-hash")
@@ -231,6 +233,14 @@ def _read_table(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int]:
     metadata = table.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise StateFileError("not a state: the metadata are missing")
+    for text in (*table, *metadata, *metadata.values()):
+        if len(text) > _MAX_STRING:
+            raise StateFileError("not a state: a name, or what the metadata say, is too long")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            # Half a surrogate pair, which no message to a client can hold.
+            raise StateFileError("not a state: a name, or what the metadata say, is no text") from None
     if metadata.get("layout") != LAYOUT:
         raise UnknownLayoutError(f"of layout {metadata.get('layout')!r}; this server reads {LAYOUT!r}")
     return table, metadata, 8 + length

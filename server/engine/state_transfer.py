@@ -6,6 +6,7 @@ name only, and neither it nor anything that comes of it is ever found by another
 one of the same API key.
 """
 
+import logging
 import math
 import secrets
 import time
@@ -34,7 +35,9 @@ from server.engine.state_file import (
     write_state,
 )
 from server.engine.state_requests import Answer, Later, complete, reserve, unknown
-from server.types import Refusal, RefusalReason, StateCommand
+from server.types import ROLES, Refusal, RefusalReason, StateCommand
+
+logger = logging.getLogger(__name__)
 
 _THREADS: Final = 2
 
@@ -133,8 +136,10 @@ class StateTransfer:
                 code = _CODES.get(type(error), "state_invalid")
                 return Refusal(RefusalReason.BAD_FILE, f"the file is no state for this server: {error}", code)
             except Exception:
+                # Whoever can make a file that nobody has thought of must not be able to end the engine with it.
+                logger.exception("an upload cannot be read")
                 self.states.give_up(command.tenant)
-                raise
+                return Refusal(RefusalReason.FAILED, "the file cannot be read")
             island = None if self.key is not None else secrets.token_hex(12)
             self.reuse.adopt(command.tenant, island, uploaded.tokens, uploaded.snapshot)
             saving = self.states.save(command.tenant, command.name, command.ttl, uploaded.tokens, uploaded.turn, island)
@@ -166,13 +171,15 @@ class StateTransfer:
             raise StateFileError(f"its transcript is longer than {self.max_model_len} tokens (--max-model-len)")
         if not absorbed:
             raise StateFileError("it holds a transcript only")
-        tensors, metadata = read_state(path, None, key=self.key)
+        if (turn := header.metadata.get("turn")) not in (None, *ROLES):
+            raise StateFileError(f"its turn {turn!r} is the role of no message")
+        tensors, _ = read_state(path, None, key=self.key)
         del tensors[TRANSCRIPT]
         logits_V = tensors.pop("logits", None)
         snapshot = adapt(Snapshot(tensors, logits_V, absorbed, folded, None), self.pool, exact=exact)
         if self.parked_dtype is not None:
             snapshot = shrink(snapshot, self.parked_dtype)
-        return Uploaded(tokens, snapshot, metadata.get("turn"))
+        return Uploaded(tokens, snapshot, turn)
 
 
 def largest_file(pool: Mapping[str, Part]) -> int:

@@ -197,6 +197,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused(driver, rewritten({}, num_folded="3", num_absorbed="60"), "state_invalid", "no ring that holds them")
     refused(driver, rewritten({}, num_absorbed="9999"), "state_invalid", "do not fit")
     refused(driver, rewritten({}, num_absorbed="x"), "state_invalid", "incomplete")
+    refused(driver, rewritten({}, turn="\ud800"), "state_invalid", "no text")
+    refused(driver, rewritten({}, turn="x" * 2000), "state_invalid", "too long")
+    refused(driver, rewritten({}, turn="oracle"), "state_invalid", "turn")
+    refused(driver, rewritten({"\ud800": torch.zeros(3)}), "state_invalid", "no text")
+    refused(driver, rewritten({"x" * 2000: torch.zeros(3)}), "state_invalid", "too long")
     # And nothing of all this has hurt.
     assert uploaded(driver, good).num_tokens == 69
 
@@ -225,6 +230,12 @@ def test_signatures(tmp_path: Path) -> None:
     # It is as good as one of our own: others begin there, too.
     run(driver, [*transcript, 5], max_tokens=1)
     assert absorbed(driver) == 1
+    for signature in ("\ud800", "\u00e9"):
+        header["__metadata__"]["signature"] = signature
+        packed = json.dumps(header).encode()
+        forged.write_bytes(len(packed).to_bytes(8, "little") + packed + content[read_header(unsigned).start :])
+        told = upload(driver, forged)
+        assert isinstance(told, Refusal) and told.reason is RefusalReason.BAD_FILE
     # Without a key, signatures are nobody's business.
     uploaded(make_driver(), signed)
 

@@ -6,6 +6,7 @@ from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from server.api.schemas.base import Body, Unsupported
+from server.types import Role
 
 
 class TextPart(Body):
@@ -52,7 +53,7 @@ Content: TypeAlias = Annotated[
 class Message(Body):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+    role: Role = Field(
         description="Who speaks. What becomes of each role, the chat template decides; it may refuse some.",
         examples=["user"],
     )

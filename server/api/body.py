@@ -13,6 +13,8 @@ from starlette.types import Receive
 
 from server.errors import BodyTooLargeError, InvalidRequestError, UnsupportedMediaTypeError
 
+IDLE_SECONDS: Final = 120.0
+"""How long a client may send nothing of a long body while it is waited for."""
 _LINGER_SECONDS: Final = 1.0
 _LONGEST_INT: Final = 1000
 

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.accounting import Generation, begin_generation
 from server.api.auth import tenant_of
-from server.api.body import ClientGoneError, check_content_type, check_text_type, media_type
+from server.api.body import IDLE_SECONDS, ClientGoneError, check_content_type, check_text_type, media_type
 from server.api.checks import check_vocabulary, invalid, parse_as, served_name
 from server.api.client import EngineClient
 from server.api.errors import ErrorAnswer, error_json
@@ -34,8 +34,6 @@ from server.types import EngineInfo, SamplingParams, StateInfo
 
 WINDOW: Final = 1 << 14
 """Tokens that the engine may have beside those that it has absorbed, before more are sent to it."""
-IDLE_SECONDS: Final = 120.0
-"""How long a client may send nothing of its text while it is waited for."""
 _LOOK_SECONDS: Final = 0.5
 """How often to see whether a client is still there whose text is not being read."""
 _PROGRESS_SECONDS: Final = 0.1

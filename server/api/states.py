@@ -114,7 +114,7 @@ def states_router(settings: ApiSettings, client: EngineClient) -> APIRouter:
         summary="Upload a saved state",
         response_description="The new state.",
         status_code=201,
-        responses=errors(400, 401, 403, 413, 415, 503, 507),
+        responses=errors(400, 401, 403, 408, 413, 415, 503, 507),
         openapi_extra=_UPLOAD,
     )
     async def upload_state(request: Request) -> State:

@@ -16,8 +16,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
-from server.api.body import ClientGoneError
-from server.errors import BodyTooLargeError, QueueFullError, StateNotSavedError, UnsupportedMediaTypeError
+from server.api.body import IDLE_SECONDS, ClientGoneError
+from server.errors import (
+    BodyTooLargeError,
+    QueueFullError,
+    RequestTimeoutError,
+    StateNotSavedError,
+    UnsupportedMediaTypeError,
+)
 
 CONTENT_TYPE: Final = "application/octet-stream"
 _MOST: Final = 32
@@ -127,6 +133,7 @@ class Transfer:
             UnsupportedMediaTypeError: it is declared as something else.
             BodyTooLargeError: it has more than ``limit`` bytes.
             ClientGoneError: the client left before the end of the body.
+            RequestTimeoutError: nothing comes; others wait for the place.
             StateNotSavedError: the disk does not take it.
         """
         check_binary(request)
@@ -136,7 +143,12 @@ class Transfer:
         try:
             with self.path.open("xb") as file:
                 size = 0
-                async for piece in request.stream():
+                pieces = request.stream()
+                while True:
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        piece = await anext(pieces, None)
+                    if piece is None:
+                        return
                     size += len(piece)
                     if size > limit:
                         raise BodyTooLargeError(
@@ -145,6 +157,8 @@ class Transfer:
                     await asyncio.to_thread(file.write, piece)
         except ClientDisconnect:
             raise ClientGoneError from None
+        except TimeoutError:
+            raise RequestTimeoutError(f"Nothing of the state has come for {IDLE_SECONDS:g} seconds.") from None
         except OSError as error:
             raise StateNotSavedError(f"The state cannot be received: {error.strerror}.") from None
 

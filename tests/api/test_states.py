@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from server.api import transfers
 from tests.api.scripted import ScriptedEngine, Server, script_text, serve
 
 
@@ -251,6 +252,19 @@ def test_a_client_that_leaves_leaves_nothing_behind(fresh: Server) -> None:
     while list(fresh.client.transfers.iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_client_that_sends_nothing_gives_up_its_place(fresh: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "IDLE_SECONDS", 0.2)
+    with fresh.connect() as sock:
+        sock.sendall(UPLOAD + b"x" * 5000)
+        answer = b""
+        while b"request_timeout" not in answer:
+            received = sock.recv(4096)
+            assert received, answer
+            answer += received
+        assert answer.startswith(b"HTTP/1.1 408 ")
+    assert not list(fresh.client.transfers.iterdir())
 
 
 def test_only_so_many_transfers_at_once(fresh: Server) -> None:

@@ -1,4 +1,4 @@
-"""Token ids of a text that arrives in pieces: those of the whole text, in memory that does not grow with it."""
+"""Token ids of a text that arrives in pieces, in memory that does not grow with it."""
 
 import codecs
 import re
@@ -25,8 +25,9 @@ Encode = Callable[[str], list[int]]
 class TextTokens:
     """Tokenizes a text from its beginning to its end.
 
-    A text is cut where its tokens are, and only where these are the same whether what stands around the place is
-    tokenized together or apart; so the pieces' tokens are the whole text's.
+    A text is cut where its tokens are, and only where these are the same whether the 200 characters on either side are
+    tokenized together or apart. For tokenizers whose tokens depend on nothing farther away, the pieces' tokens are the
+    whole text's; a text that has no such place for half a million characters is cut anywhere.
 
     Args:
         tokenizer: of the model.

@@ -6,9 +6,10 @@ private folder of the processes, as long as a transfer takes.
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,8 @@ CONTENT_TYPE: Final = "application/octet-stream"
 _MOST: Final = 32
 _MOST_PER_TENANT: Final = 8
 _PIECE_BYTES: Final = 1 << 20
+_LEAST_RATE: Final = float(1 << 14)
+"""Bytes a second that a client has to send, in all that it has sent so far."""
 
 
 class StateResponse(FileResponse):
@@ -133,7 +136,7 @@ class Transfer:
             UnsupportedMediaTypeError: it is declared as something else.
             BodyTooLargeError: it has more than ``limit`` bytes.
             ClientGoneError: the client left before the end of the body.
-            RequestTimeoutError: nothing comes; others wait for the place.
+            RequestTimeoutError: nothing comes, or next to nothing; others wait for the place.
             StateNotSavedError: the disk does not take it.
         """
         check_binary(request)
@@ -143,12 +146,8 @@ class Transfer:
         try:
             with self.path.open("xb") as file:
                 size = 0
-                pieces = request.stream()
-                while True:
-                    async with asyncio.timeout(IDLE_SECONDS):
-                        piece = await anext(pieces, None)
-                    if piece is None:
-                        return
+                pieces, begun = request.stream(), time.monotonic()
+                while (piece := await _next(pieces, begun + IDLE_SECONDS + size / _LEAST_RATE)) is not None:
                     size += len(piece)
                     if size > limit:
                         raise BodyTooLargeError(
@@ -157,10 +156,21 @@ class Transfer:
                     await asyncio.to_thread(file.write, piece)
         except ClientDisconnect:
             raise ClientGoneError from None
-        except TimeoutError:
-            raise RequestTimeoutError(f"Nothing of the state has come for {IDLE_SECONDS:g} seconds.") from None
         except OSError as error:
             raise StateNotSavedError(f"The state cannot be received: {error.strerror}.") from None
+
+
+async def _next(pieces: AsyncGenerator[bytes], until: float) -> bytes | None:
+    """The next piece of a body, which may take so long, by ``time.monotonic``; None: there are no more.
+
+    Raises:
+        RequestTimeoutError: it takes longer.
+    """
+    try:
+        async with asyncio.timeout(min(IDLE_SECONDS, until - time.monotonic())):
+            return await anext(pieces, None)
+    except TimeoutError:
+        raise RequestTimeoutError("The state comes too slowly, or not at all.") from None
 
 
 def check_binary(request: Request) -> None:

@@ -195,6 +195,8 @@ class Engine:
         self._requests[client, request.request_id] = sequences
         self.scheduler.add(sequences)
         self._figures.accepted += len(sequences)
+        if state is not None and self._states is not None:
+            self._states.counts["restore"] += 1
         self._outbox.accept(client, request.request_id, 0 if state is None else state.num_tokens)
 
     def command(self, client: bytes, command: StateCommand) -> None:
@@ -287,7 +289,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return self.scheduler.has_work or self._pending is not None or bool(self._waiting.futures)
+        return self.scheduler.has_work or self._pending is not None or bool(self._waiting)
 
     def step(self) -> None:
         """Launch the next batch and retire a completed one.

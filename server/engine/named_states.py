@@ -298,11 +298,12 @@ class NamedStates:
         if saving.written is not None:
             try:
                 state.file = saving.written.result()
-            except OSError as error:
+            except Exception as error:
                 if state.entry is not None:
                     self._parking.release(state.entry)
                 self.failed += 1
-                raise NotWrittenError(f"the state could not be saved: {error.strerror or error}") from error
+                why = error.strerror if isinstance(error, OSError) else type(error).__name__
+                raise NotWrittenError(f"the state could not be saved: {why}") from error
         self._enter(state)
         return state
 

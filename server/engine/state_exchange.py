@@ -109,6 +109,8 @@ def _check(snapshot: Snapshot, pool: Mapping[str, Part]) -> None:
     rings = [name for name in _RING if name in parts]
     if (rings and (len(rings) < len(_RING) or ring_size > LONGEST_RING)) or pending > ring_size:
         raise StateFileError(f"{pending} tokens wait to be folded, and there is no ring that holds them")
+    if pending and bool((parts["ring_decays"][:, :, :pending] > 0).any()):
+        raise StateFileError("ring_decays holds logarithms above 0: a state only ever forgets")
 
 
 def _fold(parts: Mapping[str, Tensor], pending: int) -> dict[str, Tensor]:

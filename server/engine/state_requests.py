@@ -1,5 +1,6 @@
 """What requests ask of saved states, and why they may not have it. Torch-free."""
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,6 +17,8 @@ from server.engine.named_states import (
 )
 from server.engine.radix import TOKEN_BYTES
 from server.types import GenerateRequest, Refusal, RefusalReason, StateAction, StateCommand, StateInfo
+
+logger = logging.getLogger(__name__)
 
 _OFF = Refusal(
     RefusalReason.STATES_OFF,
@@ -46,6 +49,9 @@ class Waiting:
 
     def __init__(self) -> None:
         self._waiting: dict[Future[Any], Callable[[], None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
 
     @property
     def futures(self) -> "set[Future[Any]]":
@@ -106,6 +112,7 @@ def complete(states: NamedStates, saving: Saving, operation: str, begun: float |
         try:
             info = states.complete(saving).info
         except NotWrittenError as error:
+            logger.warning("%s", error, exc_info=not isinstance(error.__cause__, OSError))
             return Refusal(RefusalReason.NOT_WRITTEN, str(error))
         states.counts[operation] += 1
         states.seconds[operation].observe(time.monotonic() - started)
@@ -138,7 +145,6 @@ def context_of(
             f"the state has {state.num_tokens} tokens, with the prompt {length}; together with the answer there "
             f"may be {limit} (--max-model-len)",
         )
-    states.counts["restore"] += 1
     return state
 
 

@@ -30,6 +30,7 @@ from server.engine.state_file import (
     SignatureError,
     StateFileError,
     UnknownLayoutError,
+    check_finite,
     read_header,
     read_state,
     write_state,
@@ -115,6 +116,9 @@ class StateTransfer:
                 return Refusal(RefusalReason.NOT_WRITTEN, f"the state's file could not be written: {error.strerror}")
             except StateFileError as error:
                 return Refusal(RefusalReason.FAILED, f"the state's snapshot is lost: {error}")
+            except Exception:
+                logger.exception("a download cannot be written")
+                return Refusal(RefusalReason.FAILED, "the state's file could not be made")
             self.states.counts["download"] += 1
             self.states.seconds["download"].observe(time.monotonic() - begun)
             return [msgspec.structs.replace(info, digest=digest)]
@@ -179,6 +183,8 @@ class StateTransfer:
         snapshot = adapt(Snapshot(tensors, logits_V, absorbed, folded, None), self.pool, exact=exact)
         if self.parked_dtype is not None:
             snapshot = shrink(snapshot, self.parked_dtype)
+        # Folding and rounding can make infinities of numbers that are none.
+        check_finite(snapshot.tensors())
         return Uploaded(tokens, snapshot, turn)
 
 

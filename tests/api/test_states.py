@@ -267,6 +267,22 @@ def test_a_client_that_sends_nothing_gives_up_its_place(fresh: Server, monkeypat
     assert not list(fresh.client.transfers.iterdir())
 
 
+def test_a_client_that_sends_a_trickle_gives_up_its_place(fresh: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "IDLE_SECONDS", 0.5)
+    with fresh.connect() as sock:
+        sock.sendall(UPLOAD)
+        sock.settimeout(0.1)
+        answer = b""
+        deadline = time.monotonic() + 30
+        while b"request_timeout" not in answer:
+            assert time.monotonic() < deadline
+            with contextlib.suppress(TimeoutError):
+                sock.sendall(b"x")
+                answer += sock.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+    assert not list(fresh.client.transfers.iterdir())
+
+
 def test_only_so_many_transfers_at_once(fresh: Server) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(8):

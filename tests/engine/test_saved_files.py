@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from server.engine import saved_files
 from server.engine.engine import Engine
 from server.engine.saved_files import FOLDER
 from server.engine.state_file import read_state, write_state
@@ -228,6 +229,22 @@ def test_a_full_disk_refuses_and_nothing_else_suffers(tmp_path: Path, mode: tupl
     assert driver.engine._states is not None and not driver.engine._states._reserved.total()
     run(driver, prompt, save=True, name="kept", max_tokens=2)
     assert listed(driver) != before
+    driver.engine.close()
+
+
+def test_what_nobody_has_thought_of_ends_a_request_and_not_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver(tmp_path)
+    prompt = random_prompt(20, VOCAB, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(saved_files, "write_state", lambda *_, **__: 1 // 0)
+        request = driver.submit([prompt], save=True, name="a", max_tokens=3, **GREEDY)
+        driver.run()
+    assert "could not be saved: ZeroDivisionError" in (driver.answers[request, 0].unsaved or "")
+    assert listed(driver) == [] and driver.engine._states is not None and not driver.engine._states._reserved.total()
+    run(driver, prompt, save=True, name="a", max_tokens=2)
+    assert [state.name for state in listed(driver)] == ["a"]
     driver.engine.close()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from server.engine.state_file import read_header, read_state, write_state
 from server.settings import StateCacheConfig
-from server.types import Refusal, RefusalReason, StateAction, StateInfo, pack_tokens
+from server.types import FinishReason, Refusal, RefusalReason, StateAction, StateInfo, pack_tokens
 from tests.engine.driving import Driver, random_prompt
 from tests.engine.test_saved_files import GREEDY, VOCAB, MiB, absorbed, listed, run
 from tests.engine.test_saved_files import make_driver as make
@@ -206,6 +206,40 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert uploaded(driver, good).num_tokens == 69
 
 
+def test_what_would_grow_or_overflow_is_refused(tmp_path: Path) -> None:
+    """Finite numbers, of which folding, or rounding to a smaller type, would make infinities."""
+    good, path = tmp_path / "good", tmp_path / "bad"
+    saved(make_driver(state_dtype="bfloat16"), good)
+    parts, metadata = read_state(good, None)
+    assert int(metadata["num_absorbed"]) > int(metadata["num_folded"]), "nothing waits in the ring"
+    driver = make_driver()
+    write_state(path, parts | {"ring_decays": torch.full_like(parts["ring_decays"], 1e30)}, metadata)
+    refused(driver, path, "state_invalid", "above 0")
+    huge = {"ring_keys": torch.full_like(parts["ring_keys"], 3e38), "ring_values": parts["ring_values"] * 1e30}
+    write_state(path, parts | huge, metadata)
+    refused(driver, path, "state_invalid", "not finite")
+    uploaded(driver, good)
+
+
+def test_huge_numbers_hurt_nobody_else(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    transcript = saved(make_driver(), good)
+    parts, metadata = read_state(good, None)
+    parts["recurrent"] = torch.full_like(parts["recurrent"], 3e38)
+    write_state(bad, parts, metadata)
+    honest = make(None).complete([*transcript, 5], max_tokens=9, **GREEDY).token_ids
+    driver = make_driver()
+    uploaded(driver, bad, name="bad")
+    uploaded(driver, good, name="good")
+    poisoned = driver.submit([[5]], state="bad", max_tokens=9, **GREEDY)
+    fine = driver.submit([[5]], state="good", max_tokens=9, **GREEDY)
+    driver.run()
+    assert driver.answers[fine, 0].token_ids == honest
+    assert driver.answers[poisoned, 0].finish_reason is FinishReason.ERROR
+    # Nor whoever gets the slot behind it.
+    assert [run(driver, [5], state="good", max_tokens=9).token_ids for _ in range(3)] == [honest] * 3
+
+
 def test_signatures(tmp_path: Path) -> None:
     signed, unsigned, otherwise = tmp_path / "signed", tmp_path / "unsigned", tmp_path / "otherwise"
     transcript = saved(make_driver(key=KEY), signed)
@@ -391,3 +425,12 @@ def test_figures(tmp_path: Path) -> None:
     figures = again.engine.stats().saved
     assert figures.states == 2 and figures.snapshots == {"device": 0, "host": 0, "disk": 0, "saved": 2}
     again.engine.close()
+
+
+def test_what_is_refused_is_no_restore(tmp_path: Path) -> None:
+    driver = make(tmp_path, cache=StateCacheConfig(host_bytes=64 * MiB, max_saved=1))
+    run(driver, random_prompt(20, VOCAB, 1), save=True, name="a", max_tokens=2)
+    request = driver.submit([[5]], state="a", save=True, max_tokens=1)
+    driver.run()
+    assert driver.rejected[request].reason is RefusalReason.STATES_FULL
+    assert driver.engine.stats().saved.operations["restore"] == 0

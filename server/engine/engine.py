@@ -580,6 +580,17 @@ class Engine:
 
         self._waiting.after(complete(self._states, seq.saving, "save"), acknowledge)
 
+    def _keep_answer(self, seq: Sequence) -> None:
+        """Park the state at an answer's end; the answer does not depend on it."""
+        assert self._reuse is not None
+        try:
+            snapshot = self._runner.snapshot(seq)
+        except Exception as error:
+            self._runner.check_device(error)
+            logger.warning("the state of an answer is not kept", exc_info=error)
+        else:
+            self._reuse.keep_answer(seq, snapshot)
+
     def _finish(self, seq: Sequence, reason: FinishReason, now: float | None = None) -> None:
         now = time.monotonic() if now is None else now
         if self._reuse is not None:
@@ -587,7 +598,7 @@ class Engine:
             is_answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
             # With fewer tokens, the state is the one at the prompt's end, which has left it unless its end was unknown.
             if is_answered and (seq.num_absorbed > len(seq.prompt) or seq.streams):
-                self._reuse.keep_answer(seq, self._runner.snapshot(seq))
+                self._keep_answer(seq)
             if is_answered:
                 self._reuse.note_session(seq)
         if seq.save is not None and self._states is not None:

@@ -250,11 +250,20 @@ class PrefixCache(Generic[P]):
 
     def put(self, ticket: Ticket[P], payload: P, tier: Tier, nbytes: int, *, complete: bool) -> None:
         """Take the snapshot of where a prompt stands, as wanted by ``advance``."""
+        self._keep(ticket.scope, self._settle(ticket), payload, tier, nbytes, complete=complete)
+
+    def disappoint(self, ticket: Ticket[P]) -> None:
+        """There is no snapshot of where a prompt stands, although ``advance`` wanted one."""
+        self._tidy(ticket.scope, self._settle(ticket))
+
+    @staticmethod
+    def _settle(ticket: Ticket[P]) -> "Node[_Spot[P]]":
+        """Where the snapshot was promised that a prompt is to leave where it stands; it is no promise any more."""
         node = ticket._promises.pop(ticket._position)
         ticket.points.remove(ticket._position)
         assert node.value is not None
         node.value.promised_by = None
-        self._keep(ticket.scope, node, payload, tier, nbytes, complete=complete)
+        return node
 
     def close(self, ticket: Ticket[P]) -> None:
         """The prompt has been absorbed, or never will be. May be called for a ticket that was never admitted."""

@@ -153,8 +153,8 @@ class PrefixReuse:
 
     # The engine's side.
 
-    def launched(self, batch: Batch, snapshots: Seq[Snapshot]) -> None:
-        """Take over the snapshots of a launched batch, in the order of its ``saves``."""
+    def launched(self, batch: Batch, snapshots: Seq[Snapshot | None]) -> None:
+        """Take over the snapshots of a launched batch, in the order of its ``saves``; None where there is none."""
         self._sessions.expire()
         for seq in batch.leased:
             if seq.ticket is not None:
@@ -163,6 +163,9 @@ class PrefixReuse:
             ticket = batch.prefills[index].seq.ticket
             if ticket is None:
                 continue  # the sequence turned out to be broken
+            if snapshot is None:
+                self._cache.disappoint(ticket)
+                continue
             complete = snapshot.logits_V is not None
             self._cache.put(ticket, snapshot, self._tier, snapshot.nbytes, complete=complete)
         for span in (*batch.prefills, *batch.replays):

@@ -4,6 +4,7 @@ On CUDA ``launch`` returns before the device has finished; ``PendingStep.fetch``
 sampled tokens stay on the device as the next step's input, so the next batch can be launched first.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -36,6 +37,8 @@ from server.engine.step import StepModel
 from server.engine.swap import SwapSpace
 from server.types import PromptLogprobs, TokenLogprobs
 
+logger = logging.getLogger(__name__)
+
 
 class PendingStep:
     """A launched batch whose samples are, or will be, on the host.
@@ -43,7 +46,7 @@ class PendingStep:
     Attributes:
         batch: what was launched.
         rows: the spans that sample, in the order of the results.
-        snapshots: of the prefills that ``batch.saves`` names, in order.
+        snapshots: of the prefills that ``batch.saves`` names, in order; None where one could not be taken.
         broken: sequences that the batch does not compute as they should be, and why. Nothing else is the matter with
             it: what it does with these is no worse than what it does with sequences that have ended.
         started: recorded when the device turned to it; None: not known.
@@ -57,7 +60,7 @@ class PendingStep:
         rows: list[Span],
         sampled: Sampled | None,
         scored: tuple[ScorePlan, Scores] | None = None,
-        snapshots: Iterable[Snapshot] = (),
+        snapshots: Iterable[Snapshot | None] = (),
         broken: Mapping[Sequence, Exception] = MappingProxyType({}),
         *,
         on_cuda: bool,
@@ -396,22 +399,34 @@ class Runner:
             if leader in broken:
                 followers = [*(branch.seq for branch in fork.branches), *fork.waiting]
                 broken.update(dict.fromkeys(followers, broken[leader]))
-            if fork.branches:
-                fork_slot(self._states, source.slot, [branch.slot for branch in fork.branches])
+            try:
+                if fork.branches:
+                    fork_slot(self._states, source.slot, [branch.slot for branch in fork.branches])
+            except Exception as error:
+                broken.update((branch.seq, error) for branch in fork.branches)
             for branch in fork.branches:
                 branch.seq.num_folded = leader.num_folded
             if not fork.waiting:
                 continue
-            snapshot = to_host(self._take(batch, fork.source, logits_UV, spans))
+            try:
+                snapshot = to_host(self._take(batch, fork.source, logits_UV, spans))
+            except Exception as error:
+                broken.update(dict.fromkeys(fork.waiting, error))
+                continue
             for seq in fork.waiting:
                 seq.snapshot = snapshot
 
-    def _save(self, batch: Batch, logits_UV: Tensor, spans: list[int]) -> list[Snapshot]:
-        """The snapshots that the batch asks for."""
-        snapshots = []
+    def _save(self, batch: Batch, logits_UV: Tensor, spans: list[int]) -> list[Snapshot | None]:
+        """The snapshots that the batch asks for; None where there is no memory for one: nobody's answer needs it."""
+        snapshots: list[Snapshot | None] = []
         for index in batch.saves:
-            with self.copies.time(self.copies.saves):
-                snapshots.append(self._shrunk(self._take(batch, index, logits_UV, spans)))
+            try:
+                with self.copies.time(self.copies.saves):
+                    snapshots.append(self._shrunk(self._take(batch, index, logits_UV, spans)))
+            except Exception as error:
+                self.check_device(error)
+                logger.warning("a snapshot could not be taken", exc_info=error)
+                snapshots.append(None)
         return snapshots
 
     def _keep_logits(self, batch: Batch, logits_UV: Tensor, spans: list[int]) -> None:

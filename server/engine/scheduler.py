@@ -189,10 +189,7 @@ class Scheduler:
             elif self._may_decode(seq):
                 span = self._launch(seq, 1)
                 (folding if ring_size and (span.start + 1) % ring_size == 0 else others).append(span)
-        # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing but
-        # that the kernels want those that fold to come first.
-        decodes = sorted(folding, key=_slot) + sorted(others, key=_slot)
-        limit = self._prompt_limit(len(decodes), len(folding))
+        limit = self._prompt_limit(len(folding) + len(others), len(folding))
         ready: list[Sequence] = []
         for seq in candidates:
             if seq.leader is None and seq.slot is None:
@@ -220,7 +217,15 @@ class Scheduler:
         for seq in ready:
             self._lease(seq, now)
         leased += ready + [branch.seq for fork in forks for branch in fork.branches]
+        for seq in self._victims.values():
+            # Whoever was to have its slot cannot begin in this step.
+            if not seq.prompt_remaining and self._may_decode(seq):
+                span = self._launch(seq, 1)
+                (folding if ring_size and (span.start + 1) % ring_size == 0 else others).append(span)
         self._victims = {}
+        # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing but
+        # that the kernels want those that fold to come first.
+        decodes = sorted(folding, key=_slot) + sorted(others, key=_slot)
         if not decodes and not prefills and not ready:
             return None
         replays = tuple(self._launch(seq, 0) for seq in ready)
@@ -274,7 +279,7 @@ class Scheduler:
 
     def _may_give_way(self, seq: Sequence) -> bool:
         """Whether a running sequence has more to do than can be taken from it, and all it needs is in its slot."""
-        return not seq.followers and (seq.prompt_remaining > 0 or self._may_decode(seq))
+        return seq.prompt_remaining > 0 or self._may_decode(seq)
 
     def _share(self, prompts: list[Sequence], limit: PromptLimit) -> tuple[dict[Sequence, int], list[Sequence]]:
         """Tokens of each prompt to absorb in a step, for those that get any, in order.

@@ -112,16 +112,29 @@ class SnapshotStore:
     # The cache's side; see Store.
 
     def move(self, payload: Payload, tier: Tier) -> Payload | None:
-        """Bring a snapshot to another tier; None: there is enough under way already."""
+        """Bring a snapshot to another tier; None: there is enough under way already, or no memory for it.
+
+        Raises:
+            torch.AcceleratorError: the device is ill.
+        """
+        try:
+            moved = self._moved(payload, tier)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            # Whoever asks can do without: nothing that is answered depends on where a snapshot lies.
+            logger.warning("a snapshot stays where it is: %s", error or type(error).__name__)
+            return None
+        if moved is not None and isinstance(payload, FileSnapshot):
+            self.drop(payload)
+        return moved
+
+    def _moved(self, payload: Payload, tier: Tier) -> Payload | None:
         if tier is Tier.DISK:
             assert isinstance(payload, Snapshot)
             return self._write(payload)
-        if isinstance(payload, FileSnapshot):
-            snapshot = payload.memory
-            assert snapshot is not None, "moved before it was ready"
-            self.drop(payload)
-        else:
-            snapshot = payload
+        snapshot = payload.memory if isinstance(payload, FileSnapshot) else payload
+        assert snapshot is not None, "moved before it was ready"
         return self._to_host(snapshot) if tier is Tier.HOST else to_device(snapshot, self.device)
 
     def drop(self, payload: Payload) -> None:
@@ -249,8 +262,8 @@ class SnapshotStore:
         try:
             snapshot.wait()
             write_state(file.path, snapshot.tensors(), {})
-        except OSError as error:
-            logger.warning("a snapshot was not written: %s: %s", file.path, error.strerror)
+        except Exception as error:  # the memory may be full, too
+            logger.warning("a snapshot was not written: %s: %s", file.path, _reason(error))
             self._unwritten.append(file)
         else:
             self.write_seconds.observe(time.perf_counter() - start)
@@ -259,8 +272,8 @@ class SnapshotStore:
     def _read_file(self, file: FileSnapshot) -> None:
         try:
             file.source = self._read(file)
-        except StateFileError as error:
-            file.lost = f"{file.path}: {error}"
+        except Exception as error:  # whatever it is, somebody waits for the file or for this
+            file.lost = f"{file.path}: {_reason(error)}"
 
     def _read(self, file: FileSnapshot) -> Snapshot:
         start = time.perf_counter()
@@ -270,3 +283,10 @@ class SnapshotStore:
         logits_V = tensors.pop("logits", None)
         snapshot = Snapshot(tensors, logits_V, file.num_tokens, file.num_folded, None)
         return snapshot if file.layout is not None else adapt(snapshot, self.pool, exact=True)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with a file, in a line."""
+    if isinstance(error, StateFileError):
+        return str(error)
+    return error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__

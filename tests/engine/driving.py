@@ -23,6 +23,7 @@ from server.types import (
     TokenLogprobs,
     pack_tokens,
 )
+from tests.engine import invariants
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CLASSICS = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
@@ -182,6 +183,7 @@ class Driver:
     def step(self) -> None:
         self.engine.step()
         self.collect()
+        invariants.check(self.engine)
 
     def run(self, limit: int = 100_000) -> None:
         for _ in range(limit):

@@ -75,11 +75,7 @@ def in_the_stop_matcher(patch: Patch) -> None:
     before(patch, StopMatcher, "feed", lambda matcher, piece: any(stop == "victim" for _, stop in matcher._stops))
 
 
-def while_an_answers_state_is_kept(patch: Patch) -> None:
-    before(patch, Runner, "snapshot", lambda runner, seq: is_victim(seq))
-
-
-OF_ONE = [in_lease, while_biases_are_written, in_a_logprobs_row, in_the_stop_matcher, while_an_answers_state_is_kept]
+OF_ONE = [in_lease, while_biases_are_written, in_a_logprobs_row, in_the_stop_matcher]
 
 PROMPTS = [random_prompt(length, VOCAB, 1)[:length] for length in (5, 64, 90, 200)]
 """The shorter ones begin the longer ones, so that parked states are used."""
@@ -196,6 +192,45 @@ def test_whoever_is_not_struck_gets_the_right_answer(owner: object, name: str, m
         for choice, (index, kind) in random_trace(driver, seed, victims=None).items():
             assert driver.answers[choice].token_ids == expected[index, kind].token_ids
     assert errors and answers
+
+
+@ALL_MODES
+def test_an_answer_does_not_depend_on_what_can_be_kept_of_it(mode: Mode) -> None:
+    """Where there is no memory for a copy of its state, it ends as it would have, and is saved as far as it goes."""
+    expected = alone(mode)
+    driver = make_driver(mode, max_num_seqs=4)
+    with patched(lambda patch: before(patch, runner_module, "take_snapshot", lambda *_, **__: True)):
+        asked = {}
+        for index, prompt in enumerate(PROMPTS):
+            for kind in range(4):
+                save = {"save": True} if kind else {}
+                asked[driver.submit([prompt], **save, **parameters(kind))] = index, kind
+        text = driver.submit([PROMPTS[3][:100]], max_tokens=0, save=True, more=True)
+        driver.step()
+        driver.extend(text, PROMPTS[3][100:], last=True)
+        settle(driver)
+    for request, (index, kind) in asked.items():
+        answer, right = driver.answers[request, 0], expected[index, kind]
+        assert (answer.token_ids, answer.finish_reason) == (right.token_ids, FinishReason.LENGTH)
+        if kind:
+            assert answer.state is not None and answer.state.nbytes == 0
+    read = driver.answers[text, 0].state
+    assert read is not None and read.num_tokens == 200
+    more = driver.submit([[]], state=read.id, **parameters(0))
+    settle(driver)
+    assert driver.answers[more, 0].token_ids == expected[3, 0].token_ids
+
+
+@ALL_MODES
+def test_who_waits_for_a_copy_that_fails_ends_alone(mode: Mode) -> None:
+    expected = alone(mode)
+    driver = make_driver(mode, max_num_seqs=1)
+    with patched(lambda patch: before(patch, runner_module, "take_snapshot", lambda *_, **__: True)):
+        request = driver.submit([PROMPTS[3]], n=2, **parameters(0))
+        settle(driver)
+    assert driver.answers[request, 0].token_ids == expected[3, 0].token_ids
+    assert driver.answers[request, 1].finish_reason is FinishReason.ERROR
+    assert driver.complete(PROMPTS[3], **parameters(0)).token_ids == expected[3, 0].token_ids
 
 
 @ALL_MODES

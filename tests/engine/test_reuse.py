@@ -12,7 +12,7 @@ from server.engine.engine import Engine
 from server.engine.prefix_cache import Ticket
 from server.engine.scheduler import MAX_KEPT_PROMPTS
 from server.engine.snapshot import Snapshot, fold_slot, restore_snapshot
-from server.engine.snapshot_store import Payload
+from server.engine.snapshot_store import Payload, SnapshotStore
 from server.engine.state_pool import NULL_SLOT
 from server.settings import StateCacheConfig
 from server.types import FinishReason, pack_tokens
@@ -358,6 +358,32 @@ def test_a_damaged_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
     assert damaged >= 4
     assert [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts] == expected
     assert driver.engine.stats().prompt_tokens > 120
+    driver.engine.close()
+
+
+@pytest.mark.parametrize("name", ["_read", "_write", "_to_host"])
+def test_a_move_that_fails_costs_time_and_nothing_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the reason: nobody waits for ever for a file that cannot be read, and the engine goes on."""
+    size = make_driver(cache=NONE).engine.info.state_bytes
+    driver = make_driver(cache=disk_cache(tmp_path, 100, size))
+    prompts = [random_prompt(40, VOCAB, i) for i in range(4)]
+    expected = [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts]
+    driver.engine._reuse._store._writer.submit(int).result()  # type: ignore[union-attr]
+    failures = 0
+
+    def fail(*_: object) -> None:
+        nonlocal failures
+        failures += 1
+        raise MemoryError
+
+    monkeypatch.setattr(SnapshotStore, name, fail)
+    for _ in range(2):
+        assert [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts] == expected
+    assert failures
+    monkeypatch.undo()
+    assert [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts] == expected
     driver.engine.close()
 
 

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from server.engine import runner as runner_module
+from server.engine import swap as swap_module
 from server.engine.engine import Engine
+from server.engine.snapshot_store import SnapshotStore
 from server.settings import StateCacheConfig
 from server.types import FinishReason
 from tests.engine.driving import FIXTURES, Driver, engine_config, random_prompt
@@ -127,6 +131,50 @@ def test_a_failure_to_take_a_state_out_ends_its_sequence_alone(monkeypatch: pyte
     assert driver.answers[second, 0].token_ids == cold.complete(prompts[1], max_tokens=6, **GREEDY).token_ids
 
 
+@ALL_MODES
+def test_a_prompt_of_several_answers_gives_way_too(mode: Mode) -> None:
+    """However long it is: nobody urgent waits for its end."""
+    plain = make_driver(mode=mode, swap_bytes=0)
+    prompt, urgent = random_prompt(2000, VOCAB, 1), random_prompt(20, VOCAB, 2)
+    expected = plain.submit([prompt], 3, max_tokens=4, seed=5, temperature=1.0, ignore_eos=True)
+    plain.run()
+    for slots in (1, 2):
+        driver = make_driver(mode=mode, max_num_seqs=slots)
+        first = driver.submit([prompt], 3, priority=1, max_tokens=4, seed=5, temperature=1.0, ignore_eos=True)
+        for _ in range(3):
+            driver.step()
+        seconds = [driver.submit([urgent], max_tokens=5, **GREEDY) for _ in range(slots)]
+        assert steps_until_first_token(driver, seconds[-1]) == (2 if mode[1] else 1)
+        settle(driver)
+        stats = driver.engine.stats()
+        assert (stats.swaps_out, stats.swaps_in) == (1, 1)
+        assert stats.prompt_tokens == 2000 + 20 * slots, "nothing was absorbed twice"
+        for choice in range(3):
+            assert driver.answers[first, choice].token_ids == plain.answers[expected, choice].token_ids
+
+
+@ALL_MODES
+def test_who_is_to_give_way_goes_on_while_nobody_can_begin(mode: Mode) -> None:
+    """Other prompts, as urgent as the one that waits and before it, take all that a step absorbs."""
+    driver = make_driver(mode=mode, max_num_seqs=4)
+    first = driver.submit([[5]], priority=5, max_tokens=200, **GREEDY)
+    for _ in range(2):
+        driver.step()
+    for seed in range(3):
+        driver.submit([random_prompt(1500, VOCAB, seed)], max_tokens=3, **GREEDY)
+    for _ in range(2):
+        driver.step()
+    before = len(driver.answers[first, 0].token_ids)
+    driver.submit([random_prompt(1500, VOCAB, 9)], max_tokens=3, **GREEDY)
+    for _ in range(10):
+        driver.step()
+    assert driver.engine.stats().swaps_out == 0, "the urgent one has had no turn yet"
+    assert len(driver.answers[first, 0].token_ids) == before + 10
+    settle(driver)
+    alone = make_driver(mode=mode, swap_bytes=0)
+    assert driver.answers[first, 0].token_ids == alone.complete([5], max_tokens=200, **GREEDY).token_ids
+
+
 PARAMS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0},
@@ -187,6 +235,73 @@ def test_random_traces_say_what_they_would_have_said_alone(seed: int, mode: Mode
     if not seed:
         # Without prefix reuse every prompt is absorbed once, cancelled ones in part.
         assert absorbed <= stats.prompt_tokens <= sum(len(prompt) for prompt, _, _ in requests.values())
+
+
+@ALL_MODES
+@pytest.mark.parametrize("seed", range(2))
+def test_random_faults_strike_whom_they_strike(seed: int, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of states fail now and then, on their way out, back, to others and to where they are kept: whoever is not
+    told of an error gets the right answer, and nothing is left behind."""
+    rng = random.Random(seed)
+    cache = StateCacheConfig(gpu_bytes=64 << 20, host_bytes=64 << 20)
+    fields: dict[str, Any] = {"folder": FIXTURES / ("base", "conv")[seed], "mode": mode}
+    driver = make_driver(max_num_seqs=2, state_cache=cache, swap_bytes=1 << 20, several_keys=True, **fields)
+    alone = make_driver(swap_bytes=0, **fields)
+    failing = random.Random(seed + 100)
+    struck = 0
+    for owner, name in (
+        (swap_module, "take_snapshot"),
+        (runner_module, "take_snapshot"),
+        (runner_module, "restore_snapshot"),
+        (runner_module, "fork_slot"),
+        (SnapshotStore, "_moved"),
+    ):
+        original = getattr(owner, name)
+
+        def faulty(*args: Any, _original: Any = original, **more: Any) -> Any:
+            nonlocal struck
+            if failing.random() < 0.1:
+                struck += 1
+                raise torch.OutOfMemoryError("no memory")
+            return _original(*args, **more)
+
+        monkeypatch.setattr(owner, name, faulty)
+    beginnings = [random_prompt(rng.randrange(1, 250), VOCAB, 50 * seed + i) for i in range(4)]
+    requests: dict[int, tuple[list[int], dict[str, Any], int, str]] = {}
+    for number in range(60):
+        prompt = rng.choice(beginnings) + random_prompt(rng.choice([1, 6, 90]), VOCAB, number)
+        params = rng.choice(PARAMS) | {"ignore_eos": True, "seed": number, "max_tokens": rng.randrange(0, 25)}
+        n = rng.choice([1, 1, 2, 3])
+        if params["max_tokens"] == 0:
+            params, n = {"max_tokens": 0}, 1
+        tenant, save = rng.choice("aab"), rng.random() < 0.3
+        request = driver.submit([prompt], n, priority=rng.randrange(4), tenant=tenant, save=save, ttl=60, **params)
+        requests[request] = prompt, params, n, tenant
+        for _ in range(rng.randrange(12)):
+            driver.step()
+        if rng.random() < 0.1:
+            driver.cancel(rng.choice(list(requests)))
+    settle(driver)
+    monkeypatch.undo()
+    errors = answers = 0
+    for request, (prompt, params, n, tenant) in requests.items():
+        expected = alone.submit([prompt], n, **params)
+        alone.run()
+        for choice in range(n):
+            answer, wanted = driver.answers[request, choice], alone.answers[expected, choice]
+            whole = answer.finish_reason not in (FinishReason.CANCELLED, FinishReason.ERROR)
+            assert answer.token_ids == (wanted.token_ids if whole else wanted.token_ids[: len(answer.token_ids)])
+            assert (answer.error is None) == (answer.finish_reason is not FinishReason.ERROR)
+            errors += answer.error is not None
+            answers += whole
+            if whole and answer.state is not None:
+                more = driver.submit([[7]], state=answer.state.id, tenant=tenant, max_tokens=4, **GREEDY)
+                driver.run()
+                cold = alone.complete(prompt + answer.token_ids + [7], max_tokens=4, **GREEDY)
+                assert driver.answers[more, 0].token_ids == cold.token_ids
+    settle(driver)
+    assert struck > errors > 0 and answers > errors
+    driver.complete([5], max_tokens=3)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -38,6 +38,9 @@ _LOOK_SECONDS: Final = 0.5
 """How often to see whether a client is still there whose text is not being read."""
 _PROGRESS_SECONDS: Final = 0.1
 """Least time between two events of a stream."""
+_LEAST_RATE: Final = 2.0
+"""Bytes of a text that a client has to send per second, but for pauses of IDLE_SECONDS in all between. Whoever types or
+speaks is faster; a trickle would hold its place, and what the engine has absorbed of it, for ever."""
 _TEXT_TYPES: Final = frozenset({"text/plain", "application/octet-stream"})
 
 Windows = AsyncIterator[tuple[list[int], bool]]
@@ -300,18 +303,23 @@ class _Body:
 
         Raises:
             ClientGoneError: the client left before the end.
-            RequestTimeoutError: nothing comes.
+            RequestTimeoutError: nothing comes, or next to nothing.
         """
+        # What the engine or the tokenizer takes is not the client's time.
+        left = IDLE_SECONDS
         while not self.ended:
+            begun = time.monotonic()
             try:
-                async with asyncio.timeout(IDLE_SECONDS):
+                async with asyncio.timeout(left):
                     message = await self._receive()
             except TimeoutError:
-                raise RequestTimeoutError(f"Nothing of the text has come for {IDLE_SECONDS:g} seconds.") from None
+                raise RequestTimeoutError("The text comes too slowly, or not at all.") from None
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             self.ended = not message.get("more_body", False)
-            yield message.get("body", b"")
+            piece = message.get("body", b"")
+            left = min(left - (time.monotonic() - begun) + len(piece) / _LEAST_RATE, IDLE_SECONDS)
+            yield piece
 
 
 async def _at_once(ids: list[int]) -> AsyncIterator[list[int]]:

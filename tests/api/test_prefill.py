@@ -1,5 +1,6 @@
 """``POST /v1/states/prefill``: texts of any length, taken no faster than the engine absorbs them."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -138,6 +139,45 @@ def test_a_client_that_leaves_ends_it(server: Server) -> None:
     wait_until(lambda: bool(server.engine.cancelled))
     assert not server.call(lambda: server.client._mailboxes)
     assert server.http.get("/v1/states").json()["data"] == []
+
+
+def test_a_trickle_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much has come before it, and although something always comes in time."""
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.6)
+    monkeypatch.setattr(module, "_LEAST_RATE", 50.0)
+    with server.connect() as connection:
+        connection.sendall(
+            b"POST /v1/states/prefill HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n1000\r\n" + b"a b " * 1024 + b"\r\n"
+        )
+        connection.settimeout(0.2)
+        answer, begun = b"", time.monotonic()
+        while b"request_timeout" not in answer:
+            assert time.monotonic() < begun + 30
+            with contextlib.suppress(TimeoutError):
+                answer += connection.recv(4096)
+            if not answer:
+                connection.sendall(b"1\r\na\r\n")
+        assert answer.startswith(b"HTTP/1.1 408 ")
+    wait_until(lambda: bool(server.engine.cancelled))
+
+
+def test_a_slow_writer_is_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who is slower than the engine, for longer than nothing may come."""
+    monkeypatch.setattr(module, "IDLE_SECONDS", 2.0)
+    with server.connect() as connection:
+        connection.sendall(
+            b"POST /v1/states/prefill HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
+            b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        for _ in range(11):
+            time.sleep(0.2)
+            connection.sendall(b"5\r\nword \r\n")
+        connection.sendall(b"0\r\n\r\n")
+        answer = b""
+        while received := connection.recv(4096):
+            answer += received
+        assert answer.startswith(b"HTTP/1.1 201 ")
 
 
 def test_a_client_that_sends_nothing_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

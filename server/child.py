@@ -61,7 +61,13 @@ class WakeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Quiet:
-    """API process to launcher, after :class:`FallAsleep`: nothing of it runs any more."""
+    """API process to launcher, after :class:`FallAsleep`: nothing of it runs any more.
+
+    Attributes:
+        number: of the message that this answers.
+    """
+
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,17 @@ class EngineDied:
 
 
 @dataclass(frozen=True, slots=True)
+class ApiDied:
+    """Launcher to API process, for its metrics: one of its kind has died.
+
+    Attributes:
+        deaths: of API processes since the server's start.
+    """
+
+    deaths: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStarting:
     """Launcher to API process: another engine is loading the model; connect to it."""
 
@@ -93,9 +110,14 @@ class EngineStarting:
 
 @dataclass(frozen=True, slots=True)
 class FallAsleep:
-    """Launcher to API process: take no requests, end what runs within ``timeout`` seconds, answer :class:`Quiet`."""
+    """Launcher to API process: take no requests, end what runs within ``timeout`` seconds, answer :class:`Quiet`.
+
+    Attributes:
+        number: of the occasion; an engine may die while it falls asleep, and its successor be sent to sleep again.
+    """
 
     timeout: float
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +137,12 @@ class Stop:
 
 
 Heartbeat: TypeAlias = ctypes.c_double
-"""In memory that the launcher and the engine share: when the engine began the turn of its loop that it is in, by
-``time.monotonic``; 0 while it waits for work."""
+"""In memory that the launcher and a child share, by ``time.monotonic``: since when the child has been at something
+that must come to an end. Of the engine, when it began the turn of its loop that it is in; of an API process, when its
+event loop was, or is, to come round next. 0: it waits for work, or is not yet at it."""
 
 ToLauncher: TypeAlias = Ready | Failed | SleepRequest | WakeRequest | Quiet
-ToApi: TypeAlias = Drain | EngineDied | EngineStarting | FallAsleep | EngineAsleep
+ToApi: TypeAlias = Drain | EngineDied | ApiDied | EngineStarting | FallAsleep | EngineAsleep
 ToEngine: TypeAlias = Stop
 
 

@@ -34,7 +34,7 @@ class Child:
 
     Attributes:
         control: the launcher's end of the pipe; None after the child's end was seen.
-        heartbeat: where an engine notes when it began the turn that it is in.
+        heartbeat: shared with the child.
         failure: its last words.
         info: the engine's.
         ready_since: by ``time.monotonic``; None before it could serve.
@@ -43,14 +43,14 @@ class Child:
     name: str
     process: SpawnProcess
     control: "Connection[ToApi | ToEngine, ToLauncher] | None"
-    heartbeat: Heartbeat | None = None
+    heartbeat: Heartbeat
     failure: Failed | None = None
     info: EngineInfo | None = None
     ready_since: float | None = None
     replacing: bool = False
     """Whether it has yet to take over from one that is gone."""
-    quiet: bool = False
-    """Whether nothing runs in it any more, as it was told."""
+    quiet: int = 0
+    """The number of the last occasion to fall asleep on which nothing ran in it any more."""
     requests: list[SleepRequest | WakeRequest] = field(default_factory=list)
     """What clients want through it, in order; whoever acts on them empties the list."""
 
@@ -86,7 +86,7 @@ class Child:
                     self.ready_since = time.monotonic()
                     self.info = message.info
                 elif isinstance(message, Quiet):
-                    self.quiet = True
+                    self.quiet = message.number
                 else:
                     self.requests.append(message)
         except (EOFError, OSError):

@@ -10,6 +10,7 @@ name                                 type      meaning
 gale_engine_ready                    gauge     1 if new requests are accepted, else 0
 gale_engine_asleep                   gauge     1 if the engine has been sent to sleep, else 0
 gale_engine_deaths_total             counter   engine processes that died and were replaced
+gale_api_process_deaths_total        counter   API processes that died and were replaced
 gale_requests_running                gauge     choices that hold a state slot
 gale_requests_waiting                gauge     choices that wait for a slot
 gale_slots_used                      gauge     state slots in use
@@ -110,6 +111,7 @@ class EngineCollector(Collector):
         ready: returns whether new requests are accepted.
         asleep: returns whether the engine has been sent to sleep.
         deaths: returns how many engines have died.
+        api_deaths: returns how many API processes have.
     """
 
     def __init__(
@@ -118,20 +120,25 @@ class EngineCollector(Collector):
         ready: Callable[[], bool],
         asleep: Callable[[], bool],
         deaths: Callable[[], int],
+        api_deaths: Callable[[], int],
     ) -> None:
         self._stats = stats
         self._ready = ready
         self._asleep = asleep
         self._deaths = deaths
+        self._api_deaths = api_deaths
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics; only the first three before the first snapshot."""
+        """All metrics; only the first four before the first snapshot."""
         yield GaugeMetricFamily("gale_engine_ready", "1 if new requests are accepted, else 0.", value=self._ready())
         yield GaugeMetricFamily(
             "gale_engine_asleep", "1 if the engine has been sent to sleep, else 0.", value=self._asleep()
         )
         yield CounterMetricFamily(
             "gale_engine_deaths_total", "Engine processes that died and were replaced.", value=self._deaths()
+        )
+        yield CounterMetricFamily(
+            "gale_api_process_deaths_total", "API processes that died and were replaced.", value=self._api_deaths()
         )
         stats = self._stats()
         if stats is None:

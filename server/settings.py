@@ -152,7 +152,7 @@ class ProcessSettings:
     Attributes:
         shutdown_timeout: seconds that running requests may take to finish when the server stops.
         max_restarts: deaths in a row after which a child is not started again.
-        watchdog_timeout: seconds that one step of the engine may take; 0: any time.
+        watchdog_timeout: seconds after which a child hangs; 0: never.
     """
 
     shutdown_timeout: float
@@ -411,7 +411,8 @@ class Settings(BaseModel):
         Field(ge=0, le=86_400),
         _flag(
             _PROCESS,
-            "Seconds that one step of the engine may take before it counts as hung and is killed; 0: any time.",
+            "Seconds that a step of the engine, or one turn of an API process, may take before the process counts as "
+            "hung and is replaced; 0: any time.",
             metavar="SECONDS",
         ),
     ] = 300.0

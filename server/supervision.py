@@ -1,7 +1,7 @@
 """The launcher's children: started, watched, replaced when they die, and ended in order.
 
-A server that has been ready once outlives the death of its parts. An API process that dies is replaced, and its
-siblings go on. An engine that dies, or hangs, takes the running requests along: their streams end with an error, and
+A server that has been ready once outlives the death of its parts. An API process that dies, or hangs, is replaced,
+and its siblings go on. An engine that does takes the running requests along: their streams end with an error, and
 requests are refused until a new engine has loaded the model. A part that keeps dying ends the server.
 
 The engine can also be sent to sleep: it ends, and all it held on the device is free until somebody wakes the server.
@@ -11,30 +11,25 @@ import contextlib
 import enum
 import logging
 import math
-import multiprocessing
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import resource_tracker, sharedctypes
+from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
 
 from server.child import (
-    SIGNALS,
-    ChildContext,
+    ApiDied,
     Drain,
     EngineAsleep,
     EngineDied,
     EngineStarting,
     Failed,
     FallAsleep,
-    Heartbeat,
     SleepRequest,
     Stop,
     ToApi,
@@ -44,7 +39,9 @@ from server.listeners import close_all
 from server.logs import LogSettings
 from server.metrics import MULTIPROCESS_FOLDER
 from server.settings import ApiSettings, EngineConfig, ProcessSettings
+from server.spawning import private_folder, signals_blocked, spawn_api, spawn_engine
 from server.types import EngineInfo
+from server.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +50,6 @@ _API_END_SECONDS = 5.0
 _ENGINE_END_SECONDS = 2.0
 _SLEEP_SECONDS = 60.0
 """An engine that nobody uses any more writes what it was keeping, and ends."""
-
-_spawn_context = multiprocessing.get_context("spawn")
 
 
 class _SignalledAgain(Exception):
@@ -65,11 +60,17 @@ class _SignalledAgain(Exception):
 
 
 class _Sleep(enum.Enum):
+    """In the order in which one follows the other; an engine that dies on its own leads back to the first."""
+
     AWAKE = enum.auto()
     FALLING = enum.auto()
     """The API processes are ending what runs."""
+    ENDING = enum.auto()
+    """Nothing runs, and the engine has been told to end."""
     ASLEEP = enum.auto()
     """There is no engine, and none is due."""
+    WAKING = enum.auto()
+    """Somebody has asked for an engine, and it has not been ready yet."""
 
 
 class Supervisor:
@@ -101,9 +102,12 @@ class Supervisor:
         self._engine_place = Place("engine")
         self._api_places: list[Place] = []
         self._engine_deaths = 0
+        self._api_deaths = 0
         self._engine_starts = 0
+        self._watchdog = Watchdog(settings.watchdog_timeout)
         self._sleep = _Sleep.AWAKE
-        self._waking = False
+        self._sleeps = 0
+        self._ending_until = math.inf
         self._folder = ""
 
     def run(self, engine: EngineConfig, api: ApiSettings, listeners: list[list[socket.socket]]) -> int:
@@ -120,7 +124,7 @@ class Supervisor:
         """
         self._engine_config, self._api_settings = engine, api
         self._api_places = [Place(f"api-{index}", listeners=sockets) for index, sockets in enumerate(listeners)]
-        with _private_folder() as self._folder:
+        with private_folder() as self._folder:
             os.mkdir(self._metrics)
             os.environ[MULTIPROCESS_FOLDER] = self._metrics  # of the children; they must know before they import
             try:
@@ -164,7 +168,7 @@ class Supervisor:
     def _start_all(self) -> None:
         # Python's helper process; starting it unblocks signals, so it must not start in what follows.
         resource_tracker.ensure_running()
-        with _signals_blocked():
+        with signals_blocked():
             self._start_engine()
             for place in self._api_places:
                 self._start_api(place)
@@ -174,25 +178,19 @@ class Supervisor:
 
     def _start_engine(self) -> None:
         self._engine_starts += 1
-        heartbeat = sharedctypes.RawValue("d", 0.0)
-        self._spawn(self._engine_place, _run_engine, self._engine_config, heartbeat).heartbeat = heartbeat
+        place = self._engine_place
+        place.child = spawn_engine(place.name, self._address, self._logs, self._engine_config)
 
     def _start_api(self, place: Place) -> None:
+        deaths = (self._engine_deaths, self._api_deaths)
         timeout = self._settings.shutdown_timeout
-        api = self._spawn(place, _run_api, self._api_settings, timeout, self._engine_deaths, place.listeners)
-        if self._sleep is not _Sleep.AWAKE:
-            api.tell(FallAsleep(0.0))
+        place.child = api = spawn_api(
+            place.name, self._address, self._logs, self._api_settings, timeout, deaths, place.listeners
+        )
+        if self._sleep in (_Sleep.FALLING, _Sleep.ENDING, _Sleep.ASLEEP):
+            api.tell(FallAsleep(0.0, self._sleeps))
         if self._sleep is _Sleep.ASLEEP:
             api.tell(EngineAsleep())
-
-    def _spawn(self, place: Place, target: Callable[..., None], *arguments: object) -> Child:
-        ours, theirs = _spawn_context.Pipe()
-        context = ChildContext(place.name, os.getpid(), self._address, theirs, self._logs)
-        process = _spawn_context.Process(target=target, args=(context, *arguments), name=f"gale-{place.name}")
-        process.start()
-        theirs.close()
-        place.child = Child(place.name, process, ours)
-        return place.child
 
     # Watching.
 
@@ -204,45 +202,45 @@ class Supervisor:
         """
         while not self._received:
             self._wait(self._next_look())
-            self._find_hang()
+            # An engine that was told to end has been at its last turn for as long as that takes.
+            self._watchdog.look(self._apis if self._sleep is _Sleep.ENDING else self._children)
+            self._bound_ending()
             for place in (self._engine_place, *self._api_places):
                 if place.child is not None and place.child.dead:
                     self._replace(place, place.child)
                 elif place.child is None and time.monotonic() >= place.due:
                     self._restart(place)
-            self._answer_apis()
-            engine = self._engine
-            if not self._announced and engine is not None and all(child.ready for child in self._children):
-                self._announced = True
-                assert engine.info is not None
-                self._on_ready(engine.info)
-            for child in self._children:
-                if child.replacing and child.ready:
-                    child.replacing = False
-                    self._waking = self._waking and child is not engine
-                    logger.info("the %s process serves again", child.name)
+            self._note_ready()
+            if self._announced:
+                self._answer_apis()
 
     def _next_look(self) -> float | None:
         """When something has to be done even if nothing happens."""
         moments = [place.due for place in (self._engine_place, *self._api_places) if place.child is None]
-        if self._settings.watchdog_timeout and self._engine is not None and self._engine.ready:
-            moments.append(time.monotonic() + min(1.0, self._settings.watchdog_timeout / 4))
-        soonest = min(moments, default=math.inf)
+        soonest = min(*moments, self._watchdog.next_look(), self._ending_until)
         return None if soonest == math.inf else soonest
 
-    def _find_hang(self) -> None:
-        """Kill an engine that has been in one step for too long."""
-        engine, limit = self._engine, self._settings.watchdog_timeout
-        if engine is None or engine.heartbeat is None or not limit:
-            return
-        began = engine.heartbeat.value
-        if began and time.monotonic() - began > limit:
-            engine.failure = Failed(f"the engine process hung: one step took more than {limit:g} s")
+    def _note_ready(self) -> None:
+        """Say what serves, or serves again."""
+        engine = self._engine
+        if not self._announced and engine is not None and all(child.ready for child in self._children):
+            self._announced = True
+            assert engine.info is not None
+            self._on_ready(engine.info)
+        for child in self._children:
+            if child.replacing and child.ready:
+                child.replacing = False
+                logger.info("the %s process serves again", child.name)
+                if child is engine and self._sleep is _Sleep.WAKING:
+                    self._sleep = _Sleep.AWAKE
 
     def _replace(self, place: Place, child: Child) -> None:
         """Note a death, and see to it that the next child is started; or give up."""
         error = child.error()
-        if place is self._engine_place and self._waking:
+        if place is self._engine_place and self._sleep is _Sleep.ENDING:
+            self._sleep_now(child, error)
+            return
+        if place is self._engine_place and self._sleep is _Sleep.WAKING and not child.ready:
             self._sleep_on(child, error)
             return
         most = self._settings.max_restarts
@@ -258,11 +256,13 @@ class Supervisor:
         else:
             # What it counted stays; the requests that it was answering are no longer being answered.
             mark_process_dead(pid, self._metrics)
+            self._api_deaths += 1
+            self._tell_apis(ApiDied(self._api_deaths))
         seconds = place.bury(child)
         logger.error("%s; starting it again in %g s (%d of %d)", error, seconds, place.deaths, most)
 
     def _restart(self, place: Place) -> None:
-        with _signals_blocked():
+        with signals_blocked():
             if place is self._engine_place:
                 self._start_engine()
                 self._tell_apis(EngineStarting(self._address))
@@ -275,6 +275,8 @@ class Supervisor:
 
     def _answer_apis(self) -> None:
         """Do what clients want of the engine."""
+        if self._engine is not None:
+            self._engine.listen()  # A client may know that it is ready before the launcher has looked.
         for api in self._apis:
             while api.requests:
                 request = api.requests.pop(0)
@@ -282,49 +284,54 @@ class Supervisor:
                     self._fall_asleep(request.wait)
                 elif self._sleep is _Sleep.ASLEEP:
                     self._wake()
-        if self._sleep is _Sleep.FALLING and all(api.quiet for api in self._apis):
-            self._sleep_now()
+        if self._sleep is _Sleep.FALLING and all(api.quiet == self._sleeps for api in self._apis):
+            self._end_for_sleep()
 
     def _fall_asleep(self, wait: bool) -> None:
         """Have the API processes end what runs; while they do, a second request may make them hurry."""
         engine = self._engine
-        if self._sleep is _Sleep.ASLEEP or engine is None or not engine.ready:
+        if engine is None or not engine.ready or self._sleep is _Sleep.ENDING:
             return  # Whoever asked sees the engine's state.
-        if self._sleep is _Sleep.AWAKE:
-            for api in self._apis:
-                api.quiet = False
+        if self._sleep is not _Sleep.FALLING:
+            self._sleeps += 1
+        elif wait:
+            return
         self._sleep = _Sleep.FALLING
-        self._tell_apis(FallAsleep(self._settings.shutdown_timeout if wait else 0.0))
+        self._tell_apis(FallAsleep(self._settings.shutdown_timeout if wait else 0.0, self._sleeps))
 
-    def _sleep_now(self) -> None:
-        """End the engine, which has nothing more to do."""
-        engine = self._engine
-        assert engine is not None
-        engine.tell(Stop())
-        deadline = time.monotonic() + _SLEEP_SECONDS
-        while engine.alive and time.monotonic() < deadline and not self._received:
-            self._wait(deadline)
-        if engine.process.exitcode != 0:
-            logger.error("%s when it was sent to sleep", engine.error() if engine.dead else "the engine process hung")
+    def _end_for_sleep(self) -> None:
+        """Tell the engine, which has nothing more to do, to end."""
+        assert self._engine is not None
+        self._sleep = _Sleep.ENDING
+        self._ending_until = time.monotonic() + _SLEEP_SECONDS
+        self._engine.tell(Stop())
+
+    def _bound_ending(self) -> None:
+        """An engine that does not end counts as failed."""
+        if self._engine is not None and time.monotonic() >= self._ending_until:
+            self._engine.failure = Failed(f"the engine process did not end within {_SLEEP_SECONDS:g} s")
+
+    def _sleep_now(self, engine: Child, error: ChildError) -> None:
+        """The engine that was told to end has ended."""
+        if engine.failure is not None or engine.process.exitcode != 0:
+            logger.error("%s when it was sent to sleep", error)
         self._leave_empty(engine, EngineAsleep())
         logger.info("asleep: the engine has ended; POST /wake_up starts another")
 
     def _sleep_on(self, engine: Child, error: ChildError) -> None:
         """The engine that somebody asked for did not start: the device may still be in use. They may ask again."""
-        self._waking = False
         self._leave_empty(engine, EngineAsleep(str(error)))
         logger.error("%s; asleep again", error)
 
     def _leave_empty(self, engine: Child, news: EngineAsleep) -> None:
         engine.kill()
         self._engine_place.child = None
-        self._engine_place.due = math.inf
+        self._engine_place.due = self._ending_until = math.inf
         self._sleep = _Sleep.ASLEEP
         self._tell_apis(news)
 
     def _wake(self) -> None:
-        self._sleep = _Sleep.AWAKE
-        self._waking = True
+        self._sleep = _Sleep.WAKING
         self._engine_place.due = 0.0
         logger.info("waking up")
 
@@ -336,8 +343,11 @@ class Supervisor:
         Raises:
             ChildError: the engine died while requests were still running.
         """
-        engine = self._engine
-        timeout = self._settings.shutdown_timeout if engine is not None and engine.ready else 0.0
+        # An engine that is loading, or that was told to end, has no requests.
+        engine = self._engine if self._sleep is not _Sleep.ENDING else None
+        if engine is not None and not engine.ready:
+            engine = None
+        timeout = self._settings.shutdown_timeout if engine is not None else 0.0
         name = signal.Signals(self._received[0]).name
         logger.info("%s: no new requests; those running have %g s; once more ends at once", name, timeout)
         self._close_listeners()
@@ -406,50 +416,3 @@ class Supervisor:
             self._wakeup.recv(4096)
         if len(self._received) > 1:
             raise _SignalledAgain(self._received[1])
-
-
-def _run_engine(context: ChildContext, config: EngineConfig, heartbeat: Heartbeat) -> None:
-    """Runs in the engine process."""
-    with context.role():
-        from server.engine.process import main
-
-        main(context, config, heartbeat)
-
-
-def _run_api(
-    context: ChildContext,
-    settings: ApiSettings,
-    shutdown_timeout: float,
-    engine_deaths: int,
-    listeners: list[socket.socket],
-) -> None:
-    """Runs in an API process."""
-    with context.role():
-        from server.api.process import main
-
-        main(context, settings, shutdown_timeout, engine_deaths, listeners)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Children inherit the block, and ignore these signals before they lift it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-@contextlib.contextmanager
-def _private_folder() -> Iterator[str]:
-    """A folder for this user alone, removed afterwards."""
-    # The path of a Unix socket has at most 107 bytes, and TMPDIR may be long.
-    parent = tempfile.gettempdir()
-    try:
-        folder = tempfile.mkdtemp(prefix="gale-", dir=parent if len(os.fsencode(parent)) <= 80 else "/tmp")
-    except OSError as error:
-        raise ChildError(f"cannot make a temporary folder: {error}") from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

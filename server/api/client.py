@@ -84,6 +84,10 @@ _UNAVAILABLE = {
 }
 
 
+def _sent_to_sleep() -> ApiError:
+    return EngineAsleepError("the engine was sent to sleep while it worked on this request")
+
+
 class EngineClient:
     """Connects an API process to the engine process.
 
@@ -94,6 +98,7 @@ class EngineClient:
         info: what the engine said of itself; None until it is ready.
         stats: the newest snapshot of the engine's figures.
         engine_deaths: of engines since the server's start.
+        api_deaths: of API processes since then.
         wake_failure: why no engine started when the server was last woken; None: one did.
         transfers: folder for files that pass between the engine and the API processes; it need not be there.
     """
@@ -102,9 +107,10 @@ class EngineClient:
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
         self.engine_deaths = 0
+        self.api_deaths = 0
         self.wake_failure: str | None = None
         self._status = EngineStatus.STARTING
-        self._status_changed = asyncio.Event()
+        self._status_awaited: list[tuple[tuple[EngineStatus, ...], asyncio.Future[EngineStatus]]] = []
         self.transfers = Path(address.removeprefix("ipc://")).with_name("transfers")
         self._channel = ClientChannel(address, self._receive)
         self._mailboxes: dict[int, Mailbox] = {}
@@ -121,8 +127,9 @@ class EngineClient:
     @status.setter
     def status(self, status: EngineStatus) -> None:
         self._status = status
-        self._status_changed.set()
-        self._status_changed = asyncio.Event()
+        for wanted, told in self._status_awaited:
+            if status in wanted and not told.done():
+                told.set_result(status)
 
     async def start(self) -> None:
         """Connect and introduce this process; returns at once, the engine answers when it is ready."""
@@ -138,10 +145,15 @@ class EngineClient:
         self._channel.close()
 
     async def wait_for(self, *wanted: EngineStatus) -> EngineStatus:
-        """Return the status once it is one of these."""
-        while self.status not in wanted:
-            await self._status_changed.wait()
-        return self.status
+        """Return the first status, this one or a later one, that is one of these, however short it lasts."""
+        if self.status in wanted:
+            return self.status
+        told: asyncio.Future[EngineStatus] = asyncio.get_running_loop().create_future()
+        self._status_awaited.append((wanted, told))
+        try:
+            return await told
+        finally:
+            self._status_awaited.remove((wanted, told))
 
     async def submit(
         self,
@@ -289,15 +301,17 @@ class EngineClient:
 
     async def fall_asleep(self, seconds: float) -> None:
         """Take no new requests until another engine is there; running ones may finish within so many seconds."""
-        if self.status is EngineStatus.READY:
+        if self.status in (EngineStatus.STARTING, EngineStatus.READY):
             self.status = EngineStatus.FALLING_ASLEEP
         deadline = time.monotonic() + seconds
         while (self._mailboxes or self._commands) and time.monotonic() < deadline:
             await asyncio.sleep(_QUIET_SECONDS)
-        self.fail_all(EngineAsleepError("the engine was sent to sleep while it worked on this request"))
+        self.fail_all(_sent_to_sleep())
 
     def engine_asleep(self, failure: str | None) -> None:
-        """Note that the engine has ended on purpose; what it said of its load holds no longer.
+        """Note that the engine has ended on purpose, and end every request that is still open.
+
+        What the engine said of its load holds no longer.
 
         Args:
             failure: why the one that somebody asked for did not start; None: nobody asked.
@@ -305,6 +319,7 @@ class EngineClient:
         self.wake_failure = failure
         if self.status is not EngineStatus.DRAINING:
             self.status = EngineStatus.ASLEEP
+        self.fail_all(_sent_to_sleep())
         self.stats = None
         self._cancels.clear()
 

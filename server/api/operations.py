@@ -21,6 +21,7 @@ def operations_router(client: EngineClient, http_metrics: HttpMetrics) -> APIRou
             ready=lambda: client.status is EngineStatus.READY,
             asleep=lambda: client.status is EngineStatus.ASLEEP,
             deaths=lambda: client.engine_deaths,
+            api_deaths=lambda: client.api_deaths,
         )
     )
     http_metrics.register(registry)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Coroutine, Iterator
 
 import uvicorn
@@ -13,12 +14,14 @@ from server.api.client import EngineClient, EngineStatus
 from server.api.protocol import HttpProtocol
 from server.api.sleep import SleepSwitch
 from server.child import (
+    ApiDied,
     ChildContext,
     Drain,
     EngineAsleep,
     EngineDied,
     EngineStarting,
     FallAsleep,
+    Heartbeat,
     Quiet,
     Ready,
     SleepRequest,
@@ -35,6 +38,7 @@ GRACE_SECONDS = 2.0
 
 _DEAD_SECONDS = 1.0
 """How long 503 is answered after the engine's death before the port closes."""
+_BEAT_SECONDS = 0.25
 _KEEP_ALIVE_SECONDS = 60
 """Longer than clients' connection pools keep idle connections, so that the client is the one to close."""
 
@@ -54,8 +58,9 @@ class ApiProcess:
         context: this child's name and pipe.
         settings: for the application.
         shutdown_timeout: most seconds that a drain may take.
-        engine_deaths: before this process was started.
+        deaths: of engines and of API processes, before this process was started.
         listeners: bound sockets.
+        heartbeat: where to note when the event loop is to come round next.
     """
 
     def __init__(
@@ -63,13 +68,15 @@ class ApiProcess:
         context: ChildContext,
         settings: ApiSettings,
         shutdown_timeout: float,
-        engine_deaths: int,
+        deaths: tuple[int, int],
         listeners: list[socket.socket],
+        heartbeat: Heartbeat,
     ) -> None:
         self._context = context
         self._listeners = listeners
+        self._heartbeat = heartbeat
         self._client = EngineClient(context.address)
-        self._client.engine_deaths = engine_deaths
+        self._client.engine_deaths, self._client.api_deaths = deaths
         tokenizer = chat_template = None
         if (folder := settings.tokenizer_folder) is not None:
             tokenizer = load_tokenizer(folder)
@@ -101,6 +108,7 @@ class ApiProcess:
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._context.control.fileno(), self._obey)
+        self._beat()
         await self._client.start()
         announce = asyncio.create_task(self._announce())
         try:
@@ -115,6 +123,11 @@ class ApiProcess:
         keep_loaded()
         self._context.tell(Ready())
 
+    def _beat(self) -> None:
+        """Show the launcher that the event loop comes round."""
+        self._heartbeat.value = time.monotonic() + _BEAT_SECONDS
+        asyncio.get_running_loop().call_later(_BEAT_SECONDS, self._beat)
+
     def _obey(self) -> None:
         """Act on a message of the launcher."""
         try:
@@ -122,16 +135,20 @@ class ApiProcess:
         except (EOFError, OSError):
             message = Drain(0)  # The launcher is gone.
             asyncio.get_running_loop().remove_reader(self._context.control.fileno())
+        if isinstance(message, (EngineDied, EngineAsleep)) and self._falling_asleep is not None:
+            self._falling_asleep.cancel()  # What it was to end has ended.
         if isinstance(message, EngineDied):
             self._client.engine_died(message.deaths)
             if message.final:
                 self._end(self._after_death())
+        elif isinstance(message, ApiDied):
+            self._client.api_deaths = message.deaths
         elif isinstance(message, EngineStarting):
             self._client.reconnect(message.address)
         elif isinstance(message, FallAsleep):
             if self._falling_asleep is not None:
                 self._falling_asleep.cancel()
-            self._falling_asleep = asyncio.create_task(self._fall_asleep(message.timeout))
+            self._falling_asleep = asyncio.create_task(self._fall_asleep(message))
         elif isinstance(message, EngineAsleep):
             self._client.engine_asleep(message.failure)
         elif isinstance(message, Drain):
@@ -145,9 +162,9 @@ class ApiProcess:
             lambda: self._context.tell(WakeRequest()),
         )
 
-    async def _fall_asleep(self, timeout: float) -> None:
-        await self._client.fall_asleep(timeout)
-        self._context.tell(Quiet())
+    async def _fall_asleep(self, message: FallAsleep) -> None:
+        await self._client.fall_asleep(message.timeout)
+        self._context.tell(Quiet(message.number))
 
     def _end(self, how: Coroutine[None, None, None]) -> None:
         if self._ending is not None:
@@ -179,12 +196,13 @@ def main(
     context: ChildContext,
     settings: ApiSettings,
     shutdown_timeout: float,
-    engine_deaths: int,
+    deaths: tuple[int, int],
     listeners: list[socket.socket],
+    heartbeat: Heartbeat,
 ) -> None:
     """Serve until the launcher says otherwise or is gone; the arguments are those of :class:`ApiProcess`.
 
     Raises:
         GaleError: the tokenizer or the chat template cannot be loaded.
     """
-    ApiProcess(context, settings, shutdown_timeout, engine_deaths, listeners).run()
+    ApiProcess(context, settings, shutdown_timeout, deaths, listeners, heartbeat).run()

@@ -62,6 +62,7 @@ def test_before_the_engine_has_told_of_itself() -> None:
             "gale_engine_ready",
             "gale_engine_asleep",
             "gale_engine_deaths_total",
+            "gale_api_process_deaths_total",
         }
 
 

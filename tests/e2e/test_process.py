@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -107,14 +108,14 @@ def test_an_engine_that_keeps_dying_ends_the_server(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_hangs_is_replaced(tmp_path: Path) -> None:
-    with RunningServer(tmp_path, "--watchdog-timeout", "3") as server:
+    with RunningServer(tmp_path, "--watchdog-timeout", "4") as server:
         with Stream(server.base_url, ENDLESS) as stream:
             next(stream)
             engine = server.child("gale-engine")
             engine.suspend()
             events = list(stream)
             assert events[-1]["error"]["type"] == "service_unavailable"
-        server.wait_for_log("the engine process hung: one step took more than 3 s; starting it again")
+        server.wait_for_log("the engine process hung for more than 4 s; starting it again")
         server.wait_for_log("the engine process serves again")
         assert server.complete(8)["usage"]["completion_tokens"] == 8
 
@@ -152,6 +153,7 @@ def test_several_api_processes_and_the_death_of_one(tmp_path: Path) -> None:
             # The engine has noticed that nobody reads any more.
             wait_until(lambda: server.metric("gale_requests_running") == len(streams) - len(doomed))
         wait_until(lambda: server.metric("gale_requests_running") == 0)
+        assert {server.metric("gale_api_process_deaths_total") for _ in range(6)} == {1}
         # Any of them shows what both have counted, also what the dead one had; one is being scraped.
         health = 'gale_http_requests_total{method="GET",route="/health",status="200"}'
         assert {server.metric(health) for _ in range(6)} == {30}
@@ -160,6 +162,40 @@ def test_several_api_processes_and_the_death_of_one(tmp_path: Path) -> None:
             assert server.complete(8)["usage"]["completion_tokens"] == 8
         server.signal(signal.SIGTERM)
         assert server.wait_end() == 0
+
+
+def test_an_api_process_that_hangs_is_replaced(tmp_path: Path) -> None:
+    with RunningServer(tmp_path, "--api-server-count", "2", "--watchdog-timeout", "4") as server:
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(Stream(server.base_url, ENDLESS)) for _ in range(12)]
+            for stream in streams:
+                next(stream)
+            hanging = server.child("gale-api-1")
+            served = {one.raddr.port for one in hanging.net_connections("tcp") if one.raddr}
+            doomed = [stream for stream in streams if stream.port in served]
+            assert 0 < len(doomed) < len(streams)
+            hanging.suspend()
+            server.wait_for_log("the api-1 process hung for more than 4 s; starting it again")
+            for stream in doomed:
+                with pytest.raises((httpx.TransportError, StopIteration)):
+                    while True:
+                        next(stream)
+            for stream in set(streams) - set(doomed):
+                for _ in range(50):
+                    next(stream)
+            server.wait_for_log("the api-1 process serves again")
+            wait_until(lambda: server.metric("gale_requests_running") == len(streams) - len(doomed))
+        assert {server.metric("gale_api_process_deaths_total") for _ in range(6)} == {1}
+        assert {server.metric("gale_engine_deaths_total") for _ in range(6)} == {0}
+        # Where everything stood still, nothing hangs: what ran goes on.
+        with Stream(server.base_url, ENDLESS) as stream:
+            next(stream)
+            os.killpg(server.process.pid, signal.SIGSTOP)
+            time.sleep(6)
+            os.killpg(server.process.pid, signal.SIGCONT)
+            for _ in range(2000):
+                next(stream)
+        assert server.log.count("hung for more than") == 1
 
 
 def test_children_die_with_the_launcher(tmp_path: Path) -> None:

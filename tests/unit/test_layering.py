@@ -57,6 +57,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.children",
         "server.listeners",
         "server.metrics",
+        "server.spawning",
+        "server.watchdog",
+    ),
+    "server.watchdog": ("server.child", "server.children"),
+    "server.spawning": (
+        *BASE,
+        "server.child",
+        "server.children",
         # Inside the functions that run in the child processes.
         "server.api.process",
         "server.engine.process",

@@ -100,7 +100,7 @@ def test_readme_lists_every_metric() -> None:
     served = []
     registry = CollectorRegistry()
     HttpMetrics().register(registry)
-    engine = EngineCollector(lambda: stats, lambda: True, lambda: False, lambda: 0).collect()
+    engine = EngineCollector(lambda: stats, lambda: True, lambda: False, lambda: 0, lambda: 0).collect()
     for metric in (*engine, *registry.collect()):
         served.append(f"{metric.name}_total" if metric.type == "counter" else metric.name)
     assert first_column(section(README, "Metrics")) == served

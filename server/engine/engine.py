@@ -256,6 +256,7 @@ class Engine:
             prompt=prompt,
             params=params,
             seed=seed,
+            table=self._token_bytes if params.skip_special_tokens else self._token_bytes_with_special,
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
             max_tokens=max_tokens,
             matcher=StopMatcher(params.stop, include=params.include_stop_str_in_output) if params.stop else None,
@@ -436,19 +437,24 @@ class Engine:
         now = time.monotonic()
         self._report_prompts(step)
         followed: list[tuple[Constraint, int | None]] = []
+        generated = 0
         for row, (span, token) in enumerate(zip(step.rows, tokens, strict=True)):
             seq = span.seq
             # A sequence that ended meanwhile was still part of the step launched ahead.
-            if seq.finish_reason is FinishReason.RUNNING and not span.discards:
-                try:
-                    self._advance(seq, token, step, row, now)
-                except Exception as error:
-                    self._break({seq: error})
-                if seq.constraint is not None and not seq.finished and not seq.last_reason:
-                    followed.append((seq.constraint, token))
-        for span in step.batch.decodes:
-            if span.discards and not span.seq.finished:
-                self._end(span.seq, span.seq.last_reason)
+            if seq.finish_reason:
+                continue
+            if span.discards:
+                if seq.last_reason:
+                    self._end(seq, seq.last_reason)
+                continue
+            generated += token >= 0
+            try:
+                self._advance(seq, token, step, row, now)
+            except Exception as error:
+                self._break({seq: error})
+            if seq.constraint is not None and not seq.finish_reason and not seq.last_reason:
+                followed.append((seq.constraint, token))
+        self._figures.generated_tokens += generated
         for span in step.batch.prefills + step.batch.replays:
             self._figures.prompt_tokens += span.length
             if span.seq.streams and not span.seq.finished:
@@ -518,26 +524,30 @@ class Engine:
                 self._finish(seq, FinishReason.ERROR)
                 self._outbox.end(seq, error="no token can be chosen here: the model's logits are not finite")
             return
-        seq.outputs.append(token)
-        self._figures.generated_tokens += 1
-        if len(seq.outputs) == 1:
+        outputs = seq.outputs
+        outputs.append(token)
+        if len(outputs) == 1:
             seq.first_token = now
             self._figures.time_to_first_token.observe(now - seq.arrived)
+        elif (
+            seq.matcher is None
+            and len(outputs) != seq.max_tokens
+            and token not in seq.stop_ids
+            and seq.params.logprobs is None
+        ):
+            # Nearly every token: there is nothing to find out about it, and nothing to tell beside it.
+            self._outbox.plain_token(seq, token, b"" if seq.table is None else seq.table[token])
+            return
         text, reason, stop_reason = self._judge(seq, token)
         logprobs = None if seq.params.logprobs is None else step.fetch_logprobs(row)
         # Last: what raises before it leaves a sequence that can still end with an error.
         if reason is not FinishReason.RUNNING:
             self._finish(seq, reason, now)
-        if seq.saving is None:
-            # Every token comes this way, and spares itself a function to be called later.
-            self._outbox.token(seq, token, text, logprobs=logprobs, stop_reason=stop_reason)
-            return
         self._report(seq, lambda: self._outbox.token(seq, token, text, logprobs=logprobs, stop_reason=stop_reason))
 
     def _judge(self, seq: Sequence, token: int) -> tuple[bytes, FinishReason, int | str | None]:
         """The new token's text, whether it ends the sequence, and which stop string or id did."""
-        matcher, params = seq.matcher, seq.params
-        table = self._token_bytes if params.skip_special_tokens else self._token_bytes_with_special
+        matcher, params, table = seq.matcher, seq.params, seq.table
         text = b"" if table is None else table[token]
         if token in seq.stop_ids:
             held = b"" if matcher is None else matcher.flush()

@@ -66,6 +66,11 @@ class Outbox:
         """So many tokens of a sequence have been absorbed."""
         self._of(seq.client).rest.progress[seq.request_id] = absorbed
 
+    def plain_token(self, seq: Sequence, token_id: int, text: bytes) -> None:
+        """A sampled token of a sequence that goes on, not its first, of which there is nothing else to tell."""
+        collected = self._collected.get(seq.client) or self._of(seq.client)
+        collected.rows.append((seq.request_id, seq.choice, token_id, text, 0))
+
     def token(
         self,
         seq: Sequence,

@@ -182,12 +182,12 @@ class Scheduler:
         for seq in leased:
             self._lease(seq, now)
         for seq in self.running:
-            if seq in sitting_out:
+            if sitting_out and seq in sitting_out:
                 continue
             if seq.prompt_remaining:
                 prompts.append(seq)
             elif self._may_decode(seq):
-                span = self._launch(seq, 1)
+                span = self._decode(seq)
                 (folding if ring_size and (span.start + 1) % ring_size == 0 else others).append(span)
         limit = self._prompt_limit(len(folding) + len(others), len(folding))
         ready: list[Sequence] = []
@@ -220,7 +220,7 @@ class Scheduler:
         for seq in self._victims.values():
             # Whoever was to have its slot cannot begin in this step.
             if not seq.prompt_remaining and self._may_decode(seq):
-                span = self._launch(seq, 1)
+                span = self._decode(seq)
                 (folding if ring_size and (span.start + 1) % ring_size == 0 else others).append(span)
         self._victims = {}
         # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing but
@@ -412,6 +412,19 @@ class Scheduler:
         self._prompts_paused = not tokens
         return PromptLimit(decodes, folds, tokens, prompts)
 
+    def _decode(self, seq: Sequence) -> Span:
+        """Launch the newest sampled token, of a sequence that may decode: what :meth:`_launch` does, in less time."""
+        position = seq.num_sampled
+        if position == seq.max_tokens or seq.constraint is not None:
+            return self._launch(seq, 1)
+        start = seq.num_launched
+        seq.num_launched = start + 1
+        seq.in_flight += 1
+        seq.num_sampled = position + 1
+        assert seq.slot is not None
+        # Not by its constructor, which takes three times as long, and hundreds are made per step.
+        return tuple.__new__(Span, (seq, seq.slot, start, 1, True, position, False))
+
     def _launch(self, seq: Sequence, length: int) -> Span:
         slot = seq.slot
         assert slot is not None
@@ -455,7 +468,7 @@ class Scheduler:
         for span in batch.spans:
             seq = span.seq
             seq.in_flight -= 1
-            if seq.finish_reason is not FinishReason.RUNNING:
+            if seq.finish_reason:
                 self._release_if_idle(seq)
 
     def _release_if_idle(self, seq: Sequence) -> None:

@@ -53,6 +53,8 @@ class Sequence:
     """Most tokens to sample, the model length limit considered."""
     matcher: StopMatcher | None
     arrived: float
+    table: list[bytes] | None = None
+    """The text of every token, as the request wants it; None: only ids are wanted."""
     tenant: str = ""
     """Whose turn it takes in the queue."""
     session: str | None = None

@@ -159,7 +159,7 @@ class StepGraphs:
         step, columns, rows = self._step, self._columns(shape), shape.rows
         every_token = self.folds_every_token(shape)
         hidden, slots_R1 = step.absorb(columns, shape, every_token=every_token)
-        step.model.logits(hidden, columns.logit_rows, out_RV=self._logits_RV[:rows])
+        step.model.logits(hidden, hidden.rows_R, out_RV=self._logits_RV[:rows])
         self._slots_R[:rows] = slots_R1[columns.order_R]
         if shape.decodes and step.states.ring_size and not every_token:
             join_folds(step.device)

@@ -32,10 +32,13 @@ class Hidden:
     Attributes:
         x_TD: [T, hidden_size].
         addends_STD: what is still to be added to them, float32 [S, T, hidden_size], or None.
+        rows_R: int64 [R], which of the T are the rows whose logits the step wants, in their order; None: these rows
+            are all there is.
     """
 
     x_TD: Tensor
     addends_STD: Tensor | None = None
+    rows_R: Tensor | None = None
 
 
 class GLAModel:
@@ -97,11 +100,17 @@ class GLAModel:
         Returns:
             The logits.
         """
-        return self.logits(self.absorb(inputs, state), inputs.output_rows_R, out_RV=out_RV)
+        hidden = self.absorb(inputs, state)
+        return self.logits(hidden, hidden.rows_R, out_RV=out_RV)
 
     @torch.inference_mode()
-    def absorb(self, inputs: ModelInputs, state: StateTensors) -> Hidden:
-        """The first part of :meth:`forward`: the hidden states of all rows."""
+    def absorb(self, inputs: ModelInputs, state: StateTensors, *, all_rows: bool = False) -> Hidden:
+        """The first part of :meth:`forward`: the hidden states.
+
+        Args:
+            all_rows: whether those of every row are wanted. Else, behind the last layer's states, a step with prompts
+                goes on with the rows whose logits it wants: of a long prompt, one.
+        """
         conv_index = None
         if self.config.use_short_conv:
             conv_index = ConvIndex.build(
@@ -115,17 +124,27 @@ class GLAModel:
         x_TD = F.embedding(inputs.token_ids_T, self.embeddings)
         conv_states = [None] * len(self.layers) if state.conv_LSWD is None else state.conv_LSWD.unbind()
         addends: Tensor | None = None
+        wanted_R = inputs.output_rows_R if inputs.longest_prefill and not all_rows else None
         for layer, layer_state, conv_SWD in zip(self.layers, state.layers, conv_states, strict=True):
-            addends = layer.forward(x_TD, addends, inputs, layer_state, conv_SWD, conv_index)
-        return Hidden(x_TD, addends)
+            rows_R = wanted_R if layer is self.layers[-1] else None
+            x_TD, addends = layer.forward(x_TD, addends, inputs, layer_state, conv_SWD, conv_index, rows_R)
+        return Hidden(x_TD, addends, inputs.output_rows_R if wanted_R is None else None)
 
     @torch.inference_mode()
-    def logits(self, hidden: Hidden, rows_R: Tensor, *, out_RV: Tensor | None = None) -> Tensor:
-        """The second part of :meth:`forward`: logits of some rows, float32 [R, vocab_size]."""
+    def logits(self, hidden: Hidden, rows_R: Tensor | None, *, out_RV: Tensor | None = None) -> Tensor:
+        """The second part of :meth:`forward`: logits of some of the hidden states' rows, float32 [R, vocab_size].
+
+        Args:
+            hidden: what :meth:`absorb` returned.
+            rows_R: int64 [R]; None: all of them.
+            out_RV: where to write the logits; None: a new tensor.
+        """
+        num_hidden = hidden.x_TD.shape[0]
+        count = num_hidden if rows_R is None else rows_R.shape[0]
         if out_RV is None:
-            out_RV = hidden.x_TD.new_empty((rows_R.shape[0], self.config.vocab_size), dtype=torch.float32)
+            out_RV = hidden.x_TD.new_empty((count, self.config.vocab_size), dtype=torch.float32)
         # A single row needs no selection, and is spared the launch.
-        single = hidden.x_TD.shape[0] == rows_R.shape[0] == 1
+        single = num_hidden == count == 1
         return norm_linear(
             *(hidden.x_TD, self.norm, self.lm_head.matrix),
             eps=self.config.norm_eps,
@@ -202,14 +221,16 @@ class GLALayer:
         state: LayerState,
         conv_SWD: Tensor | None,
         conv_index: ConvIndex | None,
-    ) -> Tensor | None:
+        rows_R: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Add the layer's outputs to ``x_TD`` [T, hidden_size], in place, and update the layer's states.
 
         Args:
             addends: what the layer before has left to be added to ``x_TD``.
+            rows_R: int64 [R], the rows whose outputs are wanted; None: all, in place.
 
         Returns:
-            What this layer has.
+            The rows with this layer's outputs, and what is left to be added to them.
         """
         eps = self.config.norm_eps
         projected = norm_linear(x_TD, self.attn_norm, self.in_proj.matrix, eps=eps, addends_STD=addends)
@@ -218,10 +239,13 @@ class GLALayer:
             qkv = short_conv(qkv, self.conv_weight, self.conv_bias, conv_SWD, conv_index)
         decays = LowRankGate(low_rank, self.decay_proj, self.decay_bias, _GATE_NORMALIZER, self.config.clamp_min)
         o_THV = self._attend(qkv, decays, inputs, state)
+        if rows_R is not None:
+            # What the layer before left has been added by the first norm.
+            x_TD, o_THV, gate = (rows.index_select(0, rows_R) for rows in (x_TD, o_THV, gate))
         o_TE = norm_gate(o_THV, self.head_norm, gate if self.config.use_output_gate else None, eps=eps)
         addends = linear_add_(x_TD, o_TE, self.out_proj.matrix)
         h_TI = norm_swiglu(x_TD, self.mlp_norm, self.gate_up_proj.matrix, eps=eps, addends_STD=addends)
-        return linear_add_(x_TD, h_TI, self.down_proj.matrix)
+        return x_TD, linear_add_(x_TD, h_TI, self.down_proj.matrix)
 
     def _attend(self, qkv: Tensor, decays: LowRankGate, inputs: ModelInputs, state: LayerState) -> Tensor:
         """The recurrence over a step's spans: what each token reads, [T, heads, head_v]."""

@@ -223,12 +223,13 @@ class Runner:
                 return PendingStep(batch, sampling, sampled, None, snapshots, broken, on_cuda=self._on_cuda)
         else:
             pending, num_folding = self._advance_rings(batch, every_token=False)
-            hidden, slots_R1, columns = self._absorb(batch, logits.spans, pending, num_folding)
+            scores = score_plan is not None
+            hidden, slots_R1, columns = self._absorb(batch, logits.spans, pending, num_folding, all_rows=scores)
             if score_plan is not None:
                 scored = score_plan, self._score(score_plan, hidden)
             wanted = len(logits.spans)
             if wanted:
-                logits_UV = self._step.model.logits(hidden, columns.logit_rows[:wanted])
+                logits_UV = self._step.model.logits(hidden, hidden.rows_R)
             else:
                 logits_UV = torch.empty((0, self._sampler.vocab_size), device=self._device)
             slots_R, positions_R = slots_R1[columns.order_R[:wanted]], columns.positions_R[:wanted]
@@ -290,15 +291,18 @@ class Runner:
         return self._device.type == "cuda"
 
     def _absorb(
-        self, batch: Batch, output_spans: list[int], pending: list[int], num_folding: int
+        self, batch: Batch, output_spans: list[int], pending: list[int], num_folding: int, *, all_rows: bool
     ) -> tuple[Hidden, Tensor, Columns]:
-        """Absorb the batch's tokens, kernel by kernel; the hidden states of all rows, and the slots of its spans."""
+        """Absorb the batch's tokens, kernel by kernel; the hidden states, and the slots of its spans."""
         shape = batch.shape
         columns = Columns.cut(self._to_device(pack(batch, shape, output_spans, pending, num_folding)), shape)
         if not shape.rows:
             return Hidden(self._step.model.embeddings[:0]), columns.slots_R1, columns
         longest = max((span.length for span in batch.prefills), default=0)
-        hidden, slots_R1 = self._step.absorb(columns, shape, every_token=False, longest_prefill=longest)
+        wanted = len(output_spans)
+        hidden, slots_R1 = self._step.absorb(
+            columns, shape, every_token=False, longest_prefill=longest, wanted=wanted, all_rows=all_rows
+        )
         return hidden, slots_R1, columns
 
     def _score(self, plan: ScorePlan, hidden: Hidden) -> Scores:

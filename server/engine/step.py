@@ -36,7 +36,14 @@ class StepModel:
         self._no_spans = torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def absorb(
-        self, columns: Columns, shape: StepShape, *, every_token: bool, longest_prefill: int | None = None
+        self,
+        columns: Columns,
+        shape: StepShape,
+        *,
+        every_token: bool,
+        longest_prefill: int | None = None,
+        wanted: int | None = None,
+        all_rows: bool = False,
     ) -> tuple[Hidden, Tensor]:
         """Absorb a step's tokens, without waiting for the device.
 
@@ -45,9 +52,11 @@ class StepModel:
             shape: the columns' shape.
             every_token: whether the states of the decodes absorb every token at once; else as the columns say.
             longest_prefill: at least the length of the longest prompt span; None: all prompt tokens may be one span's.
+            wanted: how many of the columns' rows, the first ones, want logits; None: all.
+            all_rows: whether the hidden states of every row are wanted.
 
         Returns:
-            The hidden states of all rows, see :meth:`GLAModel.absorb`; the slots, those of sequences that have met
+            The hidden states, see :meth:`GLAModel.absorb`; the slots, those of sequences that have met
             their stop token being the null slot.
         """
         decodes = shape.decodes
@@ -69,7 +78,7 @@ class StepModel:
             from_zero_N=from_zero_N,
             cu_seqlens=cu_seqlens,
             longest_prefill=shape.tokens if longest_prefill is None else longest_prefill,
-            output_rows_R=columns.logit_rows,
+            output_rows_R=columns.logit_rows[:wanted],
             ring_rows=ring_rows,
         )
-        return self.model.absorb(inputs, self.states), slots_R1
+        return self.model.absorb(inputs, self.states, all_rows=all_rows), slots_R1

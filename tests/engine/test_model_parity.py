@@ -100,6 +100,26 @@ def check_greedy(lab: Lab, logits: Tensor, expected: dict[str, Tensor]) -> None:
 
 @ON_EACH_DEVICE
 @pytest.mark.parametrize("name", NAMES)
+def test_rows_that_nobody_wants_end_at_the_last_layer(name: str, device: str) -> None:
+    """The wanted rows' logits, in their order, and the states behind them are those of a step that wants all rows."""
+    lab = Lab(FIXTURES / name, device=device, num_slots=5)
+    spans = [(1, range(3, 40), True), (2, range(90, 91), True)]
+    others = [(3, range(3, 40), True), (4, range(90, 91), True)]
+    every = lab.step(prefills=others)
+    for rows in ([36, 37], [37], [2, 1, 36], []):
+        some = lab.step(prefills=spans, rows=rows)
+        assert some.shape == (len(rows), every.shape[1])
+        if rows:
+            assert relative_error(some, every[rows]) < 1e-5
+        for part_LS in lab.state.parts.values():
+            assert torch.equal(part_LS[:, [1, 2]].isnan(), part_LS[:, [3, 4]].isnan())
+        assert relative_error(lab.state.recurrent_LSGKV[:, [1, 2]], lab.state.recurrent_LSGKV[:, [3, 4]]) < 1e-6
+    decoded = lab.step(decodes=[(1, 7), (2, 7)])
+    assert relative_error(decoded, lab.step(decodes=[(3, 7), (4, 7)])) < 1e-5
+
+
+@ON_EACH_DEVICE
+@pytest.mark.parametrize("name", NAMES)
 def test_fixture_prompts(name: str, device: str) -> None:
     expected = load_file(FIXTURES / name / "expected.safetensors")
     lab = Lab(FIXTURES / name, device=device)

@@ -7,18 +7,17 @@ how a prompt is cut does not change its result.
 """
 
 from array import array
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from operator import attrgetter
 from typing import Protocol
 
 from server.engine.batch import Batch, Fork, Span
+from server.engine.prompt_budget import PromptBudget, Reuse
 from server.engine.queue import WaitingQueue, in_turns
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
 from server.engine.step_shapes import PromptLimit
-from server.settings import CHUNK
 from server.types import FinishReason, Refusal, RefusalReason
 
 _slot = attrgetter("slot")
@@ -29,22 +28,6 @@ _RESERVED_SHARE = 16
 
 MAX_KEPT_PROMPTS = 16
 """Prompts whose state is kept in memory for answers that wait for a slot."""
-
-PREFILL_GRID = CHUNK
-"""Prompt pieces end at multiples of this position (the kernels' chunk), or at the prompt's end."""
-
-
-class Reuse(Protocol):
-    """What the scheduler asks of prefix reuse; see :class:`server.engine.reuse.PrefixReuse`."""
-
-    def admit(self, seq: Sequence) -> bool:
-        """Decide where a waiting sequence begins; False: it should wait for a snapshot that is on its way."""
-
-    def withdraw(self, seq: Sequence) -> None:
-        """An admitted sequence did not get a slot after all."""
-
-    def is_wanted(self, seq: Sequence) -> bool:
-        """Whether to take a snapshot where the newest launched piece of a prompt ends."""
 
 
 class Swap(Protocol):
@@ -59,13 +42,10 @@ class Scheduler:
 
     Args:
         allocator: the slots; one per running sequence.
-        max_num_batched_tokens: token budget of a step. A prompt still makes progress by one grid
-            piece per step when decodes alone fill the budget.
         max_num_queued_reqs: choices that may wait beyond those a free slot awaits.
         max_seqs_per_tenant: choices that one tenant may have waiting and running; None: unlimited.
         several_tenants: whether a part of the queue is kept free of any one tenant.
-        prompt_limits: in ascending order, the first without decodes. Larger batches are limited like the last; empty:
-            prompts get what decodes leave.
+        max_num_batched_tokens, prompt_limits: see :class:`PromptBudget`.
         ring_size: tokens of a state's ring, 0: there are none. It is folded, which takes time, at multiples of this
             position: absolute ones, so that a result does not depend on the batch.
         reuse: lets prompts begin from snapshots; None: every prompt is absorbed from its beginning.
@@ -88,11 +68,8 @@ class Scheduler:
         self.allocator = allocator
         self._reuse = reuse
         self._swap = swap
-        self._prompt_limits = prompt_limits
         self._ring_size = ring_size
-        self._prompts_paused = False
-        self.token_budget = max_num_batched_tokens
-        """Most tokens of a step."""
+        self._budget = PromptBudget(max_num_batched_tokens, prompt_limits, allocator.num_slots, reuse)
         self._max_queued = max_num_queued_reqs
         self._max_per_tenant = max_seqs_per_tenant
         self._several_tenants = several_tenants
@@ -110,6 +87,11 @@ class Scheduler:
         """Of the step being scheduled: who has given a slot up, and which."""
         self._kept: dict[Sequence, Sequence] = {}
         """Waiting sequences that have, or are about to get, a snapshot of their prompt, each with who absorbed it."""
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of a step."""
+        return self._budget.tokens
 
     @property
     def has_work(self) -> bool:
@@ -173,37 +155,22 @@ class Scheduler:
         self._swaps = []
         self._victims = self._choose_victims(candidates)
         candidates += self._victims
-        sitting_out = set(self._victims.values())
-        folding: list[Span] = []
-        others: list[Span] = []
-        ring_size = self._ring_size
-        prompts: list[Sequence] = []
         leased = [seq for seq in candidates if seq.swapped and not seq.prompt_remaining]
         for seq in leased:
             self._lease(seq, now)
-        for seq in self.running:
-            if sitting_out and seq in sitting_out:
-                continue
-            if seq.prompt_remaining:
-                prompts.append(seq)
-            elif self._may_decode(seq):
-                span = self._decode(seq)
-                (folding if ring_size and (span.start + 1) % ring_size == 0 else others).append(span)
-        limit = self._prompt_limit(len(folding) + len(others), len(folding))
+        decodes, prompts = self._launch_running()
+        folding = self._folding(decodes)
+        limit = self._budget.limit(len(decodes), len(folding))
         ready: list[Sequence] = []
         for seq in candidates:
             if seq.leader is None and seq.slot is None:
                 (prompts if seq.prompt_remaining else ready).append(seq)
-        prefills: list[Span] = []
-        saves: list[int] = []
-        pieces, replayed = self._share(in_turns(prompts), limit)
-        for seq, length in pieces.items():
+        pieces, replayed = self._budget.share(in_turns(prompts), limit)
+        for seq in pieces:
             if seq.slot is None:
                 self._lease(seq, now)
                 leased.append(seq)
-            prefills.append(self._launch(seq, length))
-            if self._reuse is not None and self._reuse.is_wanted(seq):
-                saves.append(len(prefills) - 1)
+        prefills, saves = self._launch_pieces(pieces)
         for seq in replayed:
             for follower in self._keep(seq, seq.followers):
                 follower.snapshot = seq.snapshot
@@ -217,18 +184,18 @@ class Scheduler:
         for seq in ready:
             self._lease(seq, now)
         leased += ready + [branch.seq for fork in forks for branch in fork.branches]
-        for seq in self._victims.values():
-            # Whoever was to have its slot cannot begin in this step.
-            if not seq.prompt_remaining and self._may_decode(seq):
-                span = self._decode(seq)
-                (folding if ring_size and (span.start + 1) % ring_size == 0 else others).append(span)
+        # Whoever was to have the slots of these cannot begin in this step.
+        left = [seq for seq in self._victims.values() if not seq.prompt_remaining and self._may_decode(seq)]
+        if left:
+            decodes = sorted([*decodes, *map(self._decode, left)], key=_slot)
+            folding = self._folding(decodes)
         self._victims = {}
-        # By slot: dense slots let the CPU backend work on a view of the pool, and the order of rows means nothing but
-        # that the kernels want those that fold to come first.
-        decodes = sorted(folding, key=_slot) + sorted(others, key=_slot)
         if not decodes and not prefills and not ready:
             return None
         replays = tuple(self._launch(seq, 0) for seq in ready)
+        if folding:
+            # The kernels want these to come first.
+            decodes = folding + [span for span in decodes if (span.start + 1) % self._ring_size]
         return Batch(
             tuple(decodes),
             tuple(prefills),
@@ -239,6 +206,37 @@ class Scheduler:
             swaps=tuple(self._swaps),
             saves=tuple(saves),
         )
+
+    def _launch_running(self) -> tuple[list[Span], list[Sequence]]:
+        """Decodes of the running sequences, by slot, save those about to give way; and who has prompt tokens left."""
+        decodes: list[Span] = []
+        prompts: list[Sequence] = []
+        sitting_out = set(self._victims.values())
+        for seq in self.running:
+            if sitting_out and seq in sitting_out:
+                continue
+            if seq.prompt_remaining:
+                prompts.append(seq)
+            elif self._may_decode(seq):
+                decodes.append(self._decode(seq))
+        # The order of rows means nothing, but dense slots let the CPU backend work on a view of the pool.
+        decodes.sort(key=_slot)
+        return decodes, prompts
+
+    def _launch_pieces(self, pieces: Mapping[Sequence, int]) -> tuple[list[Span], list[int]]:
+        """Pieces of prompts, of so many tokens each, and the indices of those after which to take a snapshot."""
+        prefills: list[Span] = []
+        saves: list[int] = []
+        for seq, length in pieces.items():
+            prefills.append(self._launch(seq, length))
+            if self._reuse is not None and self._reuse.is_wanted(seq):
+                saves.append(len(prefills) - 1)
+        return prefills, saves
+
+    def _folding(self, decodes: list[Span]) -> list[Span]:
+        """Those that fold their rings with this token."""
+        size = self._ring_size
+        return [span for span in decodes if (span.start + 1) % size == 0] if size else []
 
     def _unblocked(self, waiting: Iterable[Sequence]) -> Iterator[Sequence]:
         """Who may have a slot, in order, of as many as are worth looking at in a step."""
@@ -280,47 +278,6 @@ class Scheduler:
     def _may_give_way(self, seq: Sequence) -> bool:
         """Whether a running sequence has more to do than can be taken from it, and all it needs is in its slot."""
         return seq.prompt_remaining > 0 or self._may_decode(seq)
-
-    def _share(self, prompts: list[Sequence], limit: PromptLimit) -> tuple[dict[Sequence, int], list[Sequence]]:
-        """Tokens of each prompt to absorb in a step, for those that get any, in order.
-
-        Each prompt in turn may take half of what is left, and what the others do not need goes to the first again:
-        short prompts are absorbed in order, and a long one does not hold up those behind it.
-
-        Args:
-            prompts: sequences with prompt tokens left, the one to be served first first.
-            limit: most tokens in all, at least PREFILL_GRID, and most prompts; or no tokens: everybody waits.
-
-        Returns:
-            The tokens by sequence, and the sequences that turn out to have a snapshot of their whole prompt.
-        """
-        granted: dict[Sequence, int] = {}
-        replayed: list[Sequence] = []
-        left = limit.tokens
-        if not left:
-            return granted, replayed
-        for seq in prompts:
-            if len(granted) == limit.prompts:
-                break
-            is_new = seq.slot is None and not seq.swapped and self._reuse is not None
-            if self._reuse is not None and is_new and not self._reuse.admit(seq):
-                continue
-            if not seq.prompt_remaining:
-                replayed.append(seq)
-                continue
-            length = _piece(seq, 0, min(left, max(left // 2, PREFILL_GRID)))
-            if not length:
-                # First come, first served: the shorter piece of a later prompt must not overtake this one.
-                if self._reuse is not None and is_new:
-                    self._reuse.withdraw(seq)
-                break
-            granted[seq] = length
-            left -= length
-        for seq, length in granted.items():
-            more = _piece(seq, length, left)
-            granted[seq] += more
-            left -= more
-        return granted, replayed
 
     def _lease(self, seq: Sequence, now: float) -> None:
         if (victim := self._victims.pop(seq, None)) is not None:
@@ -397,21 +354,6 @@ class Scheduler:
             spans.append(Span(seq, seq.slot, seq.num_launched, 0, True, seq.num_sampled - 1))
         return Batch((), (), (), resumed=tuple(spans))
 
-    def _prompt_limit(self, decodes: int, folds: int) -> PromptLimit:
-        """How many prompt tokens a step with so many decodes and folds absorbs, and of how many prompts.
-
-        A step may leave prompts alone for the sake of its folds, but never two in a row.
-        """
-        limits = self._prompt_limits
-        tokens, prompts = max(self.token_budget - decodes, PREFILL_GRID), self.allocator.num_slots
-        if limits:
-            index = min(bisect_left(limits, (decodes,)), len(limits) - 1)
-            index = min(bisect_left(limits, (limits[index].decodes, folds)), len(limits) - 1)
-            least = 0 if limits[index].tokens == 0 and not self._prompts_paused else PREFILL_GRID
-            tokens, prompts = max(least, min(tokens, limits[index].tokens)), limits[index].prompts
-        self._prompts_paused = not tokens
-        return PromptLimit(decodes, folds, tokens, prompts)
-
     def _decode(self, seq: Sequence) -> Span:
         """Launch the newest sampled token, of a sequence that may decode: what :meth:`_launch` does, in less time."""
         position = seq.num_sampled
@@ -476,12 +418,3 @@ class Scheduler:
         if seq.in_flight == 0 and seq.slot is not None:
             self.allocator.release(seq.slot)
             seq.slot = None
-
-
-def _piece(seq: Sequence, granted: int, limit: int) -> int:
-    """The longest further piece of a prompt within a limit that ends on the grid, or where the prompt has to stop."""
-    start = seq.num_launched + granted
-    remaining = seq.prompt_stop - start
-    if remaining <= limit:
-        return remaining
-    return max(0, (start + limit) // PREFILL_GRID * PREFILL_GRID - start)

@@ -6,8 +6,9 @@ from array import array
 import pytest
 
 from server.engine.batch import Batch
+from server.engine.prompt_budget import PREFILL_GRID
 from server.engine.queue import WaitingQueue
-from server.engine.scheduler import PREFILL_GRID, Scheduler
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.state_pool import SlotAllocator
 from server.engine.step_shapes import PromptLimit

@@ -27,10 +27,11 @@ from server.engine.reuse import build_reuse, state_limits
 from server.engine.runner import PendingStep
 from server.engine.sampler import DEAD_END
 from server.engine.saved_files import SavedFiles
+from server.engine.saves import Saves
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Save, Sequence
 from server.engine.state_pool import SlotAllocator
-from server.engine.state_requests import Waiting, complete, context_of, obey, reserve
+from server.engine.state_requests import Told, Waiting, context_of, obey, reserve
 from server.engine.state_transfer import StateTransfer, largest_file
 from server.engine.stats import Figures
 from server.kernels import STATE_DTYPES
@@ -48,7 +49,6 @@ from server.types import (
     SavedStats,
     StateAction,
     StateCommand,
-    StateInfo,
     StepOutput,
     unpack_tokens,
 )
@@ -111,12 +111,15 @@ class Engine:
         self._files: SavedFiles | None = None
         self._states: NamedStates | None = None
         self._transfer: StateTransfer | None = None
+        self._waiting = Waiting()
+        self._saves: Saves | None = None
         if self._reuse is not None:
             model = model_fingerprint(config.model_folder, config.load_format, config.seed)
             if config.state_cache.folder is not None:
                 self._files = SavedFiles(config.state_cache.folder, self._reuse.store, model, model_config.vocab_size)
             limits = state_limits(config.state_cache, built.cache_bytes, built.runner.parked_bytes)
             self._states = NamedStates(self._reuse, limits, self._files)
+            self._saves = Saves(self._states, self._reuse, self._waiting, self._keep_answer)
             self._transfer = StateTransfer(
                 self._states,
                 self._reuse,
@@ -164,7 +167,6 @@ class Engine:
         self._outbox = Outbox()
         self._pending: PendingStep | None = None
         self._failed_steps = 0
-        self._waiting = Waiting()
 
     def submit(self, client: bytes, request: GenerateRequest) -> None:
         """Queue all choices of a request, or refuse it; the next outputs say which.
@@ -202,7 +204,7 @@ class Engine:
     def command(self, client: bytes, command: StateCommand) -> None:
         """Do something about saved states; the next outputs tell what came of it."""
 
-        def tell(told: list[StateInfo] | Refusal) -> None:
+        def tell(told: Told) -> None:
             if isinstance(told, Refusal):
                 self._outbox.reject(client, command.request_id, told)
             else:
@@ -290,7 +292,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return self.scheduler.has_work or self._pending is not None or bool(self._waiting)
+        return self.scheduler.has_work or self._pending is not None or bool(self._waiting or self._saves)
 
     def step(self) -> None:
         """Launch the next batch and retire a completed one.
@@ -301,7 +303,7 @@ class Engine:
         Raises:
             Exception: the engine cannot go on.
         """
-        self._waiting.settle()
+        self._settle()
         resumed = self._resume()
         if resumed is not None and not self._overlap:
             self._retire(resumed)
@@ -343,6 +345,13 @@ class Engine:
                 wait(awaited, timeout=_IDLE_WAIT_SECONDS, return_when=FIRST_COMPLETED)
             else:
                 time.sleep(_IDLE_WAIT_SECONDS)  # those who wait do so for slots of prompts that have yet to come
+
+    def _settle(self) -> None:
+        """Pass on what need not wait for files any longer, and save what there is room for by now."""
+        settled = self._waiting.settle()
+        if self._saves and (settled or not self._waiting):
+            for seq in self._saves.settle():
+                self.scheduler.let_go(seq)
 
     def close(self) -> None:
         """Remove what the engine keeps on disk for itself; it can no longer be stepped."""
@@ -576,11 +585,11 @@ class Engine:
 
     def _report(self, seq: Sequence, report: Callable[[], None]) -> None:
         """Tell what has become of a sequence, once its state is saved if it is to be."""
-        if seq.saving is None or self._states is None:
+        if self._saves is None or seq not in self._saves:
             report()
             return
 
-        def acknowledge(told: list[StateInfo] | Refusal) -> None:
+        def acknowledge(told: Told) -> None:
             if isinstance(told, Refusal):
                 seq.finish_reason = FinishReason.ERROR
                 self._outbox.end(seq, unsaved=told.message)
@@ -588,18 +597,18 @@ class Engine:
                 (seq.saved,) = told
                 report()
 
-        self._waiting.after(complete(self._states, seq.saving, "save"), acknowledge)
+        self._saves.after(seq, acknowledge)
 
-    def _keep_answer(self, seq: Sequence) -> None:
-        """Park the state at an answer's end; the answer does not depend on it."""
+    def _keep_answer(self, seq: Sequence) -> bool:
+        """Park the state at an answer's end, which does not depend on it; whether there was room."""
         assert self._reuse is not None
         try:
             snapshot = self._runner.snapshot(seq)
         except Exception as error:
             self._runner.check_device(error)
             logger.warning("the state of an answer is not kept", exc_info=error)
-        else:
-            self._reuse.keep_answer(seq, snapshot)
+            return False
+        return self._reuse.keep_answer(seq, snapshot)
 
     def _finish(self, seq: Sequence, reason: FinishReason, now: float | None = None) -> None:
         now = time.monotonic() if now is None else now
@@ -611,13 +620,13 @@ class Engine:
                 self._keep_answer(seq)
             if is_answered:
                 self._reuse.note_session(seq)
-        if seq.save is not None and self._states is not None:
+        keeps = False
+        if seq.save is not None and self._saves is not None:
             if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT):
-                save = seq.save
-                seq.saving = self._states.save(seq.tenant, save.name, save.ttl, seq.transcript, save.turn, seq.island)
+                keeps = not self._saves.begin(seq)
             else:
-                self._states.give_up(seq.tenant)
-        self.scheduler.finish(seq, reason)
+                self._saves.give_up(seq)
+        self.scheduler.finish(seq, reason, keeps=keeps)
         self._figures.finished[reason.name.lower()] += 1
         self._figures.end_to_end.observe(now - seq.arrived)
         if len(seq.outputs) > 1:

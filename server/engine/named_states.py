@@ -139,6 +139,9 @@ class Files(Protocol):
     def remove(self, state: NamedState) -> "Future[None]":
         """Remove it."""
 
+    def settled(self) -> "Future[None]":
+        """Done when what has been asked for by now is done."""
+
 
 @dataclass(frozen=True, slots=True)
 class StateLimits:
@@ -201,6 +204,7 @@ class NamedStates:
         self._by_name: dict[tuple[str, str], NamedState] = {}
         self._expiries: list[tuple[float, str]] = []
         self._reserved: Counter[str] = Counter()
+        self._num_writing = 0
         self._used = _Ledger()
         self.counts: Counter[str] = Counter(dict.fromkeys(OPERATIONS, 0))
         self.failed = 0
@@ -285,7 +289,10 @@ class NamedStates:
         expires = now + (DEFAULT_TTL if ttl is None else ttl)
         state = NamedState(STATE_ID_PREFIX + secrets.token_hex(12), name, tenant, tokens, now, expires, turn, island)
         state.entry = self._parking.hold(state)
-        return Saving(state, None if self._files is None else self._files.write(state))
+        if self._files is None:
+            return Saving(state, None)
+        self._num_writing += 1
+        return Saving(state, self._files.write(state))
 
     def complete(self, saving: Saving) -> NamedState:
         """Enter a state whose file has been written. It takes over the name from an earlier one, which is deleted.
@@ -296,6 +303,7 @@ class NamedStates:
         state = saving.state
         self._reserved[state.tenant] -= 1
         if saving.written is not None:
+            self._num_writing -= 1
             try:
                 state.file = saving.written.result()
             except Exception as error:
@@ -306,6 +314,10 @@ class NamedStates:
                 raise NotWrittenError(f"the state could not be saved: {why}") from error
         self._enter(state)
         return state
+
+    def written(self) -> "Future[None] | None":
+        """Done when every state that is being saved has its file; None: none is."""
+        return self._files.settled() if self._files is not None and self._num_writing else None
 
     def find(self, tenant: str, reference: str) -> NamedState | None:
         """A tenant's state by its id or name; None: there is none, or it has expired."""

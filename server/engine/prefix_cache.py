@@ -276,12 +276,21 @@ class PrefixCache(Generic[P]):
         ticket._promises.clear()
         ticket.points.clear()
 
-    def keep(self, scope: str, tokens: bytes, payload: P, tier: Tier, nbytes: int, *, complete: bool) -> None:
-        """Take a snapshot, of at least one token, that no prompt has promised: the end of an answer."""
+    def keep(self, scope: str, tokens: bytes, payload: P, tier: Tier, nbytes: int, *, complete: bool) -> bool:
+        """Take a snapshot, of at least one token, that no prompt has promised: the end of an answer.
+
+        Returns:
+            Whether there is one now.
+        """
         node = self._trees.setdefault(scope, RadixTree()).insert(tokens)
         if node.value is None:
             node.value = _Spot()
-        self._keep(scope, node, payload, tier, nbytes, complete=complete)
+        return self._keep(scope, node, payload, tier, nbytes, complete=complete)
+
+    def has(self, scope: str, tokens: bytes) -> bool:
+        """Whether there is a snapshot of just these tokens, with the logits."""
+        entry = self._longest(scope, tokens)
+        return entry is not None and entry.complete and entry.num_tokens == len(tokens) // TOKEN_BYTES
 
     def hold(self, scope: str, tokens: bytes) -> Entry[P] | None:
         """Have the snapshot of the longest beginning of these tokens kept until ``release``; None: there is none."""
@@ -424,14 +433,14 @@ class PrefixCache(Generic[P]):
 
     # Entries and their tiers.
 
-    def _keep(self, scope: str, node: "Node[_Spot[P]]", payload: P, tier: Tier, nbytes: int, *, complete: bool) -> None:
+    def _keep(self, scope: str, node: "Node[_Spot[P]]", payload: P, tier: Tier, nbytes: int, *, complete: bool) -> bool:
         spot = node.value
         assert spot is not None
         old = spot.entry
         if old is not None and (old.complete or not complete or old.pins or old.files):
             self._entries[old.tier].move_to_end(old)
             self._store.drop(payload)
-            return
+            return True
         if old is not None:
             old.pins += 1  # it stays where it is until there is a place for the new one
         place = self._place(payload, tier, nbytes)
@@ -440,22 +449,24 @@ class PrefixCache(Generic[P]):
         if place is None:
             self._store.drop(payload)
             self._tidy(scope, node)
-            return
+            return False
         moved, target = place
         if old is None:
             spot.entry = Entry(node, scope, complete, nbytes, moved, target)
             self._account(spot.entry, +1)
-            return
+            return True
         # Whoever holds the old one holds the better one from now on.
         self._account(old, -1)
         self._store.drop(old.payload)
         old.complete, old.nbytes, old.payload, old.tier = complete, nbytes, moved, target
         self._account(old, +1)
+        return True
 
     def _place(self, payload: P, tier: Tier, nbytes: int) -> tuple[P, Tier] | None:
-        """Bring a new snapshot to the fastest tier, from its own on, that has room for it; None: none has."""
-        for target in Tier:
-            if target >= tier and self._make_room(target, nbytes):
+        """Bring a new snapshot to the fastest tier, from its own on, that has room for it, else to a faster one; None:
+        none has."""
+        for target in sorted(Tier, key=lambda target: (target < tier, target)):
+            if self._make_room(target, nbytes):
                 moved = payload if target is tier else self._store.move(payload, target)
                 if moved is not None:
                     return moved, target

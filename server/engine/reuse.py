@@ -178,13 +178,22 @@ class PrefixReuse:
             self._cache.close(seq.ticket)
             seq.ticket = None
 
-    def keep_answer(self, seq: Sequence, snapshot: Snapshot) -> None:
-        """Take the state of a sequence that has ended."""
+    def keep_answer(self, seq: Sequence, snapshot: Snapshot) -> bool:
+        """Take the state of a sequence that has ended; whether there was room for it."""
         answer = pack_tokens(seq.outputs[: snapshot.num_tokens - len(seq.prompt)])
         tokens = seq.prompt.tobytes() + answer
         complete = snapshot.logits_V is not None
         scope = self._scope(seq.tenant, seq.island)
-        self._cache.keep(scope, tokens, snapshot, self._tier, snapshot.nbytes, complete=complete)
+        return self._cache.keep(scope, tokens, snapshot, self._tier, snapshot.nbytes, complete=complete)
+
+    def is_parked(self, seq: Sequence) -> bool:
+        """Whether there is a snapshot of just a sequence's transcript, with the logits."""
+        return self._cache.has(self._scope(seq.tenant, seq.island), seq.transcript)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether snapshots are on their way to other tiers, which makes room."""
+        return self._store.is_busy
 
     def note_session(self, seq: Sequence) -> None:
         """A sequence has ended, and what it leaves behind is what its session will go on from."""
@@ -218,12 +227,16 @@ class PrefixReuse:
         """One session less needs it."""
         self._cache.unfavour(entry)
 
-    def adopt(self, tenant: str, island: str | None, tokens: bytes, snapshot: Snapshot) -> None:
-        """Take in a snapshot on the host that another server has taken of a beginning of these tokens."""
+    def adopt(self, tenant: str, island: str | None, tokens: bytes, snapshot: Snapshot) -> bool:
+        """Take in a snapshot on the host that another server has taken of a beginning of these tokens.
+
+        Returns:
+            Whether there was room for it.
+        """
         scope = self._scope(tenant, island)
         tokens = tokens[: snapshot.num_tokens * TOKEN_BYTES]
         complete = snapshot.logits_V is not None
-        self._cache.keep(scope, tokens, snapshot, Tier.HOST, snapshot.nbytes, complete=complete)
+        return self._cache.keep(scope, tokens, snapshot, Tier.HOST, snapshot.nbytes, complete=complete)
 
     def file_written(self, state: NamedState) -> Entry[Payload] | None:
         """A state has a file now. Returns the snapshot to be held for it, in place of the one that was held."""

@@ -111,6 +111,10 @@ class SavedFiles:
         """Remove it, so that it does not come back after a crash either."""
         return self._writer.submit(self._remove, state)
 
+    def settled(self) -> "Future[None]":
+        """Done when everything is written and removed that is to be by now."""
+        return self._writer.submit(lambda: None)
+
     def close(self) -> None:
         """Return once everything is written and removed that was to be."""
         self._writer.shutdown()

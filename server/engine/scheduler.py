@@ -388,21 +388,35 @@ class Scheduler:
             self.held[seq] = None
         return span
 
-    def finish(self, seq: Sequence, reason: FinishReason) -> None:
-        """End a sequence, waiting or running. Its slot is released once no launched step refers to it."""
+    def finish(self, seq: Sequence, reason: FinishReason, *, keeps: bool = False) -> None:
+        """End a sequence, waiting or running. Its slot is released once no launched step refers to it.
+
+        Args:
+            seq: the sequence.
+            reason: why it ends.
+            keeps: whether its state stays where it is until :meth:`let_go` is called.
+        """
         assert not seq.finished
         seq.finish_reason = reason
+        seq.in_flight += keeps
         self._starved.pop(seq, None)
         if seq.slot is None:
             self.waiting.remove(seq)
             self._kept.pop(seq, None)
             if seq in self.swapped:
                 del self.swapped[seq]
-                seq.snapshot = None
+                if not keeps:
+                    seq.snapshot = None
             return
         del self.running[seq]
         self.waiting.end(seq)
         self.held.pop(seq, None)
+        self._release_if_idle(seq)
+
+    def let_go(self, seq: Sequence) -> None:
+        """Nobody needs the state of a sequence any more that has kept it beyond its end."""
+        seq.in_flight -= 1
+        seq.snapshot = None
         self._release_if_idle(seq)
 
     def retire(self, batch: Batch) -> None:

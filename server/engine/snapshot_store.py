@@ -205,6 +205,11 @@ class SnapshotStore:
         """Files being read."""
         return set(self._reads)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether snapshots are on their way to the host or to files."""
+        return bool(self._writes or self._leaving)
+
     def close(self) -> None:
         """Remove the files; nothing can be moved any more."""
         self._reader.shutdown(cancel_futures=True)

@@ -40,8 +40,11 @@ class Later:
     finish: "Callable[[], Answer]"
 
 
-Answer: TypeAlias = list[StateInfo] | Refusal | Later
+Told: TypeAlias = list[StateInfo] | Refusal
 """The states that a command was about, or why it cannot be obeyed."""
+
+Answer: TypeAlias = Told | Later
+"""The same, perhaps later."""
 
 
 class Waiting:
@@ -58,17 +61,19 @@ class Waiting:
         """What they wait for."""
         return set(self._waiting)
 
-    def after(self, answer: Answer, then: Callable[[list[StateInfo] | Refusal], None]) -> None:
+    def after(self, answer: Answer, then: Callable[[Told], None]) -> None:
         """Pass an answer on: now, or when :meth:`settle` finds that it need not wait any longer."""
         if isinstance(answer, Later):
             self._waiting[answer.future] = lambda: self.after(answer.finish(), then)
         else:
             then(answer)
 
-    def settle(self) -> None:
-        """Pass on what need not wait any longer, in order."""
-        for future in [future for future in self._waiting if future.done()]:
+    def settle(self) -> bool:
+        """Pass on what need not wait any longer, in order; whether there was anything."""
+        done = [future for future in self._waiting if future.done()]
+        for future in done:
             self._waiting.pop(future)()
+        return bool(done)
 
 
 def obey(states: NamedStates | None, command: StateCommand) -> Answer:

@@ -144,12 +144,19 @@ class StateTransfer:
                 logger.exception("an upload cannot be read")
                 self.states.give_up(command.tenant)
                 return Refusal(RefusalReason.FAILED, "the file cannot be read")
-            island = None if self.key is not None else secrets.token_hex(12)
-            self.reuse.adopt(command.tenant, island, uploaded.tokens, uploaded.snapshot)
-            saving = self.states.save(command.tenant, command.name, command.ttl, uploaded.tokens, uploaded.turn, island)
-            return complete(self.states, saving, "upload", begun)
+            return self._save(command, uploaded, begun)
 
         return Later(future, finish)
+
+    def _save(self, command: StateCommand, uploaded: Uploaded, begun: float) -> Answer:
+        island = None if self.key is not None else secrets.token_hex(12)
+        adopted = self.reuse.adopt(command.tenant, island, uploaded.tokens, uploaded.snapshot)
+        written = None if adopted else self.states.written()
+        if written is not None:
+            # Once the states that fill the tiers have their files, there is room.
+            return Later(written, lambda: self._save(command, uploaded, begun))
+        saving = self.states.save(command.tenant, command.name, command.ttl, uploaded.tokens, uploaded.turn, island)
+        return complete(self.states, saving, "upload", begun)
 
     def close(self) -> None:
         """Return once nothing is under way."""

@@ -31,7 +31,8 @@ def _check_slots(engine: Engine, waiting: list[Sequence], running: list[Sequence
     assert not any(seq.slot for seq in waiting), "who waits has no slot"
     flying = [] if engine._pending is None else [span.seq for span in engine._pending.batch.spans]
     ended = {seq for seq in flying if seq.finished and seq.slot is not None}
-    slots = [seq.slot for seq in (*running, *ended)]
+    delayed = [] if engine._saves is None else [seq for seq in engine._saves.delayed if seq.slot is not None]
+    slots = [seq.slot for seq in {*running, *ended, *delayed}]
     allocator = engine.scheduler.allocator
     assert len(set(slots)) == len(slots) and set(slots) == allocator._leased, "a slot is one's, or free"
     assert allocator.num_free + allocator.num_used == allocator.num_slots
@@ -51,6 +52,7 @@ def _check_reuse(engine: Engine, open_sequences: list[Sequence]) -> None:
         assert sum(entry.nbytes for entry in entries) == cache._used[tier]
         assert all(entry.tier is tier and entry.pins == pins[entry] for entry in entries), "pinned by who begins there"
         assert tier is Tier.SAVED or cache._used[tier] <= cache._budgets[tier] + sum(entry.nbytes for entry in pins)  # type: ignore[attr-defined]
-    about_to_be_saved = sum(seq.save is not None for seq in open_sequences) + len(engine._waiting)
+    to_be_saved = sum(seq.save is not None for seq in open_sequences)
+    about_to_be_saved = to_be_saved + len(engine._waiting) + (0 if engine._saves is None else len(engine._saves))
     assert states._reserved.total() <= about_to_be_saved, "room is set aside for those who will use it"
-    assert states._reserved.total() >= sum(seq.save is not None for seq in open_sequences)
+    assert states._reserved.total() >= to_be_saved

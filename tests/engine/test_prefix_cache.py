@@ -241,6 +241,14 @@ def test_a_full_tier_hands_its_oldest_down_and_a_hit_brings_it_back() -> None:
     assert len(tiers) == 3, "the snapshots changed places; none had to go"
 
 
+def test_what_comes_from_elsewhere_lies_where_there_is_room() -> None:
+    for budgets, tier in (({Tier.DEVICE: 1}, Tier.DEVICE), ({Tier.DEVICE: 1, Tier.DISK: 1}, Tier.DISK)):
+        cached = Cached(budgets)
+        parked = cached.shelf.park("", pack_tokens([1, 2]), complete=True)
+        assert cached.cache.keep("", pack_tokens([1, 2]), parked, Tier.HOST, 1, complete=True)
+        assert [entry.tier for entry in cached.cache.entries()] == [tier]
+
+
 def test_a_busy_disk_loses_a_snapshot_rather_than_time() -> None:
     cached = Cached({Tier.DEVICE: 1, Tier.DISK: 10})
     cached.shelf.disk_is_busy = True

@@ -206,6 +206,57 @@ def test_a_snapshot_that_is_damaged_later_is_absorbed_again(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("mode", [("cpu", False), ("cpu", True)])
+@pytest.mark.parametrize("rooms", [(1, 8), (0, 8), (2, 0)])
+def test_a_burst_of_saves_loses_no_snapshot(
+    tmp_path: Path, mode: tuple[str, bool], rooms: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the disk is and however little memory there is: who saves waits, and nobody else does."""
+    one = make_driver(None).engine._runner.parked_bytes
+    host, spare = rooms
+    cache = StateCacheConfig(host_bytes=host * one, folder=tmp_path, disk_bytes=(60 + spare) * one)
+    driver, cold = make_driver(tmp_path, cache=cache, mode=mode), make_driver(None)
+    quick = saved_files.write_state
+
+    def slow(*args: object, **options: object) -> object:
+        time.sleep(0.01)
+        return quick(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saved_files, "write_state", slow)
+    kinds: list[dict[str, object]] = [
+        {"max_tokens": 5},
+        {"max_tokens": 0},
+        {"max_tokens": 3, "n": 2},
+        {"max_tokens": 0, "n": 2},
+        {"max_tokens": 9, "stop_token_ids": tuple(range(3, VOCAB, 7))},
+    ]
+    asked = {}
+    for seed in range(20):
+        prompt = random_prompt(30 + seed, VOCAB, seed)
+        asked[driver.submit([prompt], save=True, **(GREEDY | kinds[seed % len(kinds)]))] = prompt  # type: ignore[arg-type]
+    bystander = driver.submit([random_prompt(9, VOCAB, 99)], max_tokens=4, priority=-1, **GREEDY)
+    driver.run()
+    assert len(driver.answers[bystander, 0].token_ids) == 4
+    assert driver.engine.scheduler.allocator.num_used == 0
+    driver.engine.close()
+    again = make_driver(tmp_path, cache=cache, mode=mode)
+    saved = 0
+    for (request, _), answer in driver.answers.items():
+        if request == bystander:
+            continue
+        assert answer.state is not None, answer.unsaved
+        _, metadata = read_state(tmp_path / FOLDER / f"{answer.state.id}.safetensors", None)
+        assert metadata["num_absorbed"] == metadata["num_tokens"] == str(answer.state.num_tokens)
+        transcript = asked[request] + answer.token_ids[: answer.state.num_tokens - len(asked[request])]
+        before = absorbed(again)
+        more = run(again, [], state=answer.state.id, max_tokens=3)
+        assert absorbed(again) == before
+        assert more.token_ids == cold.complete(transcript, max_tokens=3, **GREEDY).token_ids
+        saved += 1
+    assert saved == 28
+    again.engine.close()
+
+
+@pytest.mark.parametrize("mode", [("cpu", False), ("cpu", True)])
 def test_a_full_disk_refuses_and_nothing_else_suffers(tmp_path: Path, mode: tuple[str, bool]) -> None:
     driver = make_driver(tmp_path, mode=mode)
     prompt = random_prompt(20, VOCAB, 1)

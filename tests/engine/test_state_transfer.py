@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from server.engine import saved_files
 from server.engine.state_file import read_header, read_state, write_state
 from server.settings import StateCacheConfig
-from server.types import FinishReason, Refusal, RefusalReason, StateAction, StateInfo, pack_tokens
-from tests.engine.driving import Driver, random_prompt
+from server.types import FinishReason, Refusal, RefusalReason, StateAction, StateCommand, StateInfo, pack_tokens
+from tests.engine.driving import CLIENT, Driver, random_prompt
 from tests.engine.test_saved_files import GREEDY, VOCAB, MiB, absorbed, listed, run
 from tests.engine.test_saved_files import make_driver as make
 
@@ -321,6 +323,35 @@ def test_limits_hold_for_uploads(tmp_path: Path) -> None:
     uploaded(driver, tmp_path / "a", tenant="b")
     short = make_driver(max_model_len=50)
     refused(short, tmp_path / "a", "state_invalid", "longer than 50 tokens (--max-model-len)")
+
+
+def test_a_burst_of_uploads_loses_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_driver()
+    transcripts = {number: saved(source, tmp_path / str(number), seed=number) for number in range(8)}
+    one = source.engine._runner.parked_bytes
+    cache = StateCacheConfig(host_bytes=one, folder=tmp_path / "states", disk_bytes=40 * one)
+    driver, cold = make_driver(cache=cache), make(None)
+    quick = saved_files.write_state
+
+    def slow(*args: Any, **options: Any) -> object:
+        time.sleep(0.02)
+        return quick(*args, **options)
+
+    monkeypatch.setattr(saved_files, "write_state", slow)
+    for number in transcripts:
+        path = str(tmp_path / str(number))
+        command = StateCommand(request_id=number, tenant="", action=StateAction.UPLOAD, state="", path=path)
+        driver.engine.command(CLIENT, command)
+    driver.run()
+    for number, transcript in transcripts.items():
+        assert number in driver.told, driver.rejected
+        before = absorbed(driver)
+        request = driver.submit([[]], state=driver.told[number][0].id, max_tokens=3, **GREEDY)
+        driver.run()
+        assert absorbed(driver) == before
+        expected = cold.complete(transcript, max_tokens=3, **GREEDY)
+        assert driver.answers[request, 0].token_ids == expected.token_ids
+    driver.engine.close()
 
 
 @MODES

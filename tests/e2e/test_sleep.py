@@ -1,16 +1,22 @@
 """The engine is sent to sleep and woken: what it held is free in between, and what was saved is there afterwards."""
 
+import contextlib
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
+from random import Random
 
 import httpx
+import psutil
+import pytest
 
 from tests.e2e.running import RunningServer, Stream, wait_until
 
 MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 ENDLESS = 1_000_000
+STORM_SECONDS = 15
 
 
 def test_an_engine_sleeps_and_wakes(tmp_path: Path) -> None:
@@ -114,3 +120,144 @@ def test_an_engine_that_dies_while_it_falls_asleep_is_replaced(tmp_path: Path) -
         server.wait_for_log("the engine process serves again")
         wait_until(lambda: client.get("/health").status_code == 200)
         assert server.complete(8)["usage"]["completion_tokens"] == 8
+
+
+def test_while_the_engine_ends_everything_else_goes_on(tmp_path: Path) -> None:
+    flags = ("--api-server-count", "2", "--enable-sleep-mode", "--state-cache-dir", str(tmp_path / "states"))
+    with RunningServer(tmp_path / "server", *flags) as server:
+        engine = server.child("gale-engine")
+        engine.suspend()  # As one that takes long to write what it keeps.
+        sleep = Asking(server, "/sleep")
+        wait_until(lambda: _live(server) == {"falling asleep"})
+        old = server.child("gale-api-1")
+        old.kill()
+        server.wait_for_log("the api-1 process was killed by SIGKILL; starting it again")
+        wait_until(lambda: any(c.name() == "gale-api-1" and c.pid != old.pid for c in server.find_children()))
+        wait_until(lambda: _live(server) == {"falling asleep"})
+        assert {httpx.get(f"{server.base_url}/is_sleeping").json()["is_sleeping"] for _ in range(6)} == {False}
+        wake = Asking(server, "/wake_up")
+        engine.resume()
+        if answer := sleep.result():  # The process that was asked may have been the one that was killed.
+            assert answer.json() == {"is_sleeping": True}
+        answer = wake.result()
+        assert answer is not None and answer.json() == {"is_sleeping": False}
+        assert server.log.count("asleep: the engine has ended") == server.log.count("waking up") == 1
+        assert server.complete(8)["usage"]["completion_tokens"] == 8
+
+
+def test_a_server_ends_in_order_whatever_its_engine_was_about_to_do(tmp_path: Path) -> None:
+    flags = ("--enable-sleep-mode", "--state-cache-dir", str(tmp_path / "states"), "--shutdown-timeout", "2")
+    for moment in ("requests are ending", "the engine is ending", "it wakes", "it wakes and fails"):
+        folder = tmp_path / moment.replace(" ", "-")
+        with RunningServer(folder, *flags) as server, contextlib.ExitStack() as stack:
+            if moment == "requests are ending":
+                stream = stack.enter_context(Stream(server.base_url, ENDLESS))
+                next(stream)
+                asking = Asking(server, "/sleep?mode=wait")
+                wait_until(lambda: _live(server) == {"falling asleep"})
+            elif moment == "the engine is ending":
+                server.child("gale-engine").suspend()
+                asking = Asking(server, "/sleep")
+                wait_until(lambda: _live(server) == {"falling asleep"})
+            else:
+                httpx.post(f"{server.base_url}/sleep", timeout=60)
+                asking = Asking(server, "/wake_up")
+                wait_until(lambda: any(child.name() == "gale-engine" for child in server.find_children()))
+            server.signal(signal.SIGTERM)
+            if moment == "it wakes and fails":
+                server.child("gale-engine").kill()
+            if moment == "requests are ending":
+                assert list(stream)[-1]["error"]["code"] in ("engine_unavailable", "engine_asleep")
+                assert stream.done
+            assert server.wait_end() == 0, moment
+            answer = asking.result()
+            assert answer is not None and answer.status_code in (200, 503), moment
+            assert "Traceback" not in server.log and "hung" not in server.log, moment
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_whatever_happens_in_whatever_order_everybody_gets_an_answer(tmp_path: Path, seed: int) -> None:
+    """Sleeping, waking, requests and deaths at random moments, from several sides at once."""
+    flags = ("--api-server-count", "2", "--enable-sleep-mode", "--state-cache-dir", str(tmp_path / "states"))
+    with RunningServer(tmp_path / "server", *flags, "--shutdown-timeout", "3", "--max-restarts", "99") as server:
+        until = time.monotonic() + STORM_SECONDS
+        saved: list[str] = []
+        unexpected: list[object] = []
+
+        def ask(random: Random) -> None:
+            while time.monotonic() < until:
+                time.sleep(random.uniform(0, 0.3))
+                path = random.choice(("/sleep", "/sleep?mode=wait", "/wake_up", *["/v1/completions"] * 9))
+                body = {"prompt": "It was", "max_tokens": random.choice((1, 30, 300)), "ignore_eos": True}
+                if random.random() < 0.5:
+                    body |= {"save_state": True, "state_ttl": 600}
+                try:
+                    json = body if path == "/v1/completions" else None
+                    answer = httpx.post(f"{server.base_url}{path}", json=json, timeout=90)
+                except httpx.TimeoutException as error:
+                    unexpected.append((path, repr(error)))
+                except httpx.TransportError:
+                    pass  # Its API process was killed.
+                else:
+                    if answer.status_code not in (200, 503):
+                        unexpected.append((path, answer.status_code, answer.text))
+                    elif answer.status_code == 200 and "state" in answer.json():
+                        saved.append(answer.json()["state"]["id"])
+
+        def kill(random: Random) -> None:
+            while time.monotonic() < until:
+                time.sleep(random.uniform(1, 4))
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    children = psutil.Process(server.process.pid).children()
+                    doomed = [one for one in children if one.name() in ("gale-engine", "gale-api-1")]
+                    if doomed:
+                        random.choice(doomed).kill()
+
+        threads = [threading.Thread(target=ask, args=(Random(f"{seed} {number}"),)) for number in range(6)]
+        threads.append(threading.Thread(target=kill, args=(Random(seed),)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(180)
+        assert not any(thread.is_alive() for thread in threads), f"somebody still waits:\n{server.log}"
+        assert unexpected == []
+
+        def wakes() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.post(f"{server.base_url}/wake_up", timeout=90).status_code == 200
+            return False
+
+        wait_until(wakes)
+        wait_until(lambda: _live(server) == {"ready"})
+        assert server.complete(8)["usage"]["completion_tokens"] == 8
+        assert saved
+        for state in saved:
+            assert httpx.get(f"{server.base_url}/v1/states/{state}").status_code == 200, f"{state} is lost"
+        wait_until(lambda: server.metric("gale_requests_running") == server.metric("gale_requests_waiting") == 0)
+        assert "Traceback" not in server.log
+        server.signal(signal.SIGTERM)
+        assert server.wait_end() == 0
+
+
+class Asking(threading.Thread):
+    """A request that takes long, under way."""
+
+    def __init__(self, server: RunningServer, path: str) -> None:
+        super().__init__(daemon=True)
+        self._answer: httpx.Response | None = None
+        self._url = server.base_url + path
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(httpx.TransportError):
+            self._answer = httpx.post(self._url, timeout=90)
+
+    def result(self) -> httpx.Response | None:
+        """Its answer; None: the connection broke."""
+        self.join()
+        return self._answer
+
+
+def _live(server: RunningServer) -> set[str]:
+    """What the API processes say of the engine."""
+    return {httpx.get(f"{server.base_url}/health/live").json()["status"] for _ in range(6)}

@@ -6,17 +6,15 @@ Needs the programs ``prometheus`` and ``promtool`` (``make test-ops``).
 import json
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.e2e.running import RunningServer, wait_until
-from tests.ops.observed import DOCKER, alert_queries, panel_queries
+from tests.ops.observed import DOCKER, alert_queries, answers, ask, lacks_data, panel_queries, put_under_load
 
 pytestmark = pytest.mark.ops
 
@@ -47,22 +45,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningSe
             prometheus = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: _answers(f"{url}/-/ready"))
-            deadline = time.monotonic() + LOADED_SECONDS
-            load = [
-                "--num-prompts",
-                "12",
-                "--random-input-len",
-                "60",
-                "--random-output-len",
-                "20",
-                "--max-concurrency",
-                "4",
-            ]
-            while time.monotonic() < deadline:
-                bench = [sys.executable, "-m", "server", "bench", "--base-url", server.base_url, *load]
-                subprocess.run(bench, check=True, capture_output=True, timeout=120)
-                httpx.post(f"{server.base_url}/v1/completions", json={})
+            wait_until(lambda: answers(f"{url}/-/ready"))
+            put_under_load(server.base_url, LOADED_SECONDS)
             time.sleep(2 * SCRAPE_SECONDS)
             yield server, url
         finally:
@@ -70,26 +54,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningSe
             prometheus.wait()
 
 
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def ask(url: str, query: str) -> list[Any]:
-    answer = httpx.get(f"{url}/api/v1/query", params={"query": query.replace("$__rate_interval", "30s")})
-    assert answer.status_code == 200, f"{query}: {answer.text}"
-    result: list[Any] = answer.json()["data"]["result"]
-    return result
-
-
 @pytest.mark.parametrize(("title", "queries"), panel_queries().items(), ids=panel_queries())
 def test_every_panel_has_data(loaded: tuple[RunningServer, str], title: str, queries: list[str]) -> None:
     for query in queries:
         series = ask(loaded[1], query)
-        assert series, f"{title}: {query} has no data"
-        assert not any(value == "NaN" for _, value in (entry["value"] for entry in series)), f"{title}: {series}"
+        assert not lacks_data(series), f"{title}: {query}: {series}"
 
 
 @pytest.mark.parametrize(("name", "query"), alert_queries().items(), ids=alert_queries())

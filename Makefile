@@ -59,7 +59,8 @@ soak: $(VENV)/.test ## Put a server under mixed load for MINUTES (default: 30) a
 
 .PHONY: audit
 audit: $(AUDIT_VENV)/.audit ## Look the pinned versions up in a database of known vulnerabilities; needs a network.
-	$(AUDIT_VENV)/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt $(ARGS)
+	@$(AUDIT_VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt $(ARGS) \
+		|| { echo "make audit: not passed: a pin has a vulnerability that is known, or the database could not be asked about every pin; the lines above tell which. Another database: ARGS='-s osv'; one of your own: ARGS='-s osv --osv-url URL'" >&2; exit 1; }
 
 .PHONY: test-clients
 test-clients: $(VENV)/.serve $(CLIENTS_VENV)/.clients ## Run clients that people use against a real server; CLIENTS_ARGS=--record keeps the outcome.

@@ -6,35 +6,26 @@ host's back, so a step is retired as soon as it is launched.
 """
 
 import logging
-import random
 import time
-from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from functools import partial
 
+from server.engine.answers import Answers, complaint
 from server.engine.batch import Batch
 from server.engine.config import GenerationConfig, GLAConfig
 from server.engine.constraints import Constraint, Constraints, Verdict
-from server.engine.detokenizer import StopMatcher
-from server.engine.identity import model_fingerprint, system_fingerprint
+from server.engine.identity import system_fingerprint
 from server.engine.memory import build_runner
-from server.engine.named_states import NamedState, NamedStates
 from server.engine.outputs import Outbox
 from server.engine.prefix_cache import CacheFigures
-from server.engine.radix import TOKEN_BYTES
-from server.engine.reuse import build_reuse, state_limits
+from server.engine.requests import Requests, TokenTexts
 from server.engine.runner import PendingStep
-from server.engine.sampler import DEAD_END
-from server.engine.saved_files import SavedFiles
-from server.engine.saves import Saves
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Save, Sequence
+from server.engine.state_keeping import build_keeping
 from server.engine.state_pool import SlotAllocator
-from server.engine.state_requests import Told, Waiting, context_of, obey, reserve
-from server.engine.state_transfer import StateTransfer, largest_file
+from server.engine.state_requests import Told, context_of, obey, reserve
+from server.engine.state_transfer import largest_file
 from server.engine.stats import Figures
-from server.kernels import STATE_DTYPES
 from server.settings import EngineConfig
 from server.tokenizer import load_tokenizer
 from server.types import (
@@ -43,10 +34,8 @@ from server.types import (
     Extend,
     FinishReason,
     GenerateRequest,
-    PromptLogprobs,
     Refusal,
     RefusalReason,
-    SavedStats,
     StateAction,
     StateCommand,
     StepOutput,
@@ -55,7 +44,6 @@ from server.types import (
 
 logger = logging.getLogger(__name__)
 
-_SEED_BITS = 63
 _BUSY_WAIT_SECONDS = 0.0005
 """How often to see whether the device is still busy."""
 _IDLE_WAIT_SECONDS = 0.005
@@ -82,54 +70,17 @@ class Engine:
     def __init__(self, config: EngineConfig, *, overlap: bool | None = None) -> None:
         model_config = GLAConfig.from_folder(config.model_folder)
         generation = GenerationConfig.from_folder(config.model_folder)
-        tokenizer = None
-        self._token_bytes: list[bytes] | None = None
-        self._token_bytes_with_special: list[bytes] | None = None
+        tokenizer = None if config.tokenizer_folder is None else load_tokenizer(config.tokenizer_folder)
         eos = set(generation.eos_token_ids) | set(model_config.eos_token_ids)
-        if config.tokenizer_folder is not None:
-            tokenizer = load_tokenizer(config.tokenizer_folder)
-            # A model's vocabulary may be padded beyond the tokenizer's: such a token has no text.
-            missing = model_config.vocab_size - tokenizer.vocab_size
-            self._token_bytes = tokenizer.token_bytes() + [b""] * missing
-            self._token_bytes_with_special = tokenizer.token_bytes(special=True) + [b""] * missing
-            if tokenizer.eos_token_id is not None:
-                eos.add(tokenizer.eos_token_id)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            eos.add(tokenizer.eos_token_id)
+        texts = TokenTexts.of(tokenizer, model_config.vocab_size)
         built = build_runner(config, model_config)
         self._runner = built.runner
         self._overlap = built.device.type == "cuda" if overlap is None else overlap
         self._figures = Figures()
-        self._reuse = None
-        if any(built.cache_bytes.values()):
-            self._reuse = build_reuse(
-                config.state_cache,
-                built.cache_bytes,
-                built.runner.parked_bytes,
-                built.runner.pool_layout,
-                built.device,
-                self._figures,
-            )
-        self._files: SavedFiles | None = None
-        self._states: NamedStates | None = None
-        self._transfer: StateTransfer | None = None
-        self._waiting = Waiting()
-        self._saves: Saves | None = None
-        if self._reuse is not None:
-            model = model_fingerprint(config.model_folder, config.load_format, config.seed)
-            if config.state_cache.folder is not None:
-                self._files = SavedFiles(config.state_cache.folder, self._reuse.store, model, model_config.vocab_size)
-            limits = state_limits(config.state_cache, built.cache_bytes, built.runner.parked_bytes)
-            self._states = NamedStates(self._reuse, limits, self._files)
-            self._saves = Saves(self._states, self._reuse, self._waiting, self._keep_answer)
-            self._transfer = StateTransfer(
-                self._states,
-                self._reuse,
-                model,
-                model_config.vocab_size,
-                built.runner.pool_layout,
-                STATE_DTYPES.get(config.state_cache.dtype),
-                config.state_cache.signing_key,
-                config.max_model_len,
-            )
+        self._keeping = keeping = build_keeping(config, model_config.vocab_size, built, self._figures)
+        self._reuse, self._states = keeping.reuse, keeping.states
         self.scheduler = Scheduler(
             SlotAllocator(built.num_slots),
             max_num_batched_tokens=built.max_num_batched_tokens,
@@ -160,11 +111,11 @@ class Engine:
                 config.model_folder, config.load_format, config.seed, built.dtype, config.state_dtype, built.device.type
             ),
         )
-        self._eos = frozenset(self.info.eos_token_ids)
         self._constraints = Constraints(tokenizer, model_config.vocab_size, self.info.eos_token_ids)
-        self._seeds = random.Random(config.seed)
-        self._requests: dict[tuple[bytes, int], list[Sequence]] = {}
+        ends = frozenset(self.info.eos_token_ids)
+        self._requests = Requests(texts, ends, config.max_model_len, config.seed)
         self._outbox = Outbox()
+        self._answers = Answers(self._runner, self.scheduler, keeping, self._outbox, self._figures, ends)
         self._pending: PendingStep | None = None
         self._failed_steps = 0
 
@@ -186,15 +137,17 @@ class Engine:
             self._outbox.reject(client, request.request_id, refusal)
             return
         try:
-            sequences = self._sequences(client, request, state)
+            sequences = self._requests.sequences(client, request, state)
+            if constraints := [seq.constraint for seq in sequences if seq.constraint is not None]:
+                self._constraints.follow([(constraint, None) for constraint in constraints])
         except Exception as error:
             logger.exception("a request cannot be queued")
             if request.save_state and self._states is not None:
                 for _ in range(request.num_choices):
                     self._states.give_up(request.tenant)
-            self._outbox.reject(client, request.request_id, Refusal(RefusalReason.FAILED, _complaint(error)))
+            self._outbox.reject(client, request.request_id, Refusal(RefusalReason.FAILED, complaint(error)))
             return
-        self._requests[client, request.request_id] = sequences
+        self._answers.open[client, request.request_id] = sequences
         self.scheduler.add(sequences)
         self._figures.accepted += len(sequences)
         if state is not None and self._states is not None:
@@ -210,89 +163,35 @@ class Engine:
             else:
                 self._outbox.tell_states(client, command.request_id, told)
 
-        transfer = self._transfer
+        transfer = self._keeping.transfer
         if transfer is not None and command.action is StateAction.DOWNLOAD:
             answer = transfer.download(command)
         elif transfer is not None and command.action is StateAction.UPLOAD:
             answer = transfer.upload(command)
         else:
             answer = obey(self._states, command)
-        self._waiting.after(answer, tell)
-
-    def _sequences(self, client: bytes, request: GenerateRequest, state: NamedState | None) -> list[Sequence]:
-        context = b"" if state is None else state.tokens
-        # One array per prompt, however many choices share it: nothing writes to it.
-        prompts = [unpack_tokens(context + prompt) for prompt in request.prompts]
-        sequences = [
-            self._sequence(client, request, choice, prompts[choice // request.n])
-            for choice in range(request.num_choices)
-        ]
-        if state is not None:
-            for seq in sequences:
-                seq.island = state.island
-        for index in range(0, len(sequences), request.n):
-            leader, *followers = sequences[index : index + request.n]
-            leader.followers = followers
-            for seq in followers:
-                seq.leader = leader
-        if constraints := [seq.constraint for seq in sequences if seq.constraint is not None]:
-            self._constraints.follow([(constraint, None) for constraint in constraints])
-        return sequences
-
-    def _sequence(self, client: bytes, request: GenerateRequest, choice: int, prompt: "array[int]") -> Sequence:
-        params = request.params
-        max_tokens = params.max_tokens
-        context = len(prompt) - len(request.prompts[choice // request.n]) // TOKEN_BYTES
-        if self.info.max_model_len is not None:
-            room = self.info.max_model_len - len(prompt)
-            max_tokens = room if max_tokens is None else min(max_tokens, room)
-        if params.seed is None:
-            seed = self._seeds.getrandbits(_SEED_BITS)
-        else:
-            seed = random.Random(f"{params.seed}/{choice % request.n}").getrandbits(_SEED_BITS)
-        phrases = [phrase for phrase in params.bad_words if len(phrase) > 1]
-        return Sequence(
-            client=client,
-            request_id=request.request_id,
-            choice=choice,
-            prompt=prompt,
-            params=params,
-            seed=seed,
-            table=self._token_bytes if params.skip_special_tokens else self._token_bytes_with_special,
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
-            max_tokens=max_tokens,
-            matcher=StopMatcher(params.stop, include=params.include_stop_str_in_output) if params.stop else None,
-            constraint=Constraint(params.grammar, phrases) if params.grammar is not None or phrases else None,
-            arrived=request.arrived,
-            priority=request.priority,
-            checkpoint_at=tuple(context + position for position in request.checkpoint_at),
-            tenant=request.tenant,
-            session=request.session,
-            streams=request.more,
-            grows=request.more,
-            save=Save(request.state_name, request.state_ttl, request.state_turn) if request.save_state else None,
-        )
+        self._answers.waiting.after(answer, tell)
 
     def extend(self, client: bytes, message: Extend) -> None:
         """Take more of a prompt."""
-        for seq in self._requests.get((client, message.request_id), ()):
+        for seq in self._answers.open.get((client, message.request_id), ()):
             self.scheduler.extend(seq, unpack_tokens(message.tokens), last=message.last)
 
     def cancel(self, client: bytes, request_ids: Iterable[int]) -> None:
         """End the named requests' choices now. Unknown ids are ignored: they may have just ended."""
         for request_id in request_ids:
-            for seq in self._requests.get((client, request_id), ())[:]:
-                self._finish(seq, FinishReason.CANCELLED)
+            for seq in self._answers.open.get((client, request_id), ())[:]:
+                self._answers.finish(seq, FinishReason.CANCELLED)
                 self._outbox.end(seq)
 
     def forget_client(self, client: bytes) -> None:
         """Cancel all requests of an API process that is gone, and produce nothing more for it."""
-        self.cancel(client, [request_id for owner, request_id in self._requests if owner == client])
+        self.cancel(client, [request_id for owner, request_id in self._answers.open if owner == client])
         self._outbox.drop(client)
 
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return self.scheduler.has_work or self._pending is not None or bool(self._waiting or self._saves)
+        return self.scheduler.has_work or self._pending is not None or self._answers.has_work
 
     def step(self) -> None:
         """Launch the next batch and retire a completed one.
@@ -303,7 +202,7 @@ class Engine:
         Raises:
             Exception: the engine cannot go on.
         """
-        self._settle()
+        self._answers.settle()
         resumed = self._resume()
         if resumed is not None and not self._overlap:
             self._retire(resumed)
@@ -326,7 +225,7 @@ class Engine:
                 self._figures.queue_time.observe(seq.admitted - seq.arrived)
             if launched is not None:
                 self._failed_steps = 0
-                self._break(launched.broken)
+                self._answers.break_off(launched.broken)
                 if self._reuse is not None:
                     self._reuse.launched(batch, launched.snapshots)
         idle = resumed is None and batch is None and self._pending is None
@@ -340,27 +239,15 @@ class Engine:
             self._abandon(batch, failure)
         if idle:
             reads = set() if self._reuse is None else self._reuse.reads
-            awaited = self._missing_masks() | reads | self._waiting.futures
+            awaited = self._missing_masks() | reads | self._answers.waiting.futures
             if awaited:
                 wait(awaited, timeout=_IDLE_WAIT_SECONDS, return_when=FIRST_COMPLETED)
             else:
                 time.sleep(_IDLE_WAIT_SECONDS)  # those who wait do so for slots of prompts that have yet to come
 
-    def _settle(self) -> None:
-        """Pass on what need not wait for files any longer, and save what there is room for by now."""
-        settled = self._waiting.settle()
-        if self._saves and (settled or not self._waiting):
-            for seq in self._saves.settle():
-                self.scheduler.let_go(seq)
-
     def close(self) -> None:
         """Remove what the engine keeps on disk for itself; it can no longer be stepped."""
-        if self._transfer is not None:
-            self._transfer.close()
-        if self._files is not None:
-            self._files.close()
-        if self._reuse is not None:
-            self._reuse.close()
+        self._keeping.close()
 
     def _resume(self) -> PendingStep | None:
         """Sample the held rows whose masks are known, or will be before the device has nothing to do."""
@@ -375,7 +262,7 @@ class Engine:
                 ready.append(seq)
             else:
                 complete = seq.constraint.verdict is Verdict.COMPLETE
-                self._end(seq, FinishReason.STOP if complete else FinishReason.ABORT)
+                self._answers.end(seq, FinishReason.STOP if complete else FinishReason.ABORT)
         if not ready:
             return None
         batch = self.scheduler.resume(ready)
@@ -430,13 +317,8 @@ class Engine:
             state_save=copies.saves.snapshot(),
             state_read=figures.state_read.snapshot(),
             state_write=figures.state_write.snapshot(),
-            saved=self._saved_stats(),
+            saved=self._keeping.stats(),
         )
-
-    def _saved_stats(self) -> SavedStats:
-        if self._states is None or self._reuse is None:
-            return SavedStats()
-        return self._states.stats(self._reuse.held(), {} if self._files is None else self._files.skipped)
 
     def _retire(self, step: PendingStep) -> None:
         begun = time.monotonic()
@@ -444,7 +326,7 @@ class Engine:
         if (seconds := step.device_seconds()) is not None:
             self._figures.step_parts["device"].observe(seconds)
         now = time.monotonic()
-        self._report_prompts(step)
+        self._answers.report_prompts(step)
         followed: list[tuple[Constraint, int | None]] = []
         generated = 0
         for row, (span, token) in enumerate(zip(step.rows, tokens, strict=True)):
@@ -454,13 +336,13 @@ class Engine:
                 continue
             if span.discards:
                 if seq.last_reason:
-                    self._end(seq, seq.last_reason)
+                    self._answers.end(seq, seq.last_reason)
                 continue
             generated += token >= 0
             try:
-                self._advance(seq, token, step, row, now)
+                self._answers.advance(seq, token, step, row, now)
             except Exception as error:
-                self._break({seq: error})
+                self._answers.break_off({seq: error})
             if seq.constraint is not None and not seq.finish_reason and not seq.last_reason:
                 followed.append((seq.constraint, token))
         self._figures.generated_tokens += generated
@@ -471,7 +353,7 @@ class Engine:
             is_whole = not span.seq.grows and span.start + span.length == len(span.seq.prompt)
             if span.seq.max_tokens == 0 and is_whole:
                 # Only the prompt was to be absorbed.
-                self._end_group(span.seq, FinishReason.LENGTH)
+                self._answers.end_group(span.seq, FinishReason.LENGTH)
         self.scheduler.retire(step.batch)
         if followed:
             self._constraints.follow(followed)
@@ -484,167 +366,5 @@ class Engine:
             raise error
         waiting = [seq for fork in batch.forks for seq in fork.waiting]
         waiting += [seq for seq, _ in batch.swaps if seq.snapshot is None]
-        self._break(dict.fromkeys([*(span.seq for span in batch.spans), *waiting], error))
+        self._answers.break_off(dict.fromkeys([*(span.seq for span in batch.spans), *waiting], error))
         self.scheduler.retire(batch)
-
-    def _break(self, broken: Mapping[Sequence, Exception]) -> None:
-        """End sequences that exceptions have struck, and those that wait for the end of their prompts.
-
-        Raises:
-            Exception: the device is ill.
-        """
-        for error in set(broken.values()):
-            self._runner.check_device(error)
-            count = sum(cause is error for cause in broken.values())
-            logger.error("%d choices end with an error", count, exc_info=error)
-        for seq, error in broken.items():
-            self._end_group(seq, FinishReason.ERROR, error=_complaint(error))
-
-    def _report_prompts(self, step: PendingStep) -> None:
-        try:
-            for span, logprobs in step.fetch_prompt_logprobs():
-                self._report_prompt(span.seq, logprobs)
-        except Exception as error:
-            sequences = (span.seq for span in step.batch.prefills)
-            self._break({seq: error for seq in sequences if seq.params.prompt_logprobs is not None})
-
-    def _report_prompt(self, seq: Sequence, logprobs: PromptLogprobs | None) -> None:
-        if seq.finished:
-            return
-        if logprobs is None:
-            error = "the prompt has no log-probabilities: the model's logits are not finite"
-            self._end_group(seq, FinishReason.ERROR, error=error)
-        else:
-            self._outbox.prompt_logprobs(seq, logprobs)
-
-    def _end_group(self, leader: Sequence, reason: FinishReason, *, error: str | None = None) -> None:
-        """End a sequence without a token, and those that wait for the end of its prompt."""
-        for seq in (leader, *leader.followers):
-            if not seq.finished:
-                self._finish(seq, reason)
-                self._report(seq, partial(self._outbox.end, seq, error=error))
-
-    def _advance(self, seq: Sequence, token: int, step: PendingStep, row: int, now: float) -> None:
-        """Append a sampled token to its sequence and decide whether the sequence ends with it."""
-        if token < 0:
-            if token == DEAD_END:
-                self._end(seq, FinishReason.ABORT)
-            else:
-                self._finish(seq, FinishReason.ERROR)
-                self._outbox.end(seq, error="no token can be chosen here: the model's logits are not finite")
-            return
-        outputs = seq.outputs
-        outputs.append(token)
-        if len(outputs) == 1:
-            seq.first_token = now
-            self._figures.time_to_first_token.observe(now - seq.arrived)
-        elif (
-            seq.matcher is None
-            and len(outputs) != seq.max_tokens
-            and token not in seq.stop_ids
-            and seq.params.logprobs is None
-        ):
-            # Nearly every token: there is nothing to find out about it, and nothing to tell beside it.
-            self._outbox.plain_token(seq, token, b"" if seq.table is None else seq.table[token])
-            return
-        text, reason, stop_reason = self._judge(seq, token)
-        logprobs = None if seq.params.logprobs is None else step.fetch_logprobs(row)
-        # Last: what raises before it leaves a sequence that can still end with an error.
-        if reason is not FinishReason.RUNNING:
-            self._finish(seq, reason, now)
-        self._report(seq, lambda: self._outbox.token(seq, token, text, logprobs=logprobs, stop_reason=stop_reason))
-
-    def _judge(self, seq: Sequence, token: int) -> tuple[bytes, FinishReason, int | str | None]:
-        """The new token's text, whether it ends the sequence, and which stop string or id did."""
-        matcher, params, table = seq.matcher, seq.params, seq.table
-        text = b"" if table is None else table[token]
-        if token in seq.stop_ids:
-            held = b"" if matcher is None else matcher.flush()
-            text = held + text if params.include_stop_str_in_output else held
-            return text, FinishReason.STOP, None if token in self._eos and not params.ignore_eos else token
-        if matcher is not None and len(seq.outputs) > seq.params.min_tokens:
-            text, found = matcher.feed(text)
-            if found is not None:
-                assert table is not None
-                seq.num_dropped = _num_tokens_of(matcher.num_dropped, seq.outputs, table)
-                return text, FinishReason.STOP, found
-        if len(seq.outputs) == seq.max_tokens:
-            complete = seq.constraint is not None and seq.constraint.ends_with(token)
-            reason = FinishReason.STOP if complete else FinishReason.LENGTH
-            if seq.save is not None:
-                # Not before its last token has been absorbed.
-                seq.last_reason, reason = reason, FinishReason.RUNNING
-            return text if matcher is None else text + matcher.flush(), reason, None
-        return text, FinishReason.RUNNING, None
-
-    def _end(self, seq: Sequence, reason: FinishReason) -> None:
-        """End a sequence without another token."""
-        self._finish(seq, reason)
-        text = b"" if seq.matcher is None else seq.matcher.flush()
-        self._report(seq, lambda: self._outbox.end(seq, text))
-
-    def _report(self, seq: Sequence, report: Callable[[], None]) -> None:
-        """Tell what has become of a sequence, once its state is saved if it is to be."""
-        if self._saves is None or seq not in self._saves:
-            report()
-            return
-
-        def acknowledge(told: Told) -> None:
-            if isinstance(told, Refusal):
-                seq.finish_reason = FinishReason.ERROR
-                self._outbox.end(seq, unsaved=told.message)
-            else:
-                (seq.saved,) = told
-                report()
-
-        self._saves.after(seq, acknowledge)
-
-    def _keep_answer(self, seq: Sequence) -> bool:
-        """Park the state at an answer's end, which does not depend on it; whether there was room."""
-        assert self._reuse is not None
-        try:
-            snapshot = self._runner.snapshot(seq)
-        except Exception as error:
-            self._runner.check_device(error)
-            logger.warning("the state of an answer is not kept", exc_info=error)
-            return False
-        return self._reuse.keep_answer(seq, snapshot)
-
-    def _finish(self, seq: Sequence, reason: FinishReason, now: float | None = None) -> None:
-        now = time.monotonic() if now is None else now
-        if self._reuse is not None:
-            self._reuse.leave(seq)
-            is_answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
-            # With fewer tokens, the state is the one at the prompt's end, which has left it unless its end was unknown.
-            if is_answered and (seq.num_absorbed > len(seq.prompt) or seq.streams):
-                self._keep_answer(seq)
-            if is_answered:
-                self._reuse.note_session(seq)
-        keeps = False
-        if seq.save is not None and self._saves is not None:
-            if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT):
-                keeps = not self._saves.begin(seq)
-            else:
-                self._saves.give_up(seq)
-        self.scheduler.finish(seq, reason, keeps=keeps)
-        self._figures.finished[reason.name.lower()] += 1
-        self._figures.end_to_end.observe(now - seq.arrived)
-        if len(seq.outputs) > 1:
-            self._figures.time_per_output_token.observe((now - seq.first_token) / (len(seq.outputs) - 1))
-        choices = self._requests[seq.client, seq.request_id]
-        choices.remove(seq)
-        if not choices:
-            del self._requests[seq.client, seq.request_id]
-
-
-def _num_tokens_of(num_bytes: int, outputs: list[int], table: list[bytes]) -> int:
-    """How many of the last tokens hold any of the last bytes."""
-    count = 0
-    while num_bytes > 0:
-        count += 1
-        num_bytes -= len(table[outputs[-count]])
-    return count
-
-
-def _complaint(error: Exception) -> str:
-    return f"the engine failed at this request ({type(error).__name__})"

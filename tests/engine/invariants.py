@@ -11,7 +11,7 @@ def check(engine: Engine) -> None:
     """Raise AssertionError where something is lost, held twice or left behind."""
     scheduler = engine.scheduler
     waiting, running = list(scheduler.waiting), list(scheduler.running)
-    open_sequences = [seq for choices in engine._requests.values() for seq in choices]
+    open_sequences = [seq for choices in engine._answers.open.values() for seq in choices]
     assert Counter(open_sequences) == Counter(waiting + running), "everything open waits or runs, once"
     assert not any(seq.finished for seq in open_sequences)
     _check_slots(engine, waiting, running)
@@ -31,7 +31,9 @@ def _check_slots(engine: Engine, waiting: list[Sequence], running: list[Sequence
     assert not any(seq.slot for seq in waiting), "who waits has no slot"
     flying = [] if engine._pending is None else [span.seq for span in engine._pending.batch.spans]
     ended = {seq for seq in flying if seq.finished and seq.slot is not None}
-    delayed = [] if engine._saves is None else [seq for seq in engine._saves.delayed if seq.slot is not None]
+    delayed = (
+        [] if engine._answers.saves is None else [seq for seq in engine._answers.saves.delayed if seq.slot is not None]
+    )
     slots = [seq.slot for seq in {*running, *ended, *delayed}]
     allocator = engine.scheduler.allocator
     assert len(set(slots)) == len(slots) and set(slots) == allocator._leased, "a slot is one's, or free"
@@ -53,6 +55,6 @@ def _check_reuse(engine: Engine, open_sequences: list[Sequence]) -> None:
         assert all(entry.tier is tier and entry.pins == pins[entry] for entry in entries), "pinned by who begins there"
         assert tier is Tier.SAVED or cache._used[tier] <= cache._budgets[tier] + sum(entry.nbytes for entry in pins)  # type: ignore[attr-defined]
     to_be_saved = sum(seq.save is not None for seq in open_sequences)
-    about_to_be_saved = to_be_saved + len(engine._waiting) + (0 if engine._saves is None else len(engine._saves))
-    assert states._reserved.total() <= about_to_be_saved, "room is set aside for those who will use it"
+    ended = len(engine._answers.waiting) + (0 if engine._answers.saves is None else len(engine._answers.saves))
+    assert states._reserved.total() <= to_be_saved + ended, "room is set aside for those who will use it"
     assert states._reserved.total() >= to_be_saved

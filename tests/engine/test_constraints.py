@@ -194,7 +194,7 @@ def test_stop_strings_and_stop_tokens_end_a_text_before_its_grammar(driver: Driv
 def test_a_dead_end_is_an_abort(mode: Mode, temperature: float, make: Callable[..., Driver]) -> None:
     """The text so far is returned, and said to be unfinished."""
     driver = make(mode)
-    table = driver.engine._token_bytes
+    table = driver.engine._requests.texts.plain
     assert table is not None
     a, b = table.index(b"a"), table.index(b"b")
     dead = {"grammar": grammar.from_regex("aa*bz"), "allowed_token_ids": (a, b), "logit_bias": {b: 100.0}}

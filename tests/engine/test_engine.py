@@ -38,7 +38,7 @@ def settle(driver: Driver) -> None:
     stats = driver.engine.stats()
     assert (stats.running, stats.waiting, stats.slots_used) == (0, 0, 0)
     assert driver.engine.scheduler.allocator.num_free == stats.slots_total
-    assert not driver.engine._requests
+    assert not driver.engine._answers.open
     assert all(answer.finish_reason is not FinishReason.RUNNING for answer in driver.answers.values())
     assert {request_id for request_id, _ in driver.answers} == driver.accepted
     assert sum(stats.finished.values()) == stats.accepted == len(driver.answers)
@@ -204,7 +204,7 @@ def test_n_and_several_prompts(mode: Mode) -> None:
 def submit_apart(driver: Driver, prompts: list[list[int]], n: int, **params: object) -> int:
     """Like ``driver.submit``, but every choice absorbs its prompt itself."""
     request = driver.submit(prompts, n=n, **params)
-    for seq in driver.engine._requests[CLIENT, request]:
+    for seq in driver.engine._answers.open[CLIENT, request]:
         seq.leader, seq.followers = None, []
     return request
 

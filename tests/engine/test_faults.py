@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from server import grammar
-from server.engine import engine as engine_module
+from server.engine import requests as requests_module
 from server.engine import runner as runner_module
 from server.engine.constraints import Constraint
 from server.engine.detokenizer import StopMatcher
@@ -246,7 +246,7 @@ def test_prompt_logprobs_that_fail(mode: Mode) -> None:
 
 def test_a_request_that_cannot_be_queued() -> None:
     driver = make_driver(("cpu", False))
-    with patched(lambda patch: before(patch, engine_module, "StopMatcher", lambda *_, **__: True)):
+    with patched(lambda patch: before(patch, requests_module, "StopMatcher", lambda *_, **__: True)):
         refused = driver.submit([PROMPTS[0]], stop=("a",), max_tokens=4)
     assert driver.rejected[refused].reason is RefusalReason.FAILED
     assert driver.complete(PROMPTS[0], max_tokens=4, ignore_eos=True).finish_reason is FinishReason.LENGTH

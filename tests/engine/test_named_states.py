@@ -102,7 +102,7 @@ def test_a_stop_string_is_no_part_of_the_state(overlap: bool, include: bool) -> 
     cache = StateCacheConfig(host_bytes=256 << 20)
     config = engine_config(CLASSICS, tokenizer=True, state_cache=cache)
     driver, cold = Driver(Engine(config, overlap=overlap)), Driver(Engine(engine_config(CLASSICS, tokenizer=True)))
-    table = driver.engine._token_bytes
+    table = driver.engine._requests.texts.plain
     assert table is not None
     prompt = [1, 366, 712, 435]
     free = cold.complete(prompt, max_tokens=40, **GREEDY)

@@ -176,8 +176,8 @@ def test_what_is_no_state_of_this_model_is_left_and_reported(tmp_path: Path, cap
     }
     for path in (torn, flipped, newer):
         assert path.name in caplog.text
-    assert again.engine._files is not None
-    assert again.engine._files.skipped == {"damaged": 3, "layout": 1, "model": 1}
+    assert again.engine._keeping.files is not None
+    assert again.engine._keeping.files.skipped == {"damaged": 3, "layout": 1, "model": 1}
     # With its own model, a state is there again.
     other = make_driver(tmp_path, "conv")
     assert listed(other) == []

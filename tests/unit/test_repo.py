@@ -196,6 +196,14 @@ def test_every_requirement_is_pinned_within_its_range(requirement: Requirement) 
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
 
 
+def test_the_versions_looked_up_for_vulnerabilities_are_the_pinned_ones() -> None:
+    page = (REPOSITORY / "tests" / "ops" / "AUDIT.md").read_text()
+    looked_up = dict(re.findall(r"^\| ([\w.-]+) \| ([\d.]+) \|", page, re.MULTILINE))
+    assert {name: pins()[canonicalize_name(name)] for name in looked_up} == looked_up
+    mentioned = {canonicalize_name(word) for word in re.findall(r"[\w.-]*\w", page)}
+    assert pins().keys() <= mentioned
+
+
 def test_this_environment_has_the_pinned_versions() -> None:
     frozen = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "list", "--format=freeze"],

@@ -269,7 +269,12 @@ class PrefillAnswer(Response):
             num_tokens=mailbox.context + absorbed, tokens_per_second=round(absorbed / (now - self._started), 1)
         )
         event = b"data: %b\n\n" % to_json(progress.model_dump())
-        await send({"type": "http.response.body", "body": event, "more_body": True})
+        try:
+            async with asyncio.timeout(IDLE_SECONDS):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except TimeoutError:
+            # A client that does not read would hold its place for ever.
+            raise ClientGoneError from None
 
 
 Attend = Callable[[Coroutine[Any, Any, None]], Awaitable[None]]

@@ -1,5 +1,6 @@
 """``POST /v1/states/prefill``: texts of any length, taken no faster than the engine absorbs them."""
 
+import asyncio
 import contextlib
 import json
 import time
@@ -8,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api import prefill as module
 from tests.api.scripted import BOS, INFO, ScriptedEngine, Server, script_text, serve
@@ -178,6 +180,36 @@ def test_a_slow_writer_is_waited_for(server: Server, monkeypatch: pytest.MonkeyP
         while received := connection.recv(4096):
             answer += received
         assert answer.startswith(b"HTTP/1.1 201 ")
+
+
+def test_a_client_that_does_not_read_loses_its_place(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on sending, and nothing of the progress that it asked for can be written any more."""
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.5)
+
+    class Stalled(module.PrefillAnswer):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            async def never(message: Message) -> None:
+                if message["type"] == "http.response.body":
+                    await asyncio.Event().wait()
+                await send(message)
+
+            await super().__call__(scope, receive, never)
+
+    monkeypatch.setattr(module, "PrefillAnswer", Stalled)
+    with server.connect() as connection:
+        connection.sendall(
+            b"POST /v1/states/prefill?stream=true HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        connection.settimeout(20)
+        while not server.engine.cancelled:
+            try:
+                connection.sendall(b"1000\r\n" + b"a b " * 1024 + b"\r\n")
+                time.sleep(0.05)
+            except OSError:
+                break
+    wait_until(lambda: bool(server.engine.cancelled))
+    assert not server.call(lambda: server.client._mailboxes)
 
 
 def test_a_client_that_sends_nothing_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from server.engine.arrivals import Arrivals
 from server.engine.batch import Batch
 from server.engine.columns import Columns, pack, upload_size
 from server.engine.sampler import Sampled, SamplePlan
@@ -33,10 +34,14 @@ class StepGraphs:
         max_shapes: no shape to capture is larger in any respect than all of them.
         stream: to capture on. The matrix library keeps a workspace per stream, so every capture in a process should
             be given the same one.
+
+    Attributes:
+        arrivals: brings states for which captured steps with prompts wait.
     """
 
     def __init__(self, step: StepModel, max_shapes: list[StepShape], *, stream: torch.cuda.Stream) -> None:
         self._step = step
+        self.arrivals = Arrivals(step.states)
         device, rows = step.device, max(shape.rows for shape in max_shapes)
         with torch.inference_mode():
             self._inputs = torch.zeros(max(map(upload_size, max_shapes)), dtype=torch.int64, device=device)
@@ -158,7 +163,8 @@ class StepGraphs:
     def _run_model(self, shape: StepShape) -> None:
         step, columns, rows = self._step, self._columns(shape), shape.rows
         every_token = self.folds_every_token(shape)
-        hidden, slots_R1 = step.absorb(columns, shape, every_token=every_token)
+        before_layer = self.arrivals.wait_for if shape.spans else None
+        hidden, slots_R1 = step.absorb(columns, shape, every_token=every_token, before_layer=before_layer)
         step.model.logits(hidden, hidden.rows_R, out_RV=self._logits_RV[:rows])
         self._slots_R[:rows] = slots_R1[columns.order_R]
         if shape.decodes and step.states.ring_size and not every_token:

@@ -1,5 +1,6 @@
 """The GLA language model, for inference over a step's packed tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,10 +105,18 @@ class GLAModel:
         return self.logits(hidden, hidden.rows_R, out_RV=out_RV)
 
     @torch.inference_mode()
-    def absorb(self, inputs: ModelInputs, state: StateTensors, *, all_rows: bool = False) -> Hidden:
+    def absorb(
+        self,
+        inputs: ModelInputs,
+        state: StateTensors,
+        *,
+        all_rows: bool = False,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> Hidden:
         """The first part of :meth:`forward`: the hidden states.
 
         Args:
+            before_layer: called with the number of each layer before its kernels are launched.
             all_rows: whether those of every row are wanted. Else, behind the last layer's states, a step with prompts
                 goes on with the rows whose logits it wants: of a long prompt, one.
         """
@@ -125,7 +134,9 @@ class GLAModel:
         conv_states = [None] * len(self.layers) if state.conv_LSWD is None else state.conv_LSWD.unbind()
         addends: Tensor | None = None
         wanted_R = inputs.output_rows_R if inputs.longest_prefill and not all_rows else None
-        for layer, layer_state, conv_SWD in zip(self.layers, state.layers, conv_states, strict=True):
+        for i, (layer, layer_state, conv_SWD) in enumerate(zip(self.layers, state.layers, conv_states, strict=True)):
+            if before_layer is not None:
+                before_layer(i)
             rows_R = wanted_R if layer is self.layers[-1] else None
             x_TD, addends = layer.forward(x_TD, addends, inputs, layer_state, conv_SWD, conv_index, rows_R)
         return Hidden(x_TD, addends, inputs.output_rows_R if wanted_R is None else None)

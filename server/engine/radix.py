@@ -52,7 +52,7 @@ class RadixTree(Generic[V]):
         found: list[Node[V]] = []
         node, depth = self.root, 0
         while (child := node.children.get(_token(tokens, depth))) is not None:
-            common = common_tokens(child.label, 0, tokens, depth)
+            common = common_tokens(child.label, tokens, depth)
             depth += common
             if depth < child.depth:
                 break
@@ -71,7 +71,7 @@ class RadixTree(Generic[V]):
                 label = tokens[depth * TOKEN_BYTES :]
                 node.children[key] = child = Node(node, label, end)
                 return child
-            common = common_tokens(child.label, 0, tokens, depth)
+            common = common_tokens(child.label, tokens, depth)
             depth += common
             node = child if depth == child.depth else self._split(child, common)
         return node
@@ -107,13 +107,15 @@ class RadixTree(Generic[V]):
         return upper
 
 
-def common_tokens(a: bytes, a_start: int, b: bytes, b_start: int) -> int:
-    """How many tokens two sequences have in common, from these positions on."""
-    limit = min(len(a) // TOKEN_BYTES - a_start, len(b) // TOKEN_BYTES - b_start)
+def common_tokens(label: bytes, tokens: bytes, start: int) -> int:
+    """How many tokens the beginning of a label has in common with a sequence from a position on."""
+    # Most of the way to what is known is labels that agree whole: they are compared where they lie.
+    if tokens.startswith(label, start * TOKEN_BYTES):
+        return len(label) // TOKEN_BYTES
+    limit = min(len(label), len(tokens) - start * TOKEN_BYTES) // TOKEN_BYTES
 
-    def equal(start: int, end: int) -> bool:
-        length = end - start
-        return _cut(a, a_start + start, length) == _cut(b, b_start + start, length)
+    def equal(begin: int, end: int) -> bool:
+        return _cut(label, begin, end - begin) == _cut(tokens, start + begin, end - begin)
 
     low, block = 0, _FIRST_BLOCK
     while low < limit and equal(low, min(low + block, limit)):

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from server.engine.arrivals import Arrivals
 from server.engine.batch import Batch, Span
 from server.engine.columns import Columns, pack
 from server.engine.copy_clock import CopyClock
@@ -189,6 +190,7 @@ class Runner:
         self._parked_dtype = parked_dtype
         self.swap = swap
         self.copies = CopyClock(step.device)
+        self._has_arrivals = False
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
@@ -204,12 +206,12 @@ class Runner:
     def _launch(self, batch: Batch) -> PendingStep:
         swap_failures = self._take_out(batch.swaps)
         broken = self._lease(batch.leased) | swap_failures
-        replayed = self._restore(batch, broken)
-        rows, span_of_row, plan = _plan(batch.spans)
-        logits = _LogitRows.of(batch, span_of_row)
         score_plan = plan_scores(batch)
         graphs = self._graphs
         shape = graphs.find(batch.shape) if graphs is not None and score_plan is None and batch.num_tokens else None
+        replayed = self._restore(batch, broken, graphs.arrivals if graphs and shape and shape.spans else None)
+        rows, span_of_row, plan = _plan(batch.spans)
+        logits = _LogitRows.of(batch, span_of_row)
         scored = None
         if graphs is not None and shape is not None:
             pending, num_folding = self._advance_rings(batch, every_token=graphs.folds_every_token(shape))
@@ -331,12 +333,17 @@ class Runner:
                 return {sequences[0]: error}
         return {seq: error for one in sequences for seq, error in self._lease((one,)).items()}
 
-    def _restore(self, batch: Batch, broken: dict[Sequence, Exception]) -> list[Tensor]:
+    def _restore(self, batch: Batch, broken: dict[Sequence, Exception], arrivals: Arrivals | None) -> list[Tensor]:
         """Write the snapshots of newly leased sequences to their slots; the logits [1, V] of the replays, in order.
 
         Args:
             broken: sequences for which that fails are added.
+            arrivals: for which the batch's step waits layer by layer; None: for none.
         """
+        if self._graphs is not None and self._has_arrivals:
+            # The step before waited for them, if nothing came between.
+            torch.cuda.current_stream(self._device).wait_stream(self._graphs.arrivals.stream)
+            self._has_arrivals = False
         leased: dict[Snapshot, list[Sequence]] = {}
         for seq in batch.leased:
             if seq.swapped:
@@ -344,9 +351,15 @@ class Runner:
             elif seq.snapshot is not None:
                 leased.setdefault(seq.snapshot, []).append(seq)
         logits: dict[Sequence, Tensor] = {}
+        replayed = {span.seq for span in batch.replays}
         for snapshot, sequences in leased.items():
+            slots = [seq.slot for seq in sequences if seq.slot is not None]
             try:
-                logits_V = self._restore_one(snapshot, [seq.slot for seq in sequences if seq.slot is not None])
+                if arrivals is not None and replayed.isdisjoint(sequences) and arrivals.takes(snapshot, slots):
+                    self._bring(snapshot, slots[0], arrivals)
+                    logits_V = None
+                else:
+                    logits_V = self._restore_one(snapshot, slots)
             except Exception as error:
                 broken.update(dict.fromkeys(sequences, error))
                 logits_V = torch.zeros(self._sampler.vocab_size, device=self._device)
@@ -379,6 +392,13 @@ class Runner:
             broken[seq] = error
         seq.num_folded, seq.snapshot, seq.swapped = snapshot.num_folded, None, False
         self.swap.brought_back(snapshot)
+
+    def _bring(self, snapshot: Snapshot, slot: int, arrivals: Arrivals) -> None:
+        """Start bringing a snapshot to a slot, for a step that waits for its layers."""
+        self._has_arrivals = True
+        arrivals.stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(arrivals.stream), self.copies.time(self.copies.restores):
+            arrivals.bring(snapshot, slot)
 
     def _restore_one(self, snapshot: Snapshot, slots: list[int]) -> Tensor | None:
         with self.copies.time(self.copies.restores):

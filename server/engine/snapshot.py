@@ -186,6 +186,9 @@ def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[i
         The snapshot's logits, if it has them, float32 [vocab_size], on the pool's device.
     """
     device = states.recurrent_LSGKV.device
+    if snapshot.num_folded == snapshot.num_tokens:
+        # Nothing waits in the ring: what a slot's ring holds then is nobody's business.
+        snapshot = replace(snapshot, parts={n: part for n, part in snapshot.parts.items() if not n.startswith("ring_")})
     snapshot = to_device(snapshot, device)
     parts = dict(snapshot.parts)
     pool_dtype = states.recurrent_LSGKV.dtype
@@ -194,7 +197,7 @@ def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[i
         parts["recurrent"] = LayerState(parts["recurrent"], parts.get("scales")).load(layers).to(pool_dtype)
     slots_N = _upload(slots, device)
     for name, part_LS in states.parts.items():
-        if name in parts:  # One that waits for nothing may come without a ring.
+        if name in parts:
             _spread(part_LS, slots_N, parts[name])
     return snapshot.logits_V
 

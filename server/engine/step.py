@@ -1,5 +1,7 @@
 """One step on the device, from its columns to the logits of the rows that sample; launched, or captured as a graph."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,7 @@ class StepModel:
         longest_prefill: int | None = None,
         wanted: int | None = None,
         all_rows: bool = False,
+        before_layer: Callable[[int], None] | None = None,
     ) -> tuple[Hidden, Tensor]:
         """Absorb a step's tokens, without waiting for the device.
 
@@ -53,7 +56,7 @@ class StepModel:
             every_token: whether the states of the decodes absorb every token at once; else as the columns say.
             longest_prefill: at least the length of the longest prompt span; None: all prompt tokens may be one span's.
             wanted: how many of the columns' rows, the first ones, want logits; None: all.
-            all_rows: whether the hidden states of every row are wanted.
+            all_rows, before_layer: as :meth:`GLAModel.absorb` takes them.
 
         Returns:
             The hidden states, see :meth:`GLAModel.absorb`; the slots, those of sequences that have met
@@ -81,4 +84,4 @@ class StepModel:
             output_rows_R=columns.logit_rows[:wanted],
             ring_rows=ring_rows,
         )
-        return self.model.absorb(inputs, self.states, all_rows=all_rows), slots_R1
+        return self.model.absorb(inputs, self.states, all_rows=all_rows, before_layer=before_layer), slots_R1

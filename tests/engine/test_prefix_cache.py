@@ -287,11 +287,11 @@ def test_a_snapshot_in_use_is_not_evicted() -> None:
 def test_common_tokens(agreeing: int) -> None:
     a = count(0, 100_000)
     b = [*a[:agreeing], *(-1 for _ in a[agreeing:])]
-    assert common_tokens(pack_tokens(a), 0, pack_tokens(b), 0) == agreeing
+    assert common_tokens(pack_tokens(a), pack_tokens(b), 0) == agreeing
     if agreeing > 7:
-        assert common_tokens(pack_tokens(a[7:]), 0, pack_tokens(b), 7) == agreeing - 7
+        assert common_tokens(pack_tokens(a[7:]), pack_tokens(b), 7) == agreeing - 7
     # The last bytes of one token and the first of the next are no token.
-    assert common_tokens(pack_tokens([1, 256]), 0, pack_tokens([1, 512]), 0) == 1
+    assert common_tokens(pack_tokens([1, 256]), pack_tokens([1, 512]), 0) == 1
 
 
 class Tree(RuleBasedStateMachine):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engine.arrivals import Arrivals
 from server.engine.engine import Engine
 from server.engine.prefix_cache import Ticket
 from server.engine.scheduler import MAX_KEPT_PROMPTS
@@ -75,6 +76,40 @@ def test_the_same_prompt_again_absorbs_nothing(name: str, state_dtype: str, mode
     alone.run()
     for choice in range(4):
         assert driver.answers[request, choice].token_ids == alone.answers[expected, choice].token_ids
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "state_dtype"), [("base", "float32"), ("conv", "float32"), ("gqa", "bfloat16"), ("base", "int8")]
+)
+def test_layers_wait_for_what_comes_from_the_host(name: str, state_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late it comes, and whoever decodes beside it or comes next."""
+    driver = make_driver(
+        FIXTURES / name, mode=("cuda", True), state_dtype=state_dtype, cache=StateCacheConfig(host_bytes=64 << 20)
+    )
+    cold = make_driver(FIXTURES / name, mode=("cuda", True), state_dtype=state_dtype, cache=NONE)
+    brought: list[int] = []
+    bring = Arrivals.bring
+
+    def late(self: Arrivals, snapshot: Snapshot, slot: int) -> None:
+        brought.append(slot)
+        torch.cuda._sleep(200_000_000)  # cycles, some 0.1 s
+        bring(self, snapshot, slot)
+
+    monkeypatch.setattr(Arrivals, "bring", late)
+    prompt = random_prompt(150, VOCAB, 1)
+    driver.complete(prompt, **GREEDY, max_tokens=1)
+    beside = driver.submit([random_prompt(9, VOCAB, 2)], **GREEDY, max_tokens=40)
+    driver.step()
+    for seed in range(3):
+        longer = prompt + random_prompt(1 + 7 * seed, VOCAB, 10 + seed)
+        answer, absorbed = absorbed_by(driver, longer, max_tokens=9)
+        assert absorbed == len(longer) - 150
+        assert answer.token_ids == cold.complete(longer, **GREEDY, max_tokens=9).token_ids
+    assert len(brought) == 3
+    driver.run()
+    expected = cold.complete(random_prompt(9, VOCAB, 2), **GREEDY, max_tokens=40)
+    assert driver.answers[beside, 0].token_ids == expected.token_ids
 
 
 ENDS = pytest.mark.parametrize("end", ["length", "stop token", "stop string"])

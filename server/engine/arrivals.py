@@ -1,0 +1,76 @@
+"""States that come from the host layer by layer, while the layers before theirs are at work.
+
+The bus takes a millisecond for 50 MB, which is longer than many a step lasts until it turns to the last layers. So the
+copies of one restored state are cut into groups of layers, few at first, on a stream of their own, and captured steps
+with prompts wait before the first layer of each group until it is there. Behind such a step everything has come.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from server.engine.snapshot import Snapshot
+from server.engine.state_pool import StateTensors
+
+
+class Arrivals:
+    """Brings states from the host to slots of a pool on a CUDA device.
+
+    Args:
+        states: the pool.
+
+    Attributes:
+        stream: of the copies.
+    """
+
+    def __init__(self, states: StateTensors) -> None:
+        self._states = states
+        device = states.recurrent_LSGKV.device
+        self.stream = torch.cuda.Stream(device)
+        # Where each group begins, and what is recorded when it is there.
+        self._events: dict[int, torch.cuda.Event] = {}
+        start, size, layers = 0, 1, len(states.layers)
+        while start < layers:
+            self._events[start] = torch.cuda.Event(external=True)
+            self._events[start].record()  # makes it: what has never been recorded cannot be captured
+            start, size = start + size, size + 1
+        self._bounds = [*self._events, layers]
+        self._parts = [name for name in states.parts if not name.startswith("ring_")]
+        # A slot is no contiguous memory, and what comes over the bus has to be.
+        self._staged = {name: torch.empty_like(states.parts[name][:, 0]) for name in self._parts}
+
+    def takes(self, snapshot: Snapshot, slots: Sequence[int]) -> bool:
+        """Whether a snapshot can come this way: to one slot, from pinned memory, of the pool's types, its ring empty."""
+        return (
+            len(slots) == 1
+            and snapshot.num_folded == snapshot.num_tokens
+            and all(name in snapshot.parts for name in self._parts)
+            and all(
+                snapshot.parts[name].is_pinned() and snapshot.parts[name].dtype == self._staged[name].dtype
+                for name in self._parts
+            )
+        )
+
+    def bring(self, snapshot: Snapshot, slot: int) -> None:
+        """Put the copies of a snapshot that :meth:`takes` admits into :attr:`stream`, which must be the current one.
+
+        Whoever uses the slot next waits for the layers (:meth:`wait_for`), or for the stream.
+        """
+        stream, device = self.stream, self._states.recurrent_LSGKV.device
+        if snapshot.copied is not None:
+            stream.wait_event(snapshot.copied)
+        slot_1 = torch.tensor([slot], pin_memory=True)
+        slots_1 = slot_1.to(device, non_blocking=True)
+        for start, end in zip(self._bounds, self._bounds[1:], strict=False):
+            for name in self._parts:
+                staged_L: Tensor = self._staged[name][start:end]
+                staged_L.copy_(snapshot.parts[name][start:end], non_blocking=True)
+                self._states.parts[name][start:end].index_copy_(1, slots_1, staged_L.unsqueeze(1))
+            self._events[start].record(stream)
+
+    def wait_for(self, layer: int) -> None:
+        """Make the current stream, which captures, wait until a layer's states are there; for each layer in turn."""
+        event = self._events.get(layer)
+        if event is not None:
+            event.wait()

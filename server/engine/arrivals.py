@@ -41,7 +41,7 @@ class Arrivals:
         self._staged = {name: torch.empty_like(states.parts[name][:, 0]) for name in self._parts}
 
     def takes(self, snapshot: Snapshot, slots: Sequence[int]) -> bool:
-        """Whether a snapshot can come this way: to one slot, from pinned memory, of the pool's types, its ring empty."""
+        """Whether a snapshot can come this way: to one slot, from pinned memory, of the pool's types, no ring."""
         return (
             len(slots) == 1
             and snapshot.num_folded == snapshot.num_tokens

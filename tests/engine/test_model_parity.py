@@ -111,7 +111,7 @@ def test_rows_that_nobody_wants_end_at_the_last_layer(name: str, device: str) ->
         assert some.shape == (len(rows), every.shape[1])
         if rows:
             assert relative_error(some, every[rows]) < 1e-5
-        for part_LS in lab.state.parts.values():
+        for part_LS in (part_LS for part, part_LS in lab.state.parts.items() if not part.startswith("ring_")):
             assert torch.equal(part_LS[:, [1, 2]].isnan(), part_LS[:, [3, 4]].isnan())
         assert relative_error(lab.state.recurrent_LSGKV[:, [1, 2]], lab.state.recurrent_LSGKV[:, [3, 4]]) < 1e-6
     decoded = lab.step(decodes=[(1, 7), (2, 7)])

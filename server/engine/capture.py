@@ -39,6 +39,14 @@ def prompt_ladders(max_rows: int, max_tokens: int) -> list[tuple[int, list[int]]
     return ladders
 
 
+def all_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
+    """What :func:`capture_steps` captures, or would if no step with prompts took too long."""
+    shapes = [StepShape(size, 0, 0) for size in decode_ladder(max_rows)]
+    for decodes, ladder in prompt_ladders(max_rows, max_tokens):
+        shapes += [shape for tokens in ladder for shape in prompt_shapes(decodes, tokens)]
+    return shapes
+
+
 def capture_steps(
     step: StepModel, *, max_rows: int, max_tokens: int, stream: torch.cuda.Stream
 ) -> tuple[StepGraphs, tuple[PromptLimit, ...]]:
@@ -51,7 +59,7 @@ def capture_steps(
         stream: to capture on.
     """
     start = time.monotonic()
-    graphs = StepGraphs(step, _largest(max_rows, max_tokens), stream=stream)
+    graphs = StepGraphs(step, all_shapes(max_rows, max_tokens), stream=stream)
     graphs.capture(prompt_shapes(0, max_tokens)[-1])
     sizes = decode_ladder(max_rows)
     for size in reversed(sizes):
@@ -108,14 +116,12 @@ def graph_bytes(step: StepModel, *, max_rows: int, max_tokens: int, stream: torc
     """
     if max_rows < 1:
         return 0
-    shapes = [StepShape(size, 0, 0) for size in decode_ladder(max_rows)]
-    for decodes, ladder in prompt_ladders(max_rows, max_tokens):
-        shapes += [shape for tokens in ladder for shape in prompt_shapes(decodes, tokens)]
+    shapes = all_shapes(max_rows, max_tokens)
     largest = _largest(max_rows, max_tokens)
     others = [shape for shape in shapes if shape not in largest]
     others = others[:: max(1, len(others) // _PROBES)]
     free_before = _free_bytes(stream.device)
-    graphs = StepGraphs(step, largest, stream=stream)
+    graphs = StepGraphs(step, shapes, stream=stream)
     for shape in largest:
         graphs.capture(shape)
     free_largest = _free_bytes(stream.device)
@@ -130,7 +136,7 @@ def graph_bytes(step: StepModel, *, max_rows: int, max_tokens: int, stream: torc
 
 
 def _largest(max_rows: int, max_tokens: int) -> list[StepShape]:
-    """Shapes such that no other one to capture needs more memory than all of them."""
+    """Shapes such that no other one to capture needs more memory to compute than all of them."""
     decodes, ladder = prompt_ladders(max_rows, max_tokens)[-1]
     return [
         prompt_shapes(0, max_tokens)[-1],

@@ -7,7 +7,7 @@ filled by one copy, and the logits, from which the common ways of sampling are g
 without graphs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -31,7 +31,7 @@ class StepGraphs:
 
     Args:
         step: on a CUDA device.
-        max_shapes: no shape to capture is larger in any respect than all of them.
+        shapes: all that may be captured: whose inputs and rows there is to be room for.
         stream: to capture on. The matrix library keeps a workspace per stream, so every capture in a process should
             be given the same one.
 
@@ -39,12 +39,12 @@ class StepGraphs:
         arrivals: brings states for which captured steps with prompts wait.
     """
 
-    def __init__(self, step: StepModel, max_shapes: list[StepShape], *, stream: torch.cuda.Stream) -> None:
+    def __init__(self, step: StepModel, shapes: Sequence[StepShape], *, stream: torch.cuda.Stream) -> None:
         self._step = step
-        self.arrivals = Arrivals(step.states)
-        device, rows = step.device, max(shape.rows for shape in max_shapes)
+        self.arrivals = Arrivals(step.states) if step.device.type == "cuda" else None
+        device, rows = step.device, max(shape.rows for shape in shapes)
         with torch.inference_mode():
-            self._inputs = torch.zeros(max(map(upload_size, max_shapes)), dtype=torch.int64, device=device)
+            self._inputs = torch.zeros(max(map(upload_size, shapes)), dtype=torch.int64, device=device)
             self._slots_R = torch.zeros(rows, dtype=torch.int64, device=device)
             self._logits_RV = torch.zeros((rows, step.sampler.vocab_size), device=device)
             self._tokens_R = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -163,7 +163,7 @@ class StepGraphs:
     def _run_model(self, shape: StepShape) -> None:
         step, columns, rows = self._step, self._columns(shape), shape.rows
         every_token = self.folds_every_token(shape)
-        before_layer = self.arrivals.wait_for if shape.spans else None
+        before_layer = self.arrivals.wait_for if shape.spans and self.arrivals is not None else None
         hidden, slots_R1 = step.absorb(columns, shape, every_token=every_token, before_layer=before_layer)
         step.model.logits(hidden, hidden.rows_R, out_RV=self._logits_RV[:rows])
         self._slots_R[:rows] = slots_R1[columns.order_R]

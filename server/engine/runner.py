@@ -190,7 +190,7 @@ class Runner:
         self._parked_dtype = parked_dtype
         self.swap = swap
         self.copies = CopyClock(step.device)
-        self._has_arrivals = False
+        self._arriving: torch.cuda.Stream | None = None
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
@@ -340,10 +340,10 @@ class Runner:
             broken: sequences for which that fails are added.
             arrivals: for which the batch's step waits layer by layer; None: for none.
         """
-        if self._graphs is not None and self._has_arrivals:
-            # The step before waited for them, if nothing came between.
-            torch.cuda.current_stream(self._device).wait_stream(self._graphs.arrivals.stream)
-            self._has_arrivals = False
+        if self._arriving is not None:
+            # The step before waited for what it brought, if nothing came between.
+            torch.cuda.current_stream(self._device).wait_stream(self._arriving)
+            self._arriving = None
         leased: dict[Snapshot, list[Sequence]] = {}
         for seq in batch.leased:
             if seq.swapped:
@@ -395,7 +395,7 @@ class Runner:
 
     def _bring(self, snapshot: Snapshot, slot: int, arrivals: Arrivals) -> None:
         """Start bringing a snapshot to a slot, for a step that waits for its layers."""
-        self._has_arrivals = True
+        self._arriving = arrivals.stream
         arrivals.stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(arrivals.stream), self.copies.time(self.copies.restores):
             arrivals.bring(snapshot, slot)

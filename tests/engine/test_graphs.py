@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.engine import graphs as graphs_module
 from server.engine.batch import Batch, Span
-from server.engine.capture import capture_steps
+from server.engine.capture import all_shapes, capture_steps
 from server.engine.engine import Engine
 from server.engine.graphs import StepGraphs
 from server.engine.runner import PendingStep, Runner
@@ -48,6 +48,19 @@ def run_once(graphs: StepGraphs, shape: StepShape, *, folds: int | None = None) 
     graphs._fill(shape, folds)
     graphs._forward[shape]()
     return 1e-3
+
+
+@pytest.mark.parametrize("max_rows", [1, 8, 9, 257, 260, 300, 1024])
+def test_the_buffers_hold_every_shape(max_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the largest number of decodes has a ladder of prompt tokens that ends before another's."""
+    monkeypatch.setattr(graphs_module, "_Recorder", Repeat)
+    driver = Driver(Engine(engine_config(FIXTURES / "base")))
+    shapes = all_shapes(max_rows, 8192)
+    graphs = StepGraphs(driver.engine._runner._step, shapes, stream=None)  # type: ignore[arg-type]
+    for shape in shapes:
+        columns = graphs._columns(shape)
+        assert columns.token_ids_P is None or len(columns.token_ids_P) == shape.tokens
+        assert len(graphs.rows(shape.rows)[0]) == shape.rows
 
 
 @pytest.fixture

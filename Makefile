@@ -16,6 +16,8 @@ PYTEST_ARGS ?=
 CLIENTS_ARGS ?=
 WORKERS ?= 2
 MINUTES ?= 30
+TRACES ?= 300
+SAVES ?= 1000
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -29,7 +31,7 @@ CHECKED := server clients tests
 help: ## Show the targets and their variables.
 	@sed -n 's/^\([a-z-]*\): [^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 	@echo
-	@echo "  variables          MODEL PORT HOST DEVICE ARGS (serve), PYTEST_ARGS WORKERS (tests), MINUTES ARGS (soak), PYTHON VENV"
+	@echo "  variables          MODEL PORT HOST DEVICE ARGS (serve), PYTEST_ARGS WORKERS (tests), MINUTES ARGS (soak), TRACES SAVES (test-traces), PYTHON VENV"
 
 .PHONY: serve
 serve: $(VENV)/.serve ## Serve MODEL (default: the shipped model) on HOST:PORT; ARGS are further flags.
@@ -52,6 +54,10 @@ test-browser: $(VENV)/.test ## Run the tests of the playground in Chromium; need
 .PHONY: test-ops
 test-ops: $(VENV)/.test ## Run the tests of running it for others; needs prometheus and promtool.
 	$(BIN)/python -m pytest -m ops tests/ops $(PYTEST_ARGS)
+
+.PHONY: test-traces
+test-traces: $(VENV)/.test ## Run TRACES (default: 300) random traces of operations on states, and kill servers amid SAVES.
+	$(BIN)/python -m pytest -m "not gpu" tests/traces --traces $(TRACES) --saves $(SAVES) $(PYTEST_ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.test ## Put a server under mixed load for MINUTES (default: 30) and check what it must not lose.

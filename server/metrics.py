@@ -169,6 +169,8 @@ def _saved(saved: SavedStats) -> Iterator[Metric]:
     yield GaugeMetricFamily("gale_saved_states", "Saved states.", value=saved.states)
     yield GaugeMetricFamily("gale_saved_states_bytes", "Bytes of their files, or else in memory.", value=saved.nbytes)
     gauge, counter = GaugeMetricFamily, CounterMetricFamily
+    text = "Bytes of their transcripts in memory."
+    yield gauge("gale_saved_transcripts_bytes", text, value=saved.transcript_bytes)
     yield _labelled(gauge("gale_saved_snapshots", "Their snapshots.", labels=["tier"]), saved.snapshots)
     yield _labelled(gauge("gale_saved_snapshots_bytes", "Bytes of these.", labels=["tier"]), saved.snapshots_bytes)
     text = "What was done with saved states."
@@ -181,6 +183,9 @@ def _saved(saved: SavedStats) -> Iterator[Metric]:
     yield counter("gale_saved_states_failed_total", text, value=saved.failed)
     text = "Files found at the start that are not used."
     yield _labelled(gauge("gale_saved_state_files_skipped", text, labels=["reason"]), saved.skipped)
+    yield _labelled(
+        gauge("gale_saved_state_files_skipped_bytes", "Their bytes.", labels=["reason"]), saved.skipped_bytes
+    )
 
 
 def _labelled(family: GaugeMetricFamily | CounterMetricFamily, values: Mapping[str, int]) -> Metric:

@@ -280,6 +280,8 @@ class SavedStats(msgspec.Struct, frozen=True, kw_only=True):
     states: int = 0
     nbytes: int = 0
     """What they take: their files, or else their snapshots in memory."""
+    transcript_bytes: int = 0
+    """What their transcripts take in memory, beyond that."""
     snapshots: dict[str, int] = {}
     """Their snapshots by tier, those in memory or among the cache's files, and those in the states' files only: device,
     host, disk, saved."""
@@ -290,6 +292,7 @@ class SavedStats(msgspec.Struct, frozen=True, kw_only=True):
     """States whose files could not be written."""
     skipped: dict[str, int] = {}
     """Files found at the start that are not used, by why: damaged, layout, model."""
+    skipped_bytes: dict[str, int] = {}
     seconds: dict[str, HistogramSnapshot] = {}
     """From the end of an answer, or from the command, until the file was there, by operation."""
 

@@ -16,10 +16,12 @@ class Recorder:
         title: of the page.
         command: that wrote it.
         versions: of what was used, beside Python's.
+        models: that were served.
     """
 
-    def __init__(self, page: Path, title: str, command: str, versions: str) -> None:
+    def __init__(self, page: Path, title: str, command: str, versions: str, models: str = "the shipped model") -> None:
         self._page, self._title, self._command, self._versions = page, title, command, versions
+        self._models = models
         self._rows: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -33,6 +35,6 @@ class Recorder:
             f"# {self._title}: the last recorded run\n\n"
             f"Written by `{self._command}`.\n\n"
             f"{datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, {self._versions}; "
-            f"the shipped model on a CPU ({platform.machine()}, {os.cpu_count()} cores).\n\n"
+            f"{self._models} on a CPU ({platform.machine()}, {os.cpu_count()} cores).\n\n"
             "| test | outcome | seconds | remarks |\n| --- | --- | ---: | --- |\n" + "\n".join(self._rows) + "\n"
         )

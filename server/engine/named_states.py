@@ -126,9 +126,20 @@ class Parking(Protocol):
     def file_removed(self, state: NamedState) -> None:
         """A state's file is about to be removed."""
 
+    def set_aside(self, nbytes: int) -> None:
+        """So many bytes of the disk are taken by files that are not used."""
+
 
 class Files(Protocol):
     """What writes the files; see :class:`server.engine.saved_files.SavedFiles`."""
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Files that are not used, by why."""
+
+    @property
+    def skipped_bytes(self) -> Counter[str]:
+        """Bytes of these."""
 
     def scan(self) -> Iterator[NamedState]:
         """The states whose files there are; only at the beginning."""
@@ -209,10 +220,13 @@ class NamedStates:
         self.counts: Counter[str] = Counter(dict.fromkeys(OPERATIONS, 0))
         self.failed = 0
         self.seconds: dict[str, Histogram] = {name: seconds_histogram() for name in TIMED_OPERATIONS}
+        self._unused = 0
         if files is not None:
             for state in sorted(files.scan(), key=lambda state: state.created):
                 self._enter(state)
             self._expire()
+            self._unused = files.skipped_bytes.total()
+            parking.set_aside(self._unused)
 
     def __len__(self) -> int:
         return len(self._states)
@@ -222,21 +236,22 @@ class NamedStates:
         """What they take: their files, or else their snapshots in memory."""
         return self._used.nbytes[None]
 
-    def stats(self, held: Mapping[str, tuple[int, int]], skipped: Mapping[str, int]) -> SavedStats:
+    def stats(self, held: Mapping[str, tuple[int, int]]) -> SavedStats:
         """The figures as they stand.
 
         Args:
             held: snapshots of saved states, and their bytes, by tier.
-            skipped: files that are not used, by why.
         """
         return SavedStats(
             states=len(self._states),
             nbytes=self.nbytes,
+            transcript_bytes=self._used.transcript_bytes,
             snapshots={tier: count for tier, (count, _) in held.items()},
             snapshots_bytes={tier: nbytes for tier, (_, nbytes) in held.items()},
             operations=dict(self.counts),
             failed=self.failed,
-            skipped=dict(skipped),
+            skipped={} if self._files is None else dict(self._files.skipped),
+            skipped_bytes={} if self._files is None else dict(self._files.skipped_bytes),
             seconds={name: histogram.snapshot() for name, histogram in self.seconds.items()},
         )
 
@@ -264,10 +279,12 @@ class NamedStates:
                     f"no room for {count} more saved states: {states} {whose}, of at most {most_states}; delete some"
                 )
             used = self._used.nbytes[owner] + reserved * limits.state_nbytes
-            if most_bytes is not None and used + count * nbytes > most_bytes:
+            unused = self._unused if owner is None else 0
+            if most_bytes is not None and used + unused + count * nbytes > most_bytes:
+                others = f", besides {unused} bytes of files that this server does not use" if unused else ""
                 raise error(
-                    f"no room for {count} more saved states of up to {nbytes} bytes: {used} bytes {whose}, of at most "
-                    f"{most_bytes}; delete some"
+                    f"no room for {count} more saved states of up to {nbytes} bytes: {used} bytes {whose}{others}, of "
+                    f"at most {most_bytes}; delete some"
                 )
         self._reserved[tenant] += count
 
@@ -393,6 +410,8 @@ class _Ledger:
     def __init__(self) -> None:
         self.count: Counter[str | None] = Counter()
         self.nbytes: Counter[str | None] = Counter()
+        self.transcript_bytes = 0
+        self._transcripts: Counter[int] = Counter()
         self._charges: dict[str, list[tuple[Hashable, int]]] = {}
         self._sharers: Counter[tuple[str | None, Hashable]] = Counter()
 
@@ -401,6 +420,10 @@ class _Ledger:
             charges: list[tuple[Hashable, int]] = [(state.id, state.file.nbytes)]
         else:
             charges = [] if state.entry is None else [(state.entry, state.entry.nbytes)]
+        # Forks have one transcript.
+        self._transcripts[id(state.tokens)] += 1
+        if self._transcripts[id(state.tokens)] == 1:
+            self.transcript_bytes += len(state.tokens)
         self._charges[state.id] = charges
         for owner in (None, state.tenant):
             self.count[owner] += 1
@@ -410,6 +433,10 @@ class _Ledger:
                     self.nbytes[owner] += nbytes
 
     def remove(self, state: NamedState) -> None:
+        self._transcripts[id(state.tokens)] -= 1
+        if not self._transcripts[id(state.tokens)]:
+            del self._transcripts[id(state.tokens)]
+            self.transcript_bytes -= len(state.tokens)
         charges = self._charges.pop(state.id)
         for owner in (None, state.tenant):
             self.count[owner] -= 1

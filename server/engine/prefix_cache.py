@@ -307,6 +307,9 @@ class PrefixCache(Generic[P]):
         """Note that a snapshot is in the file of a saved state, too; one without logits does not stand for one with."""
         if entry.nbytes and (complete or not entry.complete):
             entry.files.append(payload)
+            if entry.tier is Tier.DISK:
+                self._store.drop(entry.payload)
+                self._move(entry, payload, Tier.SAVED)
 
     def unback(self, entry: Entry[P], payload: P) -> None:
         """The file of a saved state is about to be removed: what lies there only has to go."""
@@ -405,7 +408,7 @@ class PrefixCache(Generic[P]):
         # Out of its tier meanwhile: those that have to make room for it may take its place there.
         self._account(entry, -1)
         for tier in Tier:
-            if tier < entry.tier and self._make_room(tier, entry.nbytes):
+            if tier < min(entry.tier, Tier.DISK) and self._make_room(tier, entry.nbytes):
                 moved = self._store.move(entry.payload, tier)
                 if moved is not None:
                     entry.payload, entry.tier = moved, tier

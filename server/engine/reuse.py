@@ -267,6 +267,10 @@ class PrefixReuse:
         if state.file.payload is not None:
             self._cache.unback(self._filed.pop(state.file.payload), state.file.payload)
 
+    def set_aside(self, nbytes: int) -> None:
+        """So many bytes of the disk are taken by files that are not used."""
+        self._count_file(nbytes)
+
     def _count_file(self, nbytes: int) -> None:
         self._file_bytes += nbytes
         self._cache.resize(Tier.DISK, max(0, self._disk - self._file_bytes))

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 FOLDER: Final = "saved"
 """Within the folder of the states' cache."""
 _SUFFIX: Final = ".safetensors"
+_ASIDE: Final = ".damaged"
 _TRIES: Final = 5
 
 
@@ -59,6 +60,7 @@ class SavedFiles:
 
     Attributes:
         skipped: files at the start that are no states for this server, by why: damaged, layout, model.
+        skipped_bytes: of these.
     """
 
     def __init__(self, folder: Path, store: SnapshotStore, model: str, vocab_size: int) -> None:
@@ -68,6 +70,7 @@ class SavedFiles:
         self._vocab_size = vocab_size
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
         self.skipped: Counter[str] = Counter({"damaged": 0, "layout": 0, "model": 0})
+        self.skipped_bytes = self.skipped.copy()
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             for path in self._folder.glob("*.tmp"):
@@ -77,21 +80,23 @@ class SavedFiles:
 
     def scan(self) -> Iterator[NamedState]:
         """The states that were saved earlier, of this model, expired ones removed."""
+        for path in self._folder.glob(f"*{_SUFFIX}{_ASIDE}"):
+            self._skip("damaged", path)
         found = 0
         for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
             try:
                 state = self._read(path)
             except UnknownLayoutError as error:
-                self.skipped["layout"] += 1
+                self._skip("layout", path)
                 logger.warning("saved state %s is left alone: %s", path, error)
             except StateFileError as error:
-                self.skipped["damaged"] += 1
+                self._skip("damaged", path)
                 logger.error("saved state %s is put aside: %s", path, error)
                 with contextlib.suppress(OSError):
-                    path.rename(path.with_name(f"{path.name}.damaged"))
+                    path.rename(path.with_name(f"{path.name}{_ASIDE}"))
             else:
                 if state is None:
-                    self.skipped["model"] += 1
+                    self._skip("model", path)
                 elif state.expires <= time.time():
                     self.remove(state)
                 else:
@@ -101,6 +106,8 @@ class SavedFiles:
             logger.warning(
                 "%d saved states in %s are of other models, and left alone", self.skipped["model"], self._folder
             )
+        if unused := self.skipped_bytes.total():
+            logger.warning("files in %s that are not used take %d bytes of --state-cache-disk", self._folder, unused)
         logger.info("%d saved states found in %s", found, self._folder)
 
     def write(self, state: NamedState) -> "Future[StateFile]":
@@ -118,6 +125,11 @@ class SavedFiles:
     def close(self) -> None:
         """Return once everything is written and removed that was to be."""
         self._writer.shutdown()
+
+    def _skip(self, why: str, path: Path) -> None:
+        self.skipped[why] += 1
+        with contextlib.suppress(OSError):
+            self.skipped_bytes[why] += path.stat().st_size
 
     def _write(self, state: NamedState) -> StateFile:
         snapshot = read_snapshot(self._store, state)

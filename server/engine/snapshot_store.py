@@ -123,7 +123,7 @@ class SnapshotStore:
             raise
         except Exception as error:
             # Whoever asks can do without: nothing that is answered depends on where a snapshot lies.
-            logger.warning("a snapshot stays where it is: %s", error or type(error).__name__)
+            logger.warning("a snapshot stays where it is: %s", str(error) or type(error).__name__)
             return None
         if moved is not None and isinstance(payload, FileSnapshot):
             self.drop(payload)

@@ -34,7 +34,7 @@ class StateKeeping:
         """The figures of saved states as they stand."""
         if self.states is None or self.reuse is None:
             return SavedStats()
-        return self.states.stats(self.reuse.held(), {} if self.files is None else self.files.skipped)
+        return self.states.stats(self.reuse.held())
 
     def close(self) -> None:
         """Remove what is kept on disk for the engine itself."""

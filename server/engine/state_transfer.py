@@ -115,6 +115,8 @@ class StateTransfer:
             except OSError as error:
                 return Refusal(RefusalReason.NOT_WRITTEN, f"the state's file could not be written: {error.strerror}")
             except StateFileError as error:
+                if self.states.find(command.tenant, state.id) is None:
+                    return unknown(command.state)  # it has just been deleted
                 return Refusal(RefusalReason.FAILED, f"the state's snapshot is lost: {error}")
             except Exception:
                 logger.exception("a download cannot be written")

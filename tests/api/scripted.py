@@ -173,6 +173,9 @@ class NoParking:
     def file_removed(self, state: NamedState) -> None:
         raise AssertionError("there are no files")
 
+    def set_aside(self, nbytes: int) -> None:
+        raise AssertionError("there are no files")
+
 
 @dataclass
 class ScriptedEngine:

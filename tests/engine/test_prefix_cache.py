@@ -43,6 +43,7 @@ class Shelf:
     slow: set[Parked] = field(default_factory=set)
     unwritten: list[Parked] = field(default_factory=list)
     disk_is_busy: bool = False
+    moved: list[Tier] = field(default_factory=list)
 
     def park(self, scope: str, tokens: bytes, *, complete: bool) -> Parked:
         parked = Parked(scope, tokens, Tier.DEVICE, complete)
@@ -53,6 +54,7 @@ class Shelf:
         if tier is Tier.DISK and self.disk_is_busy:
             return None
         self.drop(payload)
+        self.moved.append(tier)
         moved = Parked(payload.scope, payload.tokens, tier, payload.complete)
         self.held.add(moved)
         return moved
@@ -239,6 +241,28 @@ def test_a_full_tier_hands_its_oldest_down_and_a_hit_brings_it_back() -> None:
     tiers = {entry.payload.tokens[:4]: entry.tier for entry in cached.cache.entries()}
     assert tiers[pack_tokens([100])] is Tier.DEVICE
     assert len(tiers) == 3, "the snapshots changed places; none had to go"
+
+
+def test_what_is_in_a_states_file_takes_no_room_on_disk() -> None:
+    cached = Cached({Tier.HOST: 1, Tier.DISK: 1})
+    tokens = count(0, 20)
+    parked = cached.shelf.park("", pack_tokens(tokens), complete=True)
+    assert cached.cache.keep("", pack_tokens(tokens), parked, Tier.DISK, 1, complete=True)
+    entry = cached.cache.hold("", pack_tokens(tokens))
+    assert entry is not None and entry.tier is Tier.DISK
+    file = Parked("", pack_tokens(tokens), Tier.SAVED, complete=True)
+    cached.cache.back(entry, file, complete=True)
+    assert (entry.tier, entry.payload) == (Tier.SAVED, file) and parked not in cached.shelf.held
+    # Nor does it come back to the disk when the memory has no room for it.
+    held = cached.shelf.park("", pack_tokens([7]), complete=True)
+    other = cached.shelf.park("", pack_tokens([8]), complete=True)
+    for parked, tier in ((held, Tier.HOST), (other, Tier.DISK)):
+        assert cached.cache.keep("", parked.tokens, parked, tier, 1, complete=True)
+    assert cached.cache.hold("", held.tokens) is not None
+    assert cached.cache.hold("", other.tokens) is not None
+    cached.shelf.moved.clear()
+    assert cached.run(tokens)[0] == 20
+    assert entry.tier is Tier.SAVED and not cached.shelf.moved
 
 
 def test_what_comes_from_elsewhere_lies_where_there_is_room() -> None:

@@ -1,10 +1,6 @@
 """Saved states that outlive their engine: what was acknowledged is found again and goes on as if nothing had been."""
 
-import contextlib
-import os
-import random
 import resource
-import shutil
 import time
 from pathlib import Path
 
@@ -178,6 +174,10 @@ def test_what_is_no_state_of_this_model_is_left_and_reported(tmp_path: Path, cap
         assert path.name in caplog.text
     assert again.engine._keeping.files is not None
     assert again.engine._keeping.files.skipped == {"damaged": 3, "layout": 1, "model": 1}
+    one = good.stat().st_size
+    left = again.engine.stats().saved.skipped_bytes
+    assert (left["layout"], left["model"]) == (newer.stat().st_size, foreign.stat().st_size)
+    assert 2 * one < left["damaged"] < 3 * one
     # With its own model, a state is there again.
     other = make_driver(tmp_path, "conv")
     assert listed(other) == []
@@ -185,6 +185,40 @@ def test_what_is_no_state_of_this_model_is_left_and_reported(tmp_path: Path, cap
     last = make_driver(tmp_path)
     assert [state.name for state in listed(last)] == ["s6"]
     last.engine.close()
+
+
+def test_files_that_are_not_used_take_their_part_of_the_disk(tmp_path: Path) -> None:
+    one = make_driver(None).engine._runner.parked_bytes
+    cache = StateCacheConfig(host_bytes=one, folder=tmp_path, disk_bytes=12 * one)
+    driver = make_driver(tmp_path, cache=cache)
+    for seed in range(4):
+        run(driver, random_prompt(20, VOCAB, seed), save=True, max_tokens=2)
+    driver.engine.close()
+    for path in files(tmp_path)[:3]:
+        path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):
+        again = make_driver(tmp_path, cache=cache)
+        stats = again.engine.stats().saved
+        assert stats.states == 1 and stats.skipped["damaged"] == 3, "those of earlier starts, too"
+        taken = 0
+        while (request := again.submit([[5, taken]], save=True, name=str(taken), max_tokens=1)) not in again.rejected:
+            again.run()
+            taken += 1
+        assert taken == 1, "half of the disk is for six states and what else lies among them"
+        assert "bytes of files that this server does not use" in again.rejected[request].message
+        for seed in range(9):
+            run(again, random_prompt(60, VOCAB, seed), max_tokens=2)
+        again.engine._reuse._store._writer.submit(int).result()  # type: ignore[union-attr]
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 12 * one + 10 * 4096
+        assert isinstance(again.command(StateAction.DELETE, "0"), list)
+        again.engine.close()
+    for path in files(tmp_path):
+        if path.suffix == ".damaged":
+            path.unlink()
+    again = make_driver(tmp_path, cache=cache)
+    for seed in range(4):
+        run(again, random_prompt(20, VOCAB, seed), save=True, max_tokens=2)
+    again.engine.close()
 
 
 def test_a_snapshot_that_is_damaged_later_is_absorbed_again(tmp_path: Path) -> None:
@@ -324,61 +358,3 @@ def test_saved_states_take_room_of_the_disk(tmp_path: Path) -> None:
     taken = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert taken <= 8 * one + 20 * 4096
     driver.engine.close()
-
-
-def test_random_traces_with_crashes(tmp_path: Path) -> None:
-    """Save, fork, continue, delete and restart, after an orderly end or none at all: a copy of the folder at any moment
-    is what a crash leaves."""
-    cold = make_driver(None)
-    one = cold.engine._runner.parked_bytes
-    for seed in range(6):
-        rng = random.Random(seed)
-        folder = tmp_path / f"{seed}-0"
-        cache = {"host_bytes": rng.choice([1, 3, 30]) * one, "mode": ("cpu", bool(seed % 2))}
-        driver = make_driver(folder, **cache)  # type: ignore[arg-type]
-        saved: dict[str, list[int]] = {}
-        for step in range(30):
-            reference = rng.choice([None, *saved])
-            new = random_prompt(rng.choice([0 if reference else 1, 3, 40]), VOCAB, rng.randrange(100))
-            save = len(saved) < 12 and rng.random() < 0.6
-            before = absorbed(driver)
-            answer = run(driver, new, state=reference, save=save, max_tokens=rng.randrange(1, 12))
-            transcript = saved.get(reference or "", []) + new
-            if reference is not None:
-                assert absorbed(driver) - before <= len(new)
-            expected = cold.complete(transcript, max_tokens=len(answer.token_ids), **GREEDY)
-            assert answer.token_ids == expected.token_ids
-            if save:
-                assert answer.state is not None
-                saved[answer.state.id] = transcript + answer.token_ids
-            if saved and rng.random() < 0.15:
-                gone = rng.choice(list(saved))
-                assert isinstance(driver.command(StateAction.DELETE, gone), list)
-                del saved[gone]
-            if saved and len(saved) < 12 and rng.random() < 0.15:
-                source = rng.choice(list(saved))
-                told = driver.command(StateAction.FORK, source)
-                assert isinstance(told, list)
-                saved[told[0].id] = saved[source]
-            if rng.random() < 0.15:
-                # Something more is under way when it ends.
-                driver.submit([random_prompt(30, VOCAB, step)], save=True, max_tokens=1, **GREEDY)
-                driver.step()
-                following = folder.with_name(f"{seed}-{step + 1}")
-                (following / FOLDER).mkdir(parents=True)
-                for path in files(folder):
-                    with contextlib.suppress(FileNotFoundError):
-                        shutil.copy(path, following / FOLDER)
-                driver.engine.close()
-                folder = following
-                driver = make_driver(folder, **cache)  # type: ignore[arg-type]
-                unacknowledged = [state.id for state in listed(driver) if state.id not in saved]
-                assert len(unacknowledged) <= 1
-                for state in unacknowledged:
-                    assert isinstance(driver.command(StateAction.DELETE, state), list)
-                assert {state.id: state.num_tokens for state in listed(driver)} == {
-                    reference: len(tokens) for reference, tokens in saved.items()
-                }
-        driver.engine.close()
-        assert len(files(folder)) == len(saved)
-        assert os.listdir(folder).count("lock") == 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine import saved_files
+from server.engine import saved_files, state_transfer
 from server.engine.state_file import read_header, read_state, write_state
 from server.settings import StateCacheConfig
 from server.types import FinishReason, Refusal, RefusalReason, StateAction, StateCommand, StateInfo, pack_tokens
@@ -129,6 +129,18 @@ def test_a_state_that_was_given_up_has_to_be_absorbed_again(tmp_path: Path) -> N
     uploaded(theirs, tmp_path / "b", name="b")
     cold = make(None).complete(transcript, max_tokens=9, **GREEDY)
     assert run(theirs, [], state="b", max_tokens=9).token_ids == cold.token_ids
+
+
+def test_a_state_that_is_deleted_while_it_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = make_driver()
+    saved(driver, tmp_path / "a", name="mine")
+    monkeypatch.setattr(state_transfer, "read_snapshot", lambda *_: None)
+    path = str(tmp_path / "b")
+    command = StateCommand(request_id=99, tenant="", action=StateAction.DOWNLOAD, state="mine", path=path)
+    driver.engine.command(CLIENT, command)
+    assert isinstance(driver.command(StateAction.DELETE, "mine"), list)
+    driver.run()
+    assert driver.rejected[99].reason is RefusalReason.UNKNOWN_STATE
 
 
 def refused(driver: Driver, path: Path, code: str, because: str) -> None:
@@ -352,74 +364,6 @@ def test_a_burst_of_uploads_loses_no_snapshot(tmp_path: Path, monkeypatch: pytes
         expected = cold.complete(transcript, max_tokens=3, **GREEDY)
         assert driver.answers[request, 0].token_ids == expected.token_ids
     driver.engine.close()
-
-
-@MODES
-def test_random_traces(mode: tuple[str, bool], tmp_path: Path) -> None:
-    """Save, fork, continue, cancel, delete, evict, restart, and move between two engines, in any order: every answer is
-    the one that the whole transcript gets, and no transcript is absorbed again."""
-    cold = make(None)
-    one = cold.engine._runner.parked_bytes
-    for seed in range(8):
-        rng = random.Random(seed)
-
-        def engine(number: int, room: int, key: bytes | None = KEY if seed % 2 else None) -> Driver:
-            cache = StateCacheConfig(
-                gpu_bytes=2 * one,
-                host_bytes=room * one,
-                folder=tmp_path / f"{seed}-{number}",  # noqa: B023
-                disk_bytes=100 * one,
-                signing_key=key,
-            )
-            return make_driver(cache=cache, mode=mode)
-
-        rooms = [rng.choice([2, 5, 30]) for _ in range(2)]
-        drivers = [engine(number, room) for number, room in enumerate(rooms)]
-        books: list[dict[str, list[int]]] = [{}, {}]
-        for step in range(30):
-            number = rng.randrange(2)
-            driver, book = drivers[number], books[number]
-            reference = rng.choice([None, *book])
-            act = rng.random()
-            if reference is not None and act < 0.2:
-                path = tmp_path / "moving"
-                download(driver, reference, path)
-                if len(books[1 - number]) < 12:
-                    books[1 - number][uploaded(drivers[1 - number], path).id] = book[reference]
-            elif reference is not None and act < 0.3:
-                assert isinstance(driver.command(StateAction.DELETE, reference), list)
-                del book[reference]
-            elif reference is not None and act < 0.4 and len(book) < 12:
-                told = driver.command(StateAction.FORK, reference)
-                assert isinstance(told, list)
-                book[told[0].id] = book[reference]
-            elif act < 0.5:
-                driver.engine.close()
-                drivers[number] = engine(number, rooms[number])
-                assert {state.id: state.num_tokens for state in listed(drivers[number])} == {
-                    state: len(tokens) for state, tokens in book.items()
-                }
-            elif act < 0.6:
-                request = driver.submit([random_prompt(50, VOCAB, step)], save=True, max_tokens=50, **GREEDY)
-                for _ in range(rng.randrange(4)):
-                    driver.step()
-                driver.cancel(request)
-                driver.run()
-            else:
-                new = random_prompt(rng.choice([0 if reference else 1, 3, 40]), VOCAB, rng.randrange(100))
-                save = len(book) < 12 and rng.random() < 0.7
-                before = absorbed(driver)
-                answer = run(driver, new, state=reference, save=save, max_tokens=rng.randrange(1, 12))
-                transcript = book.get(reference or "", []) + new
-                expected = cold.complete(transcript, max_tokens=len(answer.token_ids), **GREEDY)
-                assert answer.token_ids == expected.token_ids
-                if reference is not None:
-                    assert absorbed(driver) - before <= len(new)
-                if save:
-                    assert answer.state is not None
-                    book[answer.state.id] = transcript + answer.token_ids
-        for driver in drivers:
-            driver.engine.close()
 
 
 def test_every_part_travels(tmp_path: Path) -> None:

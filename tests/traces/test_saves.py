@@ -3,12 +3,14 @@
 import random
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from server.engine.engine import Engine
 from tests.e2e.running import RunningServer, run_to_end
@@ -30,13 +32,13 @@ SAVERS = 8
 class Savers:
     """Clients that save states until they are told to stop, and remember what was acknowledged."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, seed: int) -> None:
         self.acknowledged: dict[str, list[int]] = {}
         self.refused = 0
         self._base_url = base_url
         self._end = threading.Event()
         self._pool = ThreadPoolExecutor(SAVERS)
-        self._done = [self._pool.submit(self._save, number) for number in range(SAVERS)]
+        self._done = [self._pool.submit(self._save, seed * SAVERS + number) for number in range(SAVERS)]
 
     def _save(self, number: int) -> None:
         rng = random.Random(number)
@@ -89,31 +91,43 @@ def check(server: RunningServer, acknowledged: dict[str, list[int]], cold: Drive
     assert {state: len(tokens) for state, tokens in acknowledged.items()}.items() <= there.items()
     if beyond is not None:
         assert len(there) <= len(acknowledged) + beyond
-    for state in random.Random(0).sample(sorted(acknowledged), 20):
+    for state in random.Random(0).sample(sorted(acknowledged), min(20, len(acknowledged))):
         answer = server.complete(6, prompt=[5, 6], state=state, return_token_ids=True)
         expected = cold.complete([*acknowledged[state], 5, 6], max_tokens=6, temperature=0.0, ignore_eos=True)
         assert answer["choices"][0]["token_ids"] == expected.token_ids
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == len(acknowledged[state])
 
 
-def test_killed_in_the_middle_of_a_thousand_saves(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_killed_in_the_middle_of_saves(
+    request: pytest.FixtureRequest, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Servers one after the other, on one folder: of each the engine is killed, and then all of it, at any moment."""
+    total = request.config.getoption("--saves", default=300)
+    lives = max(1, total // 200)
+    rng = random.Random(0)
     cold = Driver(Engine(engine_config(FIXTURES / "base")))
     flags = (*FLAGS, "--state-cache-dir", str(tmp_path / "states"))
-    with RunningServer(tmp_path / "first", *flags) as server, Savers(server.base_url) as savers:
-        savers.wait_for(200)
-        server.child("gale-engine").kill()
-        known = dict(savers.acknowledged)
-        server.wait_for_log("the engine process serves again")
-        savers.wait_for(len(known) + 50)
-        check(server, known, cold, None)
-        savers.wait_for(500)
-        for process in [psutil.Process(server.process.pid), *server.find_children()]:
-            process.kill()
-        acknowledged = savers.end()
-    assert len(acknowledged) >= 500 and savers.refused
-    with RunningServer(tmp_path / "second", *flags) as server:
-        # Beyond them only those that were just being acknowledged.
-        check(server, acknowledged, cold, 2 * SAVERS)
+    acknowledged: dict[str, list[int]] = {}
+    for life in range(lives):
+        with RunningServer(tmp_path / str(life), *flags) as server, Savers(server.base_url, life) as savers:
+            # Beyond those that were acknowledged only those that were just about to be.
+            check(server, acknowledged, cold, 2 * SAVERS * life)
+            savers.wait_for(rng.randrange(1, total // lives))
+            server.child("gale-engine").kill()
+            known = acknowledged | savers.acknowledged
+            server.wait_for_log("the engine process serves again")
+            check(server, known, cold, None)
+            savers.wait_for(max(total // lives, len(savers.acknowledged) + 20))
+            for process in [psutil.Process(server.process.pid), *server.find_children()]:
+                process.kill()
+            acknowledged |= savers.end()
+        assert savers.refused
+    assert len(acknowledged) >= total
+    with RunningServer(tmp_path / "last", *flags) as server:
+        check(server, acknowledged, cold, 2 * SAVERS * lives)
         # Another server on the same folder does not start.
         code, log = run_to_end(*flags, "--port", "0")
         assert code == 2 and "in use by another server" in log
+    record_property("acknowledged", len(acknowledged))
+    record_property("kills", 2 * lives)

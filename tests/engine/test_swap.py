@@ -1,12 +1,14 @@
 """Sequences that give their slots up for more urgent ones: nothing is absorbed twice, and no answer changes."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from server import grammar
 from server.engine import runner as runner_module
 from server.engine import swap as swap_module
 from server.engine.engine import Engine
@@ -235,6 +237,42 @@ def test_random_traces_say_what_they_would_have_said_alone(seed: int, mode: Mode
     if not seed:
         # Without prefix reuse every prompt is absorbed once, cancelled ones in part.
         assert absorbed <= stats.prompt_tokens <= sum(len(prompt) for prompt, _, _ in requests.values())
+
+
+@ALL_MODES
+def test_giving_way_in_the_middle_of_a_grammar_or_of_a_scored_prompt(mode: Mode, make: Callable[..., Driver]) -> None:
+    """Masks go on where they were, and every token of a prompt is scored once."""
+    rules: list[dict[str, Any]] = [
+        {"grammar": grammar.from_regex("[a-z]{25}")},
+        {"grammar": grammar.from_regex("[ab]{12}"), "frequency_penalty": 1.0},
+        {"bad_words": ((5, 6), (9, 4, 7)), "logit_bias": {5: 9.0, 6: 9.0}},
+        {"prompt_logprobs": 1},
+        {},
+    ]
+    driver = make(mode, max_num_seqs=1, swap_bytes=64 << 20)
+    alone = make(mode)
+    rng = random.Random(7)
+    requests: dict[int, tuple[list[int], dict[str, Any]]] = {}
+    for number in range(40):
+        prompt = random_prompt(rng.choice([3, 70, 300]), 400, number)
+        params = rules[number % len(rules)] | {"seed": number, "temperature": rng.choice([0.0, 1.0])}
+        params |= {"max_tokens": rng.randrange(1, 30), "ignore_eos": number % 2 == 0}
+        requests[driver.submit([prompt], priority=rng.randrange(4), **params)] = prompt, params
+        for _ in range(rng.randrange(10)):
+            driver.step()
+    settle(driver)
+    assert driver.engine.stats().swaps_out > 3, "how many depends on how long masks take"
+    for request, (prompt, params) in requests.items():
+        expected = alone.submit([prompt], **params)
+        alone.run()
+        answer, wanted = driver.answers[request, 0], alone.answers[expected, 0]
+        assert (answer.token_ids, answer.text) == (wanted.token_ids, wanted.text), params
+        assert answer.finish_reason is wanted.finish_reason
+        if "prompt_logprobs" in params:
+            scores, right = driver.prompts[request, 0], alone.prompts[expected, 0]
+            assert (scores.ranks, scores.top_ids) == (right.ranks, right.top_ids)
+            assert scores.logprobs == pytest.approx(right.logprobs, abs=1e-4)
+            assert len(scores.logprobs) == len(prompt) - 1
 
 
 @ALL_MODES

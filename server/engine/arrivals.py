@@ -57,17 +57,14 @@ class Arrivals:
 
         Whoever uses the slot next waits for the layers (:meth:`wait_for`), or for the stream.
         """
-        stream, device = self.stream, self._states.recurrent_LSGKV.device
         if snapshot.copied is not None:
-            stream.wait_event(snapshot.copied)
-        slot_1 = torch.tensor([slot], pin_memory=True)
-        slots_1 = slot_1.to(device, non_blocking=True)
+            self.stream.wait_event(snapshot.copied)
         for start, end in zip(self._bounds, self._bounds[1:], strict=False):
             for name in self._parts:
                 staged_L: Tensor = self._staged[name][start:end]
                 staged_L.copy_(snapshot.parts[name][start:end], non_blocking=True)
-                self._states.parts[name][start:end].index_copy_(1, slots_1, staged_L.unsqueeze(1))
-            self._events[start].record(stream)
+                self._states.parts[name][start:end, slot].copy_(staged_L)
+            self._events[start].record(self.stream)
 
     def wait_for(self, layer: int) -> None:
         """Make the current stream, which captures, wait until a layer's states are there; for each layer in turn."""

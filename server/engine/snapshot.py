@@ -194,11 +194,8 @@ def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[i
     pool_dtype = states.recurrent_LSGKV.dtype
     if parts["recurrent"].dtype != pool_dtype:
         layers = torch.arange(len(parts["recurrent"]), device=device)
-        parts["recurrent"] = LayerState(parts["recurrent"], parts.get("scales")).load(layers).to(pool_dtype)
-    slots_N = _upload(slots, device)
-    for name, part_LS in states.parts.items():
-        if name in parts:
-            _spread(part_LS, slots_N, parts[name])
+        parts["recurrent"] = LayerState(parts["recurrent"], parts.pop("scales", None)).load(layers).to(pool_dtype)
+    _spread(states, slots, parts)
     return snapshot.logits_V
 
 
@@ -222,20 +219,21 @@ def fold_slot(states: StateTensors, slot: int, num_pending: int) -> None:
 
 def fork_slot(states: StateTensors, source: int, targets: Sequence[int]) -> None:
     """Let the target slots hold what the source slot does. The source must not be among them."""
-    targets_N = _upload(targets, states.recurrent_LSGKV.device)
-    for part_LS in states.parts.values():
-        # A copy: of a single layer, PyTorch sees that source and target share memory, and refuses.
-        _spread(part_LS, targets_N, part_LS[:, source].clone())
+    # A copy: of a single layer, PyTorch sees that source and target share memory, and refuses.
+    _spread(states, targets, {name: part_LS[:, source].clone() for name, part_LS in states.parts.items()})
 
 
-def _spread(part_LS: Tensor, slots_N: Tensor, value_L: Tensor) -> None:
-    """Write one value [layers, ...] to several slots of a part."""
-    part_LS.index_copy_(1, slots_N, value_L.unsqueeze(1).expand(-1, slots_N.shape[0], *value_L.shape[1:]))
-
-
-def _upload(slots: Sequence[int], device: torch.device) -> Tensor:
-    host = torch.tensor(slots, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+def _spread(states: StateTensors, slots: Sequence[int], parts: Mapping[str, Tensor]) -> None:
+    """Write parts [layers, ...] to several slots."""
+    if len(slots) == 1:
+        # For whom somebody may be waiting: no slot's number has to be on the device first.
+        for name, part_L in parts.items():
+            states.parts[name][:, slots[0]].copy_(part_L)
+        return
+    host = torch.tensor(slots, dtype=torch.int64, pin_memory=states.recurrent_LSGKV.is_cuda)
+    slots_N = host.to(states.recurrent_LSGKV.device, non_blocking=True)
+    for name, part_L in parts.items():
+        states.parts[name].index_copy_(1, slots_N, part_L.unsqueeze(1).expand(-1, len(slots), *part_L.shape[1:]))
 
 
 @cache

@@ -1,5 +1,6 @@
 """Sequences that give their slots up for more urgent ones: nothing is absorbed twice, and no answer changes."""
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -251,18 +252,22 @@ def test_giving_way_in_the_middle_of_a_grammar_or_of_a_scored_prompt(mode: Mode,
     ]
     driver = make(mode, max_num_seqs=1, swap_bytes=64 << 20)
     alone = make(mode)
-    rng = random.Random(7)
-    requests: dict[int, tuple[list[int], dict[str, Any]]] = {}
-    for number in range(40):
-        prompt = random_prompt(rng.choice([3, 70, 300]), 400, number)
-        params = rules[number % len(rules)] | {"seed": number, "temperature": rng.choice([0.0, 1.0])}
-        params |= {"max_tokens": rng.randrange(1, 30), "ignore_eos": number % 2 == 0}
-        requests[driver.submit([prompt], priority=rng.randrange(4), **params)] = prompt, params
-        for _ in range(rng.randrange(10)):
-            driver.step()
-    settle(driver)
-    assert driver.engine.stats().swaps_out > 3, "how many depends on how long masks take"
-    for request, (prompt, params) in requests.items():
+    for number, (rule, temperature) in enumerate(itertools.product(rules, (0.0, 1.0))):
+        prompt = random_prompt(300, 400, number)
+        params = rule | {"seed": number, "temperature": temperature, "max_tokens": 25, "min_tokens": 12}
+        request = driver.submit([prompt], priority=1, **params)
+        driver.step()
+        for _ in range(3):
+            # In the middle of the prompt; then of the answer, as soon as it is not waiting for a mask.
+            driver.submit([[7, 8]], max_tokens=2, **GREEDY)
+            before = driver.engine.stats().swaps_in
+            while driver.engine.stats().swaps_in == before:
+                assert driver.engine.has_work(), "it ended before it gave way"
+                driver.step()
+            for _ in range(3):
+                driver.step()
+        settle(driver)
+        assert driver.engine.stats().swaps_out == 3 * (number + 1)
         expected = alone.submit([prompt], **params)
         alone.run()
         answer, wanted = driver.answers[request, 0], alone.answers[expected, 0]

@@ -306,7 +306,7 @@ class Engine:
             prefix_hits=cached.hits,
             prefix_misses=cached.misses,
             prefix_tokens_saved=cached.tokens_saved,
-            states_evicted=cached.evictions,
+            states_evicted=0 if self._reuse is None else self._reuse.evictions,
             swapped=len(self.scheduler.swapped),
             swaps_out=0 if swap is None else swap.num_out,
             swaps_in=0 if swap is None else swap.num_in,

@@ -23,7 +23,6 @@ from server.engine.checkpoint import load_model
 from server.engine.config import GLAConfig
 from server.engine.constraints import mask_words
 from server.engine.model import GLAModel, Hidden
-from server.engine.prefix_cache import Tier
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
 from server.engine.scoring import SCORED_ROWS, score_rows
@@ -34,6 +33,7 @@ from server.engine.step import StepModel
 from server.engine.step_shapes import MAX_ROWS, PromptLimit
 from server.engine.swap import MAX_LEAVING as MAX_SWAPPING
 from server.engine.swap import SwapSpace
+from server.engine.tiers import Tier
 from server.errors import CheckpointError, SettingsError
 from server.kernels import STATE_DTYPES, RingRows
 from server.settings import CHUNK, EngineConfig, StateCacheConfig

@@ -17,9 +17,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from server.engine.prefix_cache import Entry
 from server.engine.radix import TOKEN_BYTES
 from server.engine.stats import Histogram, seconds_histogram
+from server.engine.tiers import Entry
 from server.types import STATE_ID_PREFIX, SavedStats, StateInfo
 
 OPERATIONS: Final = ("save", "restore", "fork", "delete", "expire", "upload", "download")

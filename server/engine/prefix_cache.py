@@ -10,21 +10,18 @@ exactly some position. So the cache decides where on its way a prompt leaves sna
 
 A prompt whose beginning another one is just absorbing waits for that one's snapshot instead of absorbing it again.
 
-Snapshots live in tiers, each with a budget in bytes. A tier that is full hands its least recently used snapshot down to
-the next, and the last one drops it. One that a saved state holds may move down, but is not given up; if it is in the
-state's file, too, it moves there at once, and takes no room in the tiers. Nothing is visible across scopes (the API
-keys' tenants).
+Where they lie, and what is given up for want of room, is decided in :mod:`server.engine.tiers`. Nothing is visible
+across scopes (the API keys' tenants).
 """
 
-import enum
 import logging
 from bisect import insort
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from server.engine.radix import TOKEN_BYTES, Node, RadixTree
+from server.engine.tiers import Entry, SnapshotLostError, Store, Tier, Tiers
 from server.settings import CHUNK
 
 logger = logging.getLogger(__name__)
@@ -37,72 +34,6 @@ LEAST_WAIT = 64
 """Tokens below which another prompt's snapshot is not worth waiting for: a step takes longer than absorbing them."""
 FIRST_SPACING = 2048
 """The first of the doubling positions: what a step of default size absorbs."""
-
-
-class Tier(enum.IntEnum):
-    """Where a snapshot lies, the fastest first."""
-
-    DEVICE = 0
-    HOST = 1
-    DISK = 2
-    SAVED = 3
-    """In the files of saved states, which are not the cache's to count or remove."""
-
-
-class Store(Protocol[P]):
-    """What holds the bytes. None of these waits for the device or for a disk."""
-
-    def move(self, payload: P, tier: Tier) -> P | None:
-        """Bring a snapshot to another tier and give the old copy up; None: not now, and nothing has changed."""
-
-    def drop(self, payload: P) -> None:
-        """Give a snapshot up."""
-
-    def ready(self, payload: P) -> bool:
-        """Whether a snapshot can be restored without waiting; if not, it is being made so.
-
-        Raises:
-            SnapshotLostError: it cannot be read any more.
-        """
-
-    def take_unwritten(self) -> list[P]:
-        """Snapshots of the tier DISK whose files could not be written, since this was last asked. They are in memory
-        until they are moved or given up."""
-
-
-class SnapshotLostError(Exception):
-    """A parked snapshot turned out to be unreadable; str() says why."""
-
-
-@dataclass(slots=True, eq=False)
-class Entry(Generic[P]):
-    """One snapshot.
-
-    Attributes:
-        node: its place in the tree.
-        complete: whether it holds the logits of the last position, too.
-        nbytes: what it takes of its tier; 0 once it has been given up.
-        pins: as long as there are any, it is neither moved down nor dropped.
-        holds: as long as there are any, it is not given up for want of room, but may be moved down.
-        favours: as long as there are any, it is given up only where nothing without them can be.
-        files: the same snapshot in files of saved states.
-    """
-
-    node: "Node[_Spot[P]]"
-    scope: str
-    complete: bool
-    nbytes: int
-    payload: P
-    tier: Tier
-    pins: int = 0
-    holds: int = 0
-    favours: int = 0
-    files: list[P] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that its state has absorbed."""
-        return self.node.depth
 
 
 @dataclass(slots=True, eq=False)
@@ -159,7 +90,6 @@ class CacheFigures:
     hits: int = 0
     misses: int = 0
     tokens_saved: int = 0
-    evictions: int = 0
 
 
 class PrefixCache(Generic[P]):
@@ -170,36 +100,16 @@ class PrefixCache(Generic[P]):
         store: moves and drops the bytes.
 
     Attributes:
+        tiers: where the snapshots lie.
         figures: hits, misses and the like.
     """
 
     def __init__(self, budgets: Mapping[Tier, int], store: Store[P]) -> None:
-        self._budgets = {tier: budgets.get(tier, 0) for tier in Tier}
         self._store = store
+        self.tiers: Tiers[P] = Tiers(budgets, store, self._forget)
         self._trees: dict[str, RadixTree[_Spot[P]]] = {}
-        self._entries: dict[Tier, OrderedDict[Entry[P], None]] = {tier: OrderedDict() for tier in Tier}
-        self._used = dict.fromkeys(Tier, 0)
-        self._held = dict.fromkeys(Tier, (0, 0))
         self._active: dict[Ticket[P], None] = {}
         self.figures = CacheFigures()
-
-    def usage(self, tier: Tier) -> tuple[int, int]:
-        """Snapshots in a tier, and their bytes."""
-        return len(self._entries[tier]), self._used[tier]
-
-    def held(self, tier: Tier) -> tuple[int, int]:
-        """Those of them that somebody holds, and their bytes."""
-        return self._held[tier]
-
-    def resize(self, tier: Tier, budget: int) -> None:
-        """Give a tier another budget; what is too much moves on."""
-        self._budgets[tier] = budget
-        self._make_room(tier, 0)
-
-    def entries(self) -> Iterator[Entry[P]]:
-        """Every snapshot, by tier, the least recently used first."""
-        for entries in self._entries.values():
-            yield from entries
 
     # A prompt's way: admit, started, then advance and put as it is absorbed, close.
 
@@ -212,7 +122,7 @@ class PrefixCache(Generic[P]):
         if ticket.blocked:
             return False
         ticket._waits_for = None
-        self.recover()
+        self.tiers.recover()
         tree = self._trees.get(ticket.scope)
         while True:
             found, shared = ([], 0) if tree is None else tree.walk(ticket.tokens)
@@ -228,7 +138,7 @@ class PrefixCache(Generic[P]):
                 break
             except SnapshotLostError as error:
                 logger.warning("a parked state of %d tokens is lost: %s", entry.num_tokens, error)
-                self._lose(entry)
+                self.tiers.lose(entry)
         self._active[ticket] = None
         if entry is not None:
             self._use(ticket, entry)
@@ -296,31 +206,8 @@ class PrefixCache(Generic[P]):
         """Have the snapshot of the longest beginning of these tokens kept until ``release``; None: there is none."""
         entry = self._longest(scope, tokens)
         if entry is not None:
-            self._hold(entry, +1)
+            self.tiers.hold(entry)
         return entry
-
-    def release(self, entry: Entry[P]) -> None:
-        """One holder less of a snapshot, which may be lost meanwhile."""
-        self._hold(entry, -1)
-
-    def back(self, entry: Entry[P], payload: P, *, complete: bool) -> None:
-        """Note that a snapshot is in the file of a saved state, too; one without logits does not stand for one with."""
-        if entry.nbytes and (complete or not entry.complete):
-            entry.files.append(payload)
-            if entry.tier is Tier.DISK:
-                self._store.drop(entry.payload)
-                self._move(entry, payload, Tier.SAVED)
-
-    def unback(self, entry: Entry[P], payload: P) -> None:
-        """The file of a saved state is about to be removed: what lies there only has to go."""
-        if payload in entry.files:
-            entry.files.remove(payload)
-        if entry.payload is not payload or not entry.nbytes:
-            return
-        if entry.files:
-            entry.payload = entry.files[0]
-        else:
-            self._drop(entry)
 
     def find_saved(self, scope: str, tokens: bytes, payload: P, nbytes: int, *, complete: bool) -> Entry[P]:
         """Take in a snapshot that is in the file of a saved state, and hold it."""
@@ -330,35 +217,10 @@ class PrefixCache(Generic[P]):
         entry = node.value.entry
         if entry is None:
             entry = node.value.entry = Entry(node, scope, complete, nbytes, payload, Tier.SAVED)
-            self._account(entry, +1)
-        self.back(entry, payload, complete=complete)
-        self._hold(entry, +1)
+            self.tiers.add(entry)
+        self.tiers.back(entry, payload, complete=complete)
+        self.tiers.hold(entry)
         return entry
-
-    def recover(self) -> None:
-        """Deal with snapshots whose files could not be written: those that are held go back to the host's memory, the
-        others are given up."""
-        for payload in self._store.take_unwritten():
-            entry = next((entry for entry in self._entries[Tier.DISK] if entry.payload is payload), None)
-            if entry is None:
-                continue
-            moved = None
-            if entry.holds and self._make_room(Tier.HOST, entry.nbytes):
-                moved = self._store.move(payload, Tier.HOST)
-            if moved is None:
-                self.figures.evictions += 1
-                self._drop(entry)
-            else:
-                self._move(entry, moved, Tier.HOST)
-
-    def _hold(self, entry: Entry[P], sign: int) -> None:
-        entry.holds += sign
-        if entry.nbytes and entry.holds == max(sign, 0):
-            self._count_held(entry, sign)
-
-    def _count_held(self, entry: Entry[P], sign: int) -> None:
-        count, nbytes = self._held[entry.tier]
-        self._held[entry.tier] = count + sign, nbytes + sign * entry.nbytes
 
     def favour(self, scope: str, tokens: bytes) -> Entry[P] | None:
         """Have the snapshot of the longest beginning of these tokens given up after others, until ``unfavour``."""
@@ -405,15 +267,7 @@ class PrefixCache(Generic[P]):
         """Let a prompt begin from a snapshot, which moves to the fastest tier that has room for it."""
         ticket.entry, ticket.start, ticket._position = entry, entry.num_tokens, entry.num_tokens
         entry.pins += 1
-        # Out of its tier meanwhile: those that have to make room for it may take its place there.
-        self._account(entry, -1)
-        for tier in Tier:
-            if tier < min(entry.tier, Tier.DISK) and self._make_room(tier, entry.nbytes):
-                moved = self._store.move(entry.payload, tier)
-                if moved is not None:
-                    entry.payload, entry.tier = moved, tier
-                    break
-        self._account(entry, +1)
+        self.tiers.lift(entry)
 
     @staticmethod
     def _unpin(ticket: Ticket[P]) -> None:
@@ -434,19 +288,17 @@ class PrefixCache(Generic[P]):
         ticket._promises[position] = node
         insort(ticket.points, position)
 
-    # Entries and their tiers.
-
     def _keep(self, scope: str, node: "Node[_Spot[P]]", payload: P, tier: Tier, nbytes: int, *, complete: bool) -> bool:
         spot = node.value
         assert spot is not None
         old = spot.entry
         if old is not None and (old.complete or not complete or old.pins or old.files):
-            self._entries[old.tier].move_to_end(old)
+            self.tiers.touch(old)
             self._store.drop(payload)
             return True
         if old is not None:
             old.pins += 1  # it stays where it is until there is a place for the new one
-        place = self._place(payload, tier, nbytes)
+        place = self.tiers.place(payload, tier, nbytes)
         if old is not None:
             old.pins -= 1
         if place is None:
@@ -456,94 +308,16 @@ class PrefixCache(Generic[P]):
         moved, target = place
         if old is None:
             spot.entry = Entry(node, scope, complete, nbytes, moved, target)
-            self._account(spot.entry, +1)
-            return True
-        # Whoever holds the old one holds the better one from now on.
-        self._account(old, -1)
-        self._store.drop(old.payload)
-        old.complete, old.nbytes, old.payload, old.tier = complete, nbytes, moved, target
-        self._account(old, +1)
+            self.tiers.add(spot.entry)
+        else:
+            self.tiers.replace(old, moved, target, nbytes, complete=complete)
         return True
 
-    def _place(self, payload: P, tier: Tier, nbytes: int) -> tuple[P, Tier] | None:
-        """Bring a new snapshot to the fastest tier, from its own on, that has room for it, else to a faster one; None:
-        none has."""
-        for target in sorted(Tier, key=lambda target: (target < tier, target)):
-            if self._make_room(target, nbytes):
-                moved = payload if target is tier else self._store.move(payload, target)
-                if moved is not None:
-                    return moved, target
-        return None
-
-    def _make_room(self, tier: Tier, nbytes: int) -> bool:
-        """Hand snapshots down until so many bytes fit; whether they do. What sessions need is given up last."""
-        return self._hand_down_until(tier, nbytes, spare=True) or self._hand_down_until(tier, nbytes, spare=False)
-
-    def _hand_down_until(self, tier: Tier, nbytes: int, *, spare: bool) -> bool:
-        """Make room; ``spare``: without giving up what sessions need."""
-        if nbytes > self._budgets[tier]:
-            return False
-        stuck: set[Entry[P]] = set()
-        while self._used[tier] + nbytes > self._budgets[tier]:
-            victim = next((entry for entry in self._entries[tier] if not entry.pins and entry not in stuck), None)
-            if victim is None:
-                return False
-            if not self._hand_down(victim, spare=spare):
-                stuck.add(victim)
-        return True
-
-    def _hand_down(self, entry: Entry[P], *, spare: bool) -> bool:
-        """Move a snapshot down, or give it up; False: there is no room below, and it is held, or to be spared."""
-        if entry.files:
-            self._store.drop(entry.payload)
-            self._move(entry, entry.files[0], Tier.SAVED)
-            return True
-        for tier in Tier:
-            if tier > entry.tier and self._hand_down_until(tier, entry.nbytes, spare=spare):
-                moved = self._store.move(entry.payload, tier)
-                if moved is not None:
-                    self._move(entry, moved, tier)
-                    return True
-        if entry.holds or (spare and entry.favours):
-            return False
-        self.figures.evictions += 1
-        self._drop(entry)
-        return True
-
-    def _lose(self, entry: Entry[P]) -> None:
-        """A snapshot cannot be read where it lies."""
-        if entry.payload in entry.files:
-            entry.files.remove(entry.payload)
-        if not entry.files:
-            self._drop(entry)
-            return
-        self._store.drop(entry.payload)
-        self._move(entry, entry.files[0], Tier.SAVED)
-
-    def _move(self, entry: Entry[P], payload: P, tier: Tier) -> None:
-        self._account(entry, -1)
-        entry.payload, entry.tier = payload, tier
-        self._account(entry, +1)
-
-    def _drop(self, entry: Entry[P]) -> None:
-        self._account(entry, -1)
-        self._store.drop(entry.payload)
-        entry.nbytes = 0
-        entry.files.clear()
+    def _forget(self, entry: Entry[P]) -> None:
+        """A snapshot has been given up."""
         assert entry.node.value is not None
         entry.node.value.entry = None
         self._tidy(entry.scope, entry.node)
-
-    def _account(self, entry: Entry[P], sign: int) -> None:
-        """Enter a snapshot into its tier as the most recently used, or take it out."""
-        entries = self._entries[entry.tier]
-        if sign > 0:
-            entries[entry] = None
-        else:
-            del entries[entry]
-        self._used[entry.tier] += sign * entry.nbytes
-        if entry.holds:
-            self._count_held(entry, sign)
 
     def _tidy(self, scope: str, node: "Node[_Spot[P]]") -> None:
         """Let the tree forget a place of which nothing is known any more."""

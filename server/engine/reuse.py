@@ -14,7 +14,7 @@ import torch
 from server.engine.batch import Batch
 from server.engine.named_states import NamedState, StateLimits
 from server.engine.pinned import PinnedPieces
-from server.engine.prefix_cache import CacheFigures, Entry, PrefixCache, Ticket, Tier
+from server.engine.prefix_cache import CacheFigures, PrefixCache, Ticket
 from server.engine.radix import TOKEN_BYTES
 from server.engine.sequence import Sequence
 from server.engine.sessions import Sessions
@@ -22,6 +22,7 @@ from server.engine.snapshot import Snapshot
 from server.engine.snapshot_store import Payload, SnapshotStore
 from server.engine.state_file import Part
 from server.engine.stats import Figures
+from server.engine.tiers import Entry, Tier
 from server.settings import StateCacheConfig
 from server.types import pack_tokens
 
@@ -106,14 +107,19 @@ class PrefixReuse:
         """What the cache counts."""
         return self._cache.figures
 
+    @property
+    def evictions(self) -> int:
+        """Snapshots given up for want of room, since the start."""
+        return self._cache.tiers.evictions
+
     def usage(self) -> dict[str, tuple[int, int]]:
         """By lower-case name of the tier: snapshots, and their bytes."""
-        self._cache.recover()
-        return {tier.name.lower(): self._cache.usage(tier) for tier in Tier if tier is not Tier.SAVED}
+        self._cache.tiers.recover()
+        return {tier.name.lower(): self._cache.tiers.usage(tier) for tier in Tier if tier is not Tier.SAVED}
 
     def held(self) -> dict[str, tuple[int, int]]:
         """By lower-case name of the tier: snapshots of saved states, and their bytes."""
-        return {tier.name.lower(): self._cache.held(tier) for tier in Tier}
+        return {tier.name.lower(): self._cache.tiers.held(tier) for tier in Tier}
 
     # The scheduler's side.
 
@@ -217,7 +223,7 @@ class PrefixReuse:
 
     def release(self, entry: Entry[Payload]) -> None:
         """One holder less."""
-        self._cache.release(entry)
+        self._cache.tiers.release(entry)
 
     def favour(self, tenant: str, tokens: bytes) -> Entry[Payload] | None:
         """Give the snapshot of the longest beginning of these tokens up after others; None: there is none."""
@@ -246,10 +252,10 @@ class PrefixReuse:
         if file.payload is None:
             return entry
         if entry is not None and entry.nbytes and entry.num_tokens == file.num_tokens:
-            self._cache.back(entry, file.payload, complete=file.complete)
+            self._cache.tiers.back(entry, file.payload, complete=file.complete)
         else:
             if entry is not None:
-                self._cache.release(entry)
+                self._cache.tiers.release(entry)
             entry = self._cache.find_saved(
                 self._scope(state.tenant, state.island),
                 state.tokens[: file.num_tokens * TOKEN_BYTES],
@@ -265,7 +271,7 @@ class PrefixReuse:
         assert state.file is not None
         self._count_file(-state.file.nbytes)
         if state.file.payload is not None:
-            self._cache.unback(self._filed.pop(state.file.payload), state.file.payload)
+            self._cache.tiers.unback(self._filed.pop(state.file.payload), state.file.payload)
 
     def set_aside(self, nbytes: int) -> None:
         """So many bytes of the disk are taken by files that are not used."""
@@ -273,7 +279,7 @@ class PrefixReuse:
 
     def _count_file(self, nbytes: int) -> None:
         self._file_bytes += nbytes
-        self._cache.resize(Tier.DISK, max(0, self._disk - self._file_bytes))
+        self._cache.tiers.resize(Tier.DISK, max(0, self._disk - self._file_bytes))
 
     def _scope(self, tenant: str, island: str | None) -> str:
         """Who can see each other's snapshots. No tenant's name has the character that begins an island's."""

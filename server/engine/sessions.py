@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from server.engine.prefix_cache import Entry
+from server.engine.tiers import Entry
 
 SESSION_SECONDS: Final = 3600.0
 """How long a session lasts after its newest answer."""

@@ -19,11 +19,11 @@ from typing import TypeAlias
 import torch
 
 from server.engine.pinned import PinnedPieces
-from server.engine.prefix_cache import SnapshotLostError, Tier
 from server.engine.snapshot import Snapshot, copy_from_device, to_device, to_host
 from server.engine.state_exchange import TRANSCRIPT, adapt
 from server.engine.state_file import Part, StateFileError, read_state, write_state
 from server.engine.stats import Histogram
+from server.engine.tiers import SnapshotLostError, Tier
 from server.errors import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ Payload: TypeAlias = Snapshot | FileSnapshot
 
 @dataclass(slots=True)
 class SnapshotStore:
-    """Holds what :class:`server.engine.prefix_cache.PrefixCache` decides on; its ``Store``.
+    """Holds what :class:`server.engine.tiers.Tiers` decides on; its ``Store``.
 
     Args:
         device: where snapshots of the tier DEVICE lie.

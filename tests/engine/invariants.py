@@ -3,8 +3,8 @@
 from collections import Counter
 
 from server.engine.engine import Engine
-from server.engine.prefix_cache import Tier
 from server.engine.sequence import Sequence
+from server.engine.tiers import Tier
 
 
 def check(engine: Engine) -> None:
@@ -45,15 +45,15 @@ def _check_reuse(engine: Engine, open_sequences: list[Sequence]) -> None:
     reuse, states = engine._reuse, engine._states
     if reuse is None or states is None:
         return
-    cache = reuse._cache
+    cache, tiers = reuse._cache, reuse._cache.tiers
     tickets = {seq.ticket for seq in open_sequences if seq.ticket is not None}
     assert cache._active.keys() <= tickets, "who has ended leaves no promise"
     pins: Counter[object] = Counter(ticket.entry for ticket in tickets if ticket.entry is not None)
     for tier in Tier:
-        entries = cache._entries[tier]
-        assert sum(entry.nbytes for entry in entries) == cache._used[tier]
+        entries = tiers._entries[tier]
+        assert sum(entry.nbytes for entry in entries) == tiers._used[tier]
         assert all(entry.tier is tier and entry.pins == pins[entry] for entry in entries), "pinned by who begins there"
-        assert tier is Tier.SAVED or cache._used[tier] <= cache._budgets[tier] + sum(entry.nbytes for entry in pins)  # type: ignore[attr-defined]
+        assert tier is Tier.SAVED or tiers._used[tier] <= tiers._budgets[tier] + sum(entry.nbytes for entry in pins)  # type: ignore[attr-defined]
     to_be_saved = sum(seq.save is not None for seq in open_sequences)
     ended = len(engine._answers.waiting) + (0 if engine._answers.saves is None else len(engine._answers.saves))
     assert states._reserved.total() <= to_be_saved + ended, "room is set aside for those who will use it"

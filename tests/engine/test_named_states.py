@@ -6,7 +6,8 @@ import pytest
 
 from server.engine.engine import Engine
 from server.engine.named_states import DEFAULT_TTL, NamedState, NamedStates, NoRoomError, StateLimits, TenantFullError
-from server.engine.prefix_cache import Entry, PrefixCache, Tier
+from server.engine.prefix_cache import PrefixCache
+from server.engine.tiers import Entry, Tier
 from server.grammar import from_regex
 from server.settings import StateCacheConfig
 from server.types import FinishReason, Refusal, RefusalReason, StateAction, pack_tokens
@@ -340,9 +341,9 @@ def test_held_snapshots_move_down_and_are_never_given_up() -> None:
     for number in range(10, 20):
         cache.keep("", pack_tokens([number]), number, Tier.DEVICE, 1, complete=True)
     assert {entry.payload for entry in held} == {0, 1, 2} and not {0, 1, 2} & set(shelf.dropped)
-    assert cache.usage(Tier.DEVICE)[0] + cache.usage(Tier.HOST)[0] == 4
+    assert cache.tiers.usage(Tier.DEVICE)[0] + cache.tiers.usage(Tier.HOST)[0] == 4
     for entry in held:
-        cache.release(entry)
+        cache.tiers.release(entry)
     for number in range(20, 30):
         cache.keep("", pack_tokens([number]), number, Tier.DEVICE, 1, complete=True)
     assert {0, 1, 2} <= set(shelf.dropped)

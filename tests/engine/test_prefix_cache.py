@@ -12,13 +12,11 @@ from server.engine.prefix_cache import (
     FIRST_SPACING,
     LEAST_GAIN,
     LEAST_WAIT,
-    Entry,
     PrefixCache,
-    SnapshotLostError,
     Ticket,
-    Tier,
 )
 from server.engine.radix import RadixTree, common_tokens
+from server.engine.tiers import Entry, SnapshotLostError, Tier
 from server.types import pack_tokens
 
 ROOMY = dict.fromkeys(Tier, 1 << 30)
@@ -231,14 +229,14 @@ def test_a_full_tier_hands_its_oldest_down_and_a_hit_brings_it_back() -> None:
     cached = Cached({Tier.DEVICE: 1, Tier.HOST: 1, Tier.DISK: 1})
     for first in range(4):
         cached.run(count(100 * first, 20))
-    tiers = {entry.payload.tokens[:4]: entry.tier for entry in cached.cache.entries()}
+    tiers = {entry.payload.tokens[:4]: entry.tier for entry in cached.cache.tiers}
     assert tiers == {
         pack_tokens([300]): Tier.DEVICE,
         pack_tokens([200]): Tier.HOST,
         pack_tokens([100]): Tier.DISK,
     }
     assert cached.run(count(100, 20))[0] == 20
-    tiers = {entry.payload.tokens[:4]: entry.tier for entry in cached.cache.entries()}
+    tiers = {entry.payload.tokens[:4]: entry.tier for entry in cached.cache.tiers}
     assert tiers[pack_tokens([100])] is Tier.DEVICE
     assert len(tiers) == 3, "the snapshots changed places; none had to go"
 
@@ -251,7 +249,7 @@ def test_what_is_in_a_states_file_takes_no_room_on_disk() -> None:
     entry = cached.cache.hold("", pack_tokens(tokens))
     assert entry is not None and entry.tier is Tier.DISK
     file = Parked("", pack_tokens(tokens), Tier.SAVED, complete=True)
-    cached.cache.back(entry, file, complete=True)
+    cached.cache.tiers.back(entry, file, complete=True)
     assert (entry.tier, entry.payload) == (Tier.SAVED, file) and parked not in cached.shelf.held
     # Nor does it come back to the disk when the memory has no room for it.
     held = cached.shelf.park("", pack_tokens([7]), complete=True)
@@ -270,7 +268,7 @@ def test_what_comes_from_elsewhere_lies_where_there_is_room() -> None:
         cached = Cached(budgets)
         parked = cached.shelf.park("", pack_tokens([1, 2]), complete=True)
         assert cached.cache.keep("", pack_tokens([1, 2]), parked, Tier.HOST, 1, complete=True)
-        assert [entry.tier for entry in cached.cache.entries()] == [tier]
+        assert [entry.tier for entry in cached.cache.tiers] == [tier]
 
 
 def test_a_busy_disk_loses_a_snapshot_rather_than_time() -> None:
@@ -278,15 +276,15 @@ def test_a_busy_disk_loses_a_snapshot_rather_than_time() -> None:
     cached.shelf.disk_is_busy = True
     cached.run(count(0, 20))
     cached.run(count(100, 20))
-    assert [entry.tier for entry in cached.cache.entries()] == [Tier.DEVICE]
-    assert cached.cache.figures.evictions == 1
+    assert [entry.tier for entry in cached.cache.tiers] == [Tier.DEVICE]
+    assert cached.cache.tiers.evictions == 1
 
 
 def test_a_prompt_waits_for_a_slow_snapshot_and_does_without_a_lost_one() -> None:
     cached = Cached()
     cached.run(count(0, 20))
     cached.run(count(0, 40))
-    (short, long) = cached.cache.entries()
+    (short, long) = cached.cache.tiers
     cached.shelf.slow.add(long.payload)
     ticket = cached.ticket(count(0, 41))
     assert not cached.cache.admit(ticket)
@@ -304,7 +302,7 @@ def test_a_snapshot_in_use_is_not_evicted() -> None:
     assert reader.entry.payload in cached.shelf.held
     cached.cache.started(reader)
     cached.run(count(100, 20))
-    assert [entry.payload.tokens[:4] for entry in cached.cache.entries()] == [pack_tokens([100])]
+    assert [entry.payload.tokens[:4] for entry in cached.cache.tiers] == [pack_tokens([100])]
 
 
 @pytest.mark.parametrize("agreeing", [0, 1, 15, 16, 17, 100, 40_000, 99_999, 100_000])
@@ -446,7 +444,7 @@ class Traffic(RuleBasedStateMachine):
         entry, file = self.saved[number]
         if file is None and entry.nbytes:
             file = Parked(entry.scope, entry.payload.tokens, Tier.SAVED, entry.complete)
-            self.cache.back(entry, file, complete=entry.complete)
+            self.cache.tiers.back(entry, file, complete=entry.complete)
             self.saved[number] = entry, file
 
     @rule(data=st.data(), written=st.booleans())
@@ -460,8 +458,8 @@ class Traffic(RuleBasedStateMachine):
             return
         entry, file = self.saved.pop(number)
         if file is not None:
-            self.cache.unback(entry, file)
-        self.cache.release(entry)
+            self.cache.tiers.unback(entry, file)
+        self.cache.tiers.release(entry)
 
     @rule(prompt=PROMPTS, scope=SCOPES, complete=st.booleans())
     def find_saved(self, prompt: list[int], scope: str, complete: bool) -> None:
@@ -481,14 +479,14 @@ class Traffic(RuleBasedStateMachine):
         if on_disk:
             parked = data.draw(st.sampled_from(on_disk))
             self.shelf.unwritten.append(parked)
-            self.cache.recover()
+            self.cache.tiers.recover()
             assert parked not in self.shelf.held
 
     @rule(budget=st.integers(0, 4))
     def resize(self, budget: int) -> None:
         """What does not fit any more is handed on, save what is pinned or held."""
-        self.cache.resize(Tier.DISK, budget)
-        self.cached.budgets[Tier.DISK] = max(budget, self.cache.usage(Tier.DISK)[0])
+        self.cache.tiers.resize(Tier.DISK, budget)
+        self.cached.budgets[Tier.DISK] = max(budget, self.cache.tiers.usage(Tier.DISK)[0])
 
     @rule(busy=st.booleans())
     def disk(self, busy: bool) -> None:
@@ -509,7 +507,7 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def books_balance(self) -> None:
-        entries = list(self.cache.entries())
+        entries = list(self.cache.tiers)
         in_files = {entry.payload for entry in entries if entry.tier is Tier.SAVED}
         assert in_files <= self.files
         assert {entry.payload for entry in entries} - in_files == self.shelf.held
@@ -517,10 +515,10 @@ class Traffic(RuleBasedStateMachine):
         assert len(places) == len(entries), "two snapshots of the same tokens"
         for tier in Tier:
             count = sum(entry.tier is tier for entry in entries)
-            assert self.cache.usage(tier) == (count, count)
+            assert self.cache.tiers.usage(tier) == (count, count)
             assert tier is Tier.SAVED or count <= self.cached.budgets[tier]
             held = sum(entry.tier is tier and entry.holds > 0 for entry in entries)
-            assert self.cache.held(tier) == (held, held)
+            assert self.cache.tiers.held(tier) == (held, held)
         for entry in entries:
             assert entry.tier is entry.payload.tier and entry.complete == entry.payload.complete
             assert entry.num_tokens == len(entry.payload.tokens) // 4
@@ -530,8 +528,8 @@ class Traffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         for ticket in self.tickets:
             self.cache.close(ticket)
-        for entry in list(self.cache.entries()):
-            self.cache._drop(entry)
+        for entry in list(self.cache.tiers):
+            self.cache.tiers.drop(entry)
         assert not self.cache._trees and not self.cache._active and not self.shelf.held
 
 

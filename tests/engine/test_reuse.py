@@ -187,10 +187,10 @@ def test_parked_states_may_be_rounded(dtype: str, state_dtype: str, share: float
     prompt = random_prompt(70, VOCAB, 1)
     for one in (driver, exact, reference):
         one.complete(prompt, max_tokens=1, **GREEDY)
-    (entry,) = driver.engine._reuse._cache.entries()  # type: ignore[union-attr]
+    (entry,) = driver.engine._reuse._cache.tiers  # type: ignore[union-attr]
     assert isinstance(entry.payload, Snapshot)
     assert entry.nbytes <= driver.engine._runner.parked_bytes
-    (whole,) = exact.engine._reuse._cache.entries()  # type: ignore[union-attr]
+    (whole,) = exact.engine._reuse._cache.tiers  # type: ignore[union-attr]
     recurrent = whole.payload.parts["recurrent"]  # type: ignore[union-attr]
     assert entry.payload.parts["recurrent"].nbytes == share * recurrent.nbytes
     ours, expected = parked_state(driver, "", prompt), parked_state(reference, "", prompt)
@@ -468,7 +468,7 @@ def test_random_traces_say_what_they_would_have_said_alone(seed: int, mode: Mode
     stats = driver.engine.stats()
     assert stats.prefix_hits > 5 and stats.states_evicted > 0
     assert not driver.engine._reuse._cache._active  # type: ignore[union-attr]
-    assert all(entry.pins == 0 for entry in driver.engine._reuse._cache.entries())  # type: ignore[union-attr]
+    assert all(entry.pins == 0 for entry in driver.engine._reuse._cache.tiers)  # type: ignore[union-attr]
     driver.engine.close()
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from server.engine.engine import Engine
-from server.engine.prefix_cache import Tier
 from server.engine.sessions import MAX_SESSIONS, SESSION_SECONDS, Sessions
+from server.engine.tiers import Tier
 from server.settings import StateCacheConfig
 from server.types import pack_tokens
 from tests.engine.driving import FIXTURES, Driver, engine_config, random_prompt

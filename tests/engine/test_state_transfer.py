@@ -120,7 +120,7 @@ def test_a_state_that_was_given_up_has_to_be_absorbed_again(tmp_path: Path) -> N
     (state,) = listed(driver)
     assert driver.engine._states is not None and driver.engine._reuse is not None
     entry = driver.engine._states.find("", state.id).entry  # type: ignore[union-attr]
-    driver.engine._reuse._cache._drop(entry)  # type: ignore[arg-type]
+    driver.engine._reuse._cache.tiers.drop(entry)  # type: ignore[arg-type]
     told = driver.command(StateAction.DOWNLOAD, state.id, path=tmp_path / "b")
     assert isinstance(told, Refusal) and told.reason is RefusalReason.NOT_ABSORBED
     run(driver, [], state=state.id, max_tokens=0)

@@ -234,7 +234,7 @@ class Server:
         assert not len(engine._states) and not engine._states.nbytes and not engine._states._reserved.total()
         assert set(engine._reuse.held().values()) == {(0, 0)}
         cache = engine._reuse._cache
-        assert not cache._active and not any(entry.pins or entry.holds for entry in cache.entries())
+        assert not cache._active and not any(entry.pins or entry.holds for entry in cache.tiers)
         self.close()
         if self.folder is not None:
             assert [path.name for path in self.folder.rglob("*") if path.is_file()] == ["lock"]

@@ -35,6 +35,7 @@ class Child:
     Attributes:
         control: the launcher's end of the pipe; None after the child's end was seen.
         heartbeat: shared with the child.
+        started: by ``time.monotonic``.
         failure: its last words.
         info: the engine's.
         ready_since: by ``time.monotonic``; None before it could serve.
@@ -44,6 +45,7 @@ class Child:
     process: SpawnProcess
     control: "Connection[ToApi | ToEngine, ToLauncher] | None"
     heartbeat: Heartbeat
+    started: float = field(default_factory=time.monotonic)
     failure: Failed | None = None
     info: EngineInfo | None = None
     ready_since: float | None = None

@@ -153,11 +153,13 @@ class ProcessSettings:
         shutdown_timeout: seconds that running requests may take to finish when the server stops.
         max_restarts: deaths in a row after which a child is not started again.
         watchdog_timeout: seconds after which a child hangs; 0: never.
+        startup_timeout: seconds after which an engine that loads does; 0: never.
     """
 
     shutdown_timeout: float
     max_restarts: int
     watchdog_timeout: float
+    startup_timeout: float
 
 
 def _flag(
@@ -416,6 +418,15 @@ class Settings(BaseModel):
             metavar="SECONDS",
         ),
     ] = 300.0
+    startup_timeout: Annotated[
+        float,
+        Field(ge=0, le=86_400),
+        _flag(
+            _PROCESS,
+            "Seconds that the engine may take to load the model before it counts as hung; 0: any time.",
+            metavar="SECONDS",
+        ),
+    ] = 1800.0
     enable_sleep_mode: Annotated[
         bool,
         _flag(
@@ -573,6 +584,7 @@ class Settings(BaseModel):
             shutdown_timeout=self.shutdown_timeout,
             max_restarts=self.max_restarts,
             watchdog_timeout=self.watchdog_timeout,
+            startup_timeout=self.startup_timeout,
         )
 
     def api_settings(self, model_folder: Path, tokenizer_folder: Path | None) -> ApiSettings:

@@ -104,7 +104,7 @@ class Supervisor:
         self._engine_deaths = 0
         self._api_deaths = 0
         self._engine_starts = 0
-        self._watchdog = Watchdog(settings.watchdog_timeout)
+        self._watchdog = Watchdog(settings.watchdog_timeout, settings.startup_timeout)
         self._sleep = _Sleep.AWAKE
         self._sleeps = 0
         self._ending_until = math.inf
@@ -203,7 +203,7 @@ class Supervisor:
         while not self._received:
             self._wait(self._next_look())
             # An engine that was told to end has been at its last turn for as long as that takes.
-            self._watchdog.look(self._apis if self._sleep is _Sleep.ENDING else self._children)
+            self._watchdog.look(self._engine if self._sleep is not _Sleep.ENDING else None, self._apis)
             self._bound_ending()
             for place in (self._engine_place, *self._api_places):
                 if place.child is not None and place.child.dead:

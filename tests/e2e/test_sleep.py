@@ -85,6 +85,19 @@ def test_where_no_engine_can_start_the_server_sleeps_on(tmp_path: Path) -> None:
         wait_until(lambda: client.get("/health").status_code == 200)
 
 
+def test_an_engine_that_hangs_while_it_loads_leaves_nobody_waiting(tmp_path: Path) -> None:
+    flags = ("--enable-sleep-mode", "--state-cache-dir", str(tmp_path / "states"), "--startup-timeout", "20")
+    with RunningServer(tmp_path / "server", *flags) as server:
+        assert httpx.post(f"{server.base_url}/sleep", timeout=60).json() == {"is_sleeping": True}
+        wake = Asking(server, "/wake_up")
+        wait_until(lambda: any(child.name() == "gale-engine" for child in server.find_children()))
+        server.child("gale-engine").suspend()
+        answer = wake.result()
+        assert answer is not None and answer.status_code == 503
+        assert answer.json()["error"]["message"].endswith("the engine process was not ready within 20 s")
+        assert httpx.post(f"{server.base_url}/wake_up", timeout=60).json() == {"is_sleeping": False}
+
+
 def test_those_that_run_may_finish_first(tmp_path: Path) -> None:
     flags = ("--enable-sleep-mode", "--state-cache-dir", str(tmp_path / "states"))
     with RunningServer(tmp_path / "server", *flags) as server, httpx.Client(base_url=server.base_url) as client:

@@ -53,6 +53,7 @@ GIVEN = {
     "shutdown_timeout": 3.5,
     "max_restarts": 2,
     "watchdog_timeout": 7.5,
+    "startup_timeout": 70.0,
     "enable_sleep_mode": True,
     "log_level": "error",
     "log_format": "json",
@@ -106,7 +107,7 @@ def test_api_gets_its_part() -> None:
 
 
 def test_the_launcher_gets_its_part() -> None:
-    assert Settings.from_flags(GIVEN).process_settings() == ProcessSettings(3.5, 2, 7.5)
+    assert Settings.from_flags(GIVEN).process_settings() == ProcessSettings(3.5, 2, 7.5, 70.0)
 
 
 def test_defaults() -> None:

@@ -1,8 +1,8 @@
 """Compiles the kernels of a piece of work side by side, before any of them runs.
 
-Triton compiles a kernel when it is first launched, one after the other, and for some versions also a piece of C that
-launches it: some forty variants, whose time is spent in compilers that do not hold Python up. Here the work is gone
-through once without launching anything, which says what it needs, and all of that is compiled by threads.
+Triton compiles a kernel when it is first launched, one after the other: some twenty variants of one to two seconds
+each, of which the assembler, a process of its own, takes a large part. Here the work is gone through once without
+launching anything, which says what it needs, and all of that is compiled by threads.
 """
 
 import os
@@ -29,20 +29,17 @@ def compile_together(work: Callable[[], object], device: torch.device) -> int:
     Raises:
         Exception: what the compiler says of the first kernel that cannot be compiled.
     """
-    wanted: dict[tuple[int, str], Callable[[], Any]] = {}
+    wanted: dict[tuple[int, str], Callable[[], object]] = {}
 
     def note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
         kernel, data = fn.jit_function, compile["specialization_data"]
         wanted.setdefault((id(kernel), compile["key"]), lambda: kernel.preload(data))
         return True
 
-    def compile_one(preload: Callable[[], Any]) -> None:
+    def compile_one(preload: Callable[[], object]) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # the current device is a thread's own
-        kernel = preload()
-        if device.type == "cuda" and kernel is not None:
-            # Asked for what launches it, it is loaded, and that is compiled: by a C compiler, up to Triton 3.6.
-            _ = kernel.run
+        preload()
 
     run = triton.JITFunction.run
 

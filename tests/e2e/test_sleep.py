@@ -39,7 +39,9 @@ def test_an_engine_sleeps_and_wakes(tmp_path: Path) -> None:
         assert "gale-engine" not in {child.name() for child in server.children}
 
         def refusals() -> list[tuple[int, str]]:
-            answers = [httpx.post(f"{server.base_url}/v1/completions", json={"prompt": "a"}) for _ in range(8)]
+            answers = [
+                httpx.post(f"{server.base_url}/v1/completions", json={"prompt": "a"}, timeout=60) for _ in range(8)
+            ]
             assert all(int(answer.headers["retry-after"]) > 0 for answer in answers)
             return [(answer.status_code, answer.json()["error"]["code"]) for answer in answers]
 
@@ -58,7 +60,7 @@ def test_an_engine_sleeps_and_wakes(tmp_path: Path) -> None:
 
         answer = client.post("/wake_up", timeout=90)
         assert (answer.status_code, answer.json()) == (200, {"is_sleeping": False})
-        wait_until(lambda: all(httpx.get(f"{server.base_url}/health").status_code == 200 for _ in range(6)))
+        wait_until(lambda: all(httpx.get(f"{server.base_url}/health", timeout=60).status_code == 200 for _ in range(6)))
         assert {server.metric("gale_engine_deaths_total") for _ in range(6)} == {0}
         assert server.complete(8)["choices"][0]["text"] == before
         assert client.get("/v1/states/story").json()["id"] == saved["state"]["id"]
@@ -147,7 +149,9 @@ def test_while_the_engine_ends_everything_else_goes_on(tmp_path: Path) -> None:
         server.wait_for_log("the api-1 process was killed by SIGKILL; starting it again")
         wait_until(lambda: any(c.name() == "gale-api-1" and c.pid != old.pid for c in server.find_children()))
         wait_until(lambda: _live(server) == {"falling asleep"})
-        assert {httpx.get(f"{server.base_url}/is_sleeping").json()["is_sleeping"] for _ in range(6)} == {False}
+        assert {httpx.get(f"{server.base_url}/is_sleeping", timeout=60).json()["is_sleeping"] for _ in range(6)} == {
+            False
+        }
         wake = Asking(server, "/wake_up")
         engine.resume()
         if answer := sleep.result():  # The process that was asked may have been the one that was killed.
@@ -245,7 +249,7 @@ def test_whatever_happens_in_whatever_order_everybody_gets_an_answer(tmp_path: P
         assert server.complete(8)["usage"]["completion_tokens"] == 8
         assert saved
         for state in saved:
-            assert httpx.get(f"{server.base_url}/v1/states/{state}").status_code == 200, f"{state} is lost"
+            assert httpx.get(f"{server.base_url}/v1/states/{state}", timeout=60).status_code == 200, f"{state} is lost"
         wait_until(lambda: server.metric("gale_requests_running") == server.metric("gale_requests_waiting") == 0)
         assert "Traceback" not in server.log
         server.signal(signal.SIGTERM)
@@ -273,4 +277,5 @@ class Asking(threading.Thread):
 
 def _live(server: RunningServer) -> set[str]:
     """What the API processes say of the engine."""
-    return {httpx.get(f"{server.base_url}/health/live").json()["status"] for _ in range(6)}
+    # One that has just been started answers when it has loaded.
+    return {httpx.get(f"{server.base_url}/health/live", timeout=60).json()["status"] for _ in range(6)}

@@ -110,18 +110,19 @@ def test_killed_in_the_middle_of_saves(
     flags = (*FLAGS, "--state-cache-dir", str(tmp_path / "states"))
     acknowledged: dict[str, list[int]] = {}
     for life in range(lives):
-        with RunningServer(tmp_path / str(life), *flags) as server, Savers(server.base_url, life) as savers:
+        with RunningServer(tmp_path / str(life), *flags) as server:
             # Beyond those that were acknowledged only those that were just about to be.
             check(server, acknowledged, cold, 2 * SAVERS * life)
-            savers.wait_for(rng.randrange(1, total // lives))
-            server.child("gale-engine").kill()
-            known = acknowledged | savers.acknowledged
-            server.wait_for_log("the engine process serves again")
-            check(server, known, cold, None)
-            savers.wait_for(max(total // lives, len(savers.acknowledged) + 20))
-            for process in [psutil.Process(server.process.pid), *server.find_children()]:
-                process.kill()
-            acknowledged |= savers.end()
+            with Savers(server.base_url, life) as savers:
+                savers.wait_for(rng.randrange(1, total // lives))
+                server.child("gale-engine").kill()
+                known = acknowledged | savers.acknowledged
+                server.wait_for_log("the engine process serves again")
+                check(server, known, cold, None)
+                savers.wait_for(max(total // lives, len(savers.acknowledged) + 20))
+                for process in [psutil.Process(server.process.pid), *server.find_children()]:
+                    process.kill()
+                acknowledged |= savers.end()
         assert savers.refused
     assert len(acknowledged) >= total
     with RunningServer(tmp_path / "last", *flags) as server:

@@ -71,8 +71,9 @@ def _cold(model: str, mode: tuple[str, bool]) -> Driver:
 
 
 @cache
-def parked_bytes(model: str) -> int:
-    return _cold(model, ("cpu", False)).engine._runner.parked_bytes
+def parked_bytes(model: str, device: str) -> int:
+    """Of one state: on a GPU, with its ring."""
+    return _cold(model, (device, False)).engine._runner.parked_bytes
 
 
 class Server:
@@ -92,7 +93,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        trace, one = self.trace, parked_bytes(self.trace.model)
+        trace, one = self.trace, parked_bytes(self.trace.model, self.trace.mode[0])
         device, host = (count * one for count in self.rooms)
         states = StateCacheConfig(
             gpu_bytes=device,

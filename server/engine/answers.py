@@ -204,11 +204,10 @@ class Answers:
         now = time.monotonic() if now is None else now
         if self._reuse is not None:
             self._reuse.leave(seq)
-            is_answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
-            # With fewer tokens, the state is the one at the prompt's end, which has left it unless its end was unknown.
-            if is_answered and (seq.num_absorbed > len(seq.prompt) or seq.streams):
-                self._keep_answer(seq)
-            if is_answered:
+            if reason in (FinishReason.STOP, FinishReason.LENGTH):
+                # With fewer tokens, it is the state at the prompt's end, which has left it unless its end was unknown.
+                if seq.num_absorbed > len(seq.prompt) or seq.streams:
+                    self._keep_answer(seq)
                 self._reuse.note_session(seq)
         keeps = False
         if seq.save is not None and self.saves is not None:

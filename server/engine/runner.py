@@ -204,6 +204,10 @@ class Runner:
         return step
 
     def _launch(self, batch: Batch) -> PendingStep:
+        if self._arriving is not None:
+            # The step before waited for what came layer by layer, unless it could not be launched.
+            torch.cuda.current_stream(self._device).wait_stream(self._arriving)
+            self._arriving = None
         swap_failures = self._take_out(batch.swaps)
         broken = self._lease(batch.leased) | swap_failures
         score_plan = plan_scores(batch)
@@ -340,10 +344,6 @@ class Runner:
             broken: sequences for which that fails are added.
             arrivals: for which the batch's step waits layer by layer; None: for none.
         """
-        if self._arriving is not None:
-            # The step before waited for what it brought, if nothing came between.
-            torch.cuda.current_stream(self._device).wait_stream(self._arriving)
-            self._arriving = None
         leased: dict[Snapshot, list[Sequence]] = {}
         for seq in batch.leased:
             if seq.swapped:

@@ -1,8 +1,8 @@
 """Compiles the kernels of a piece of work side by side, before any of them runs.
 
-Triton compiles a kernel when it is first launched, one after the other: some twenty variants of one to two seconds
-each, of which the assembler, a process of its own, takes a large part. Here the work is gone through once without
-launching anything, which says what it needs, and all of that is compiled by threads.
+Triton compiles a kernel when it is first launched, one after the other: some forty variants, of whose time the
+assembler, a process of its own, takes a large part. Here the work is gone through once without launching anything,
+which says what it needs, and all of that is compiled by threads.
 """
 
 import os

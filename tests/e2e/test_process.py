@@ -7,9 +7,11 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.e2e.running import RunningServer, Stream, run_to_end, wait_until
@@ -120,6 +122,32 @@ def test_an_engine_that_hangs_is_replaced(tmp_path: Path) -> None:
         assert server.complete(8)["usage"]["completion_tokens"] == 8
 
 
+@contextlib.contextmanager
+def streams_around(server: RunningServer, name: str) -> Iterator[tuple[psutil.Process, list[Stream], list[Stream]]]:
+    """An API process, streams that it serves, and streams of its siblings; all have begun."""
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(Stream(server.base_url, ENDLESS)) for _ in range(12)]
+        for stream in streams:
+            next(stream)
+        process = server.child(name)
+        served = {one.raddr.port for one in process.net_connections("tcp") if one.raddr}
+        own = [stream for stream in streams if stream.port in served]
+        others = [stream for stream in streams if stream.port not in served]
+        assert own and others
+        yield process, own, others
+
+
+def go_on_without(doomed: list[Stream], others: list[Stream]) -> None:
+    """The streams of a process that is gone end, however much had arrived before; the others go on."""
+    for stream in doomed:
+        with pytest.raises((httpx.TransportError, StopIteration)):
+            while True:
+                next(stream)
+    for stream in others:
+        for _ in range(50):
+            next(stream)
+
+
 def test_several_api_processes_and_the_death_of_one(tmp_path: Path) -> None:
     with RunningServer(tmp_path, "--api-server-count", "2") as server:
         for _ in range(30):
@@ -131,27 +159,13 @@ def test_several_api_processes_and_the_death_of_one(tmp_path: Path) -> None:
         assert (code, len(stderr.splitlines())) == (1, 1)
         assert f"port {port}: the port is in use" in stderr
         # Streams of both; those of the process that dies end with it, the others go on.
-        with contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(Stream(server.base_url, ENDLESS)) for _ in range(12)]
-            for stream in streams:
-                next(stream)
-            dying = server.child("gale-api-1")
-            served = {one.raddr.port for one in dying.net_connections("tcp") if one.raddr}
-            doomed = [stream for stream in streams if stream.port in served]
-            assert 0 < len(doomed) < len(streams)
+        with streams_around(server, "gale-api-1") as (dying, doomed, others):
             dying.kill()
-            for stream in doomed:
-                # However much had arrived before.
-                with pytest.raises((httpx.TransportError, StopIteration)):
-                    while True:
-                        next(stream)
-            for stream in set(streams) - set(doomed):
-                for _ in range(50):
-                    next(stream)
+            go_on_without(doomed, others)
             server.wait_for_log("the api-1 process was killed by SIGKILL; starting it again")
             server.wait_for_log("the api-1 process serves again")
             # The engine has noticed that nobody reads any more.
-            wait_until(lambda: server.metric("gale_requests_running") == len(streams) - len(doomed))
+            wait_until(lambda: server.metric("gale_requests_running") == len(others))
         wait_until(lambda: server.metric("gale_requests_running") == 0)
         assert {server.metric("gale_api_process_deaths_total") for _ in range(6)} == {1}
         # Any of them shows what both have counted, also what the dead one had; one is being scraped.
@@ -166,25 +180,12 @@ def test_several_api_processes_and_the_death_of_one(tmp_path: Path) -> None:
 
 def test_an_api_process_that_hangs_is_replaced(tmp_path: Path) -> None:
     with RunningServer(tmp_path, "--api-server-count", "2", "--watchdog-timeout", "4") as server:
-        with contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(Stream(server.base_url, ENDLESS)) for _ in range(12)]
-            for stream in streams:
-                next(stream)
-            hanging = server.child("gale-api-1")
-            served = {one.raddr.port for one in hanging.net_connections("tcp") if one.raddr}
-            doomed = [stream for stream in streams if stream.port in served]
-            assert 0 < len(doomed) < len(streams)
+        with streams_around(server, "gale-api-1") as (hanging, doomed, others):
             hanging.suspend()
             server.wait_for_log("the api-1 process hung for more than 4 s; starting it again")
-            for stream in doomed:
-                with pytest.raises((httpx.TransportError, StopIteration)):
-                    while True:
-                        next(stream)
-            for stream in set(streams) - set(doomed):
-                for _ in range(50):
-                    next(stream)
+            go_on_without(doomed, others)
             server.wait_for_log("the api-1 process serves again")
-            wait_until(lambda: server.metric("gale_requests_running") == len(streams) - len(doomed))
+            wait_until(lambda: server.metric("gale_requests_running") == len(others))
         assert {server.metric("gale_api_process_deaths_total") for _ in range(6)} == {1}
         assert {server.metric("gale_engine_deaths_total") for _ in range(6)} == {0}
         # Where everything stood still, nothing hangs: what ran goes on.

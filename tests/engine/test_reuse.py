@@ -384,12 +384,18 @@ def test_states_come_back_from_disk(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "states" / "saved") == []
 
 
-def test_a_damaged_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
+def driver_with_files(folder: Path, count: int) -> tuple[Driver, list[list[int]], list[list[int]]]:
+    """An engine whose parked states have been written to files, the prompts that left them, and their answers."""
     size = make_driver(cache=NONE).engine.info.state_bytes
-    driver = make_driver(cache=disk_cache(tmp_path, 100, size))
-    prompts = [random_prompt(40, VOCAB, i) for i in range(3)]
+    driver = make_driver(cache=disk_cache(folder, 100, size))
+    prompts = [random_prompt(40, VOCAB, i) for i in range(count)]
     expected = [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts]
     driver.engine._reuse._store._writer.submit(int).result()  # type: ignore[union-attr]
+    return driver, prompts, expected
+
+
+def test_a_damaged_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
+    driver, prompts, expected = driver_with_files(tmp_path, 3)
     damaged = 0
     for path in tmp_path.glob("*.safetensors"):
         content = bytearray(path.read_bytes())
@@ -407,11 +413,7 @@ def test_a_move_that_fails_costs_time_and_nothing_else(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the reason: nobody waits for ever for a file that cannot be read, and the engine goes on."""
-    size = make_driver(cache=NONE).engine.info.state_bytes
-    driver = make_driver(cache=disk_cache(tmp_path, 100, size))
-    prompts = [random_prompt(40, VOCAB, i) for i in range(4)]
-    expected = [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts]
-    driver.engine._reuse._store._writer.submit(int).result()  # type: ignore[union-attr]
+    driver, prompts, expected = driver_with_files(tmp_path, 4)
     failures = 0
 
     def fail(*_: object) -> None:

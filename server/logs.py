@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from server.settings import LogFormat, LogLevel
+from server.component_settings import LogFormat, LogLevel
 
 _NOISY = ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "httpx", "httpcore", "urllib3", "filelock")
 

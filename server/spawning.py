@@ -12,8 +12,8 @@ from multiprocessing import sharedctypes
 
 from server.child import SIGNALS, ChildContext, Heartbeat
 from server.children import Child, ChildError
+from server.component_settings import ApiSettings, EngineConfig
 from server.logs import LogSettings
-from server.settings import ApiSettings, EngineConfig
 
 _spawn_context = multiprocessing.get_context("spawn")
 

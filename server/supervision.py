@@ -35,10 +35,10 @@ from server.child import (
     ToApi,
 )
 from server.children import KILLED_SECONDS, Child, ChildError, Place
+from server.component_settings import ApiSettings, EngineConfig, ProcessSettings
 from server.listeners import close_all
 from server.logs import LogSettings
 from server.metrics import MULTIPROCESS_FOLDER
-from server.settings import ApiSettings, EngineConfig, ProcessSettings
 from server.spawning import private_folder, signals_blocked, spawn_api, spawn_engine
 from server.types import EngineInfo
 from server.watchdog import Watchdog

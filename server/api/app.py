@@ -32,9 +32,9 @@ from server.api.sleep import SleepSwitch, sleep_router
 from server.api.states import states_router
 from server.api.structured import Grammars
 from server.api.tokenization import tokenization_router
+from server.component_settings import ApiSettings
 from server.errors import ApiError
 from server.metrics import HttpMetrics
-from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
 
 _UNBOUND = (

@@ -15,7 +15,7 @@ from server.api.routing import errors, event_stream, json_body, parse_body, read
 from server.api.schemas.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from server.api.sessions import SESSION_HEADER
 from server.api.structured import Grammars
-from server.settings import ApiSettings
+from server.component_settings import ApiSettings
 from server.tokenizer import Tokenizer
 from server.types import StateAction
 

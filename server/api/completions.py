@@ -13,7 +13,7 @@ from server.api.schemas.completion import Completion, CompletionRequest
 from server.api.sessions import SESSION_HEADER
 from server.api.structured import Grammars
 from server.api.validation import CompletionValidator
-from server.settings import ApiSettings
+from server.component_settings import ApiSettings
 from server.tokenizer import Tokenizer
 
 

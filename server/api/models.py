@@ -7,8 +7,8 @@ from fastapi import APIRouter, Path
 from server.api.client import EngineClient
 from server.api.routing import errors
 from server.api.schemas.server import ModelCard, ModelList
+from server.component_settings import ApiSettings
 from server.errors import NotFoundError
-from server.settings import ApiSettings
 
 _TOLD: Final = frozenset(
     {"fingerprint", "num_parameters", "vocab_size", "dtype", "state_dtype", "state_bytes", "max_num_seqs", "device"}

@@ -27,8 +27,8 @@ from server.api.states import state_of
 from server.api.structured import Grammars
 from server.api.text_stream import TextTokens
 from server.api.validation import CompletionValidator
+from server.component_settings import ApiSettings
 from server.errors import ApiError, InternalError, InvalidRequestError, RequestTimeoutError
-from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
 from server.types import EngineInfo, SamplingParams, StateInfo
 

@@ -28,9 +28,9 @@ from server.child import (
     WakeRequest,
     keep_loaded,
 )
+from server.component_settings import ApiSettings
 from server.errors import EngineUnavailableError
 from server.listeners import BACKLOG
-from server.settings import ApiSettings
 from server.tokenizer import load_tokenizer
 
 GRACE_SECONDS = 2.0

@@ -13,8 +13,8 @@ from server.api.client import EngineClient
 from server.api.routing import errors, json_body, query_parameters, ready_info, unique_query
 from server.api.schemas.states import ForkRequest, State, StateDeleted, StateList, UploadQuery
 from server.api.transfers import CONTENT_TYPE, StateResponse, Transfer, Transfers
+from server.component_settings import ApiSettings
 from server.errors import StateNotAbsorbedError
-from server.settings import ApiSettings
 from server.types import SamplingParams, StateAction, StateInfo
 
 Reference = Annotated[

@@ -20,8 +20,8 @@ from server.api.schemas.tokenization import (
     TokenizeRequest,
     TokenizerInfo,
 )
+from server.component_settings import ApiSettings
 from server.errors import InvalidRequestError
-from server.settings import ApiSettings
 from server.tokenizer import Tokenizer
 from server.tokenizer_config import TokenizerConfig
 from server.types import EngineInfo

@@ -10,6 +10,7 @@ from bisect import bisect_left
 
 import torch
 
+from server.component_settings import CHUNK
 from server.engine.graphs import StepGraphs
 from server.engine.step import StepModel
 from server.engine.step_shapes import (
@@ -22,7 +23,6 @@ from server.engine.step_shapes import (
     prompt_shapes,
     token_ladder,
 )
-from server.settings import CHUNK
 
 logger = logging.getLogger(__name__)
 

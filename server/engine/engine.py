@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
+from server.component_settings import EngineConfig
 from server.engine.answers import Answers, complaint
 from server.engine.batch import Batch
 from server.engine.config import GenerationConfig, GLAConfig
@@ -26,7 +27,6 @@ from server.engine.state_pool import SlotAllocator
 from server.engine.state_requests import Told, context_of, obey, reserve
 from server.engine.state_transfer import largest_file
 from server.engine.stats import Figures
-from server.settings import EngineConfig
 from server.tokenizer import load_tokenizer
 from server.types import (
     EngineInfo,

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from server.component_settings import CHUNK, EngineConfig, StateCacheConfig
 from server.engine.batch import ModelInputs
 from server.engine.capture import capture_steps, graph_bytes
 from server.engine.checkpoint import load_model
@@ -36,7 +37,6 @@ from server.engine.swap import SwapSpace
 from server.engine.tiers import Tier
 from server.errors import CheckpointError, SettingsError
 from server.kernels import STATE_DTYPES, RingRows
-from server.settings import CHUNK, EngineConfig, StateCacheConfig
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from server.component_settings import CHUNK
 from server.engine.radix import TOKEN_BYTES, Node, RadixTree
 from server.engine.tiers import Entry, SnapshotLostError, Store, Tier, Tiers
-from server.settings import CHUNK
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import warnings
 from typing import TYPE_CHECKING
 
 from server.child import ChildContext, Heartbeat, Ready, keep_loaded
+from server.component_settings import EngineConfig
 from server.ipc import EngineChannel
-from server.settings import EngineConfig
 from server.types import (
     Cancel,
     ClientMessage,

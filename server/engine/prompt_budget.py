@@ -3,9 +3,9 @@
 from bisect import bisect_left
 from typing import Protocol
 
+from server.component_settings import CHUNK
 from server.engine.sequence import Sequence
 from server.engine.step_shapes import PromptLimit
-from server.settings import CHUNK
 
 PREFILL_GRID = CHUNK
 """Prompt pieces end at multiples of this position (the kernels' chunk), or at the prompt's end."""

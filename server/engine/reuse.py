@@ -11,6 +11,7 @@ from concurrent.futures import Future
 
 import torch
 
+from server.component_settings import StateCacheConfig
 from server.engine.batch import Batch
 from server.engine.named_states import NamedState, StateLimits
 from server.engine.pinned import PinnedPieces
@@ -23,7 +24,6 @@ from server.engine.snapshot_store import Payload, SnapshotStore
 from server.engine.state_file import Part
 from server.engine.stats import Figures
 from server.engine.tiers import Entry, Tier
-from server.settings import StateCacheConfig
 from server.types import pack_tokens
 
 logger = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from server.component_settings import CHUNK
 from server.engine.constraints import Constraint
 from server.engine.detokenizer import StopMatcher
-from server.settings import CHUNK
 from server.types import FinishReason, SamplingParams, StateInfo, pack_tokens
 
 if TYPE_CHECKING:

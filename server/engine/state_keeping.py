@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from server.component_settings import EngineConfig
 from server.engine.identity import model_fingerprint
 from server.engine.memory import BuiltRunner
 from server.engine.named_states import NamedStates
@@ -10,7 +11,6 @@ from server.engine.saved_files import SavedFiles
 from server.engine.state_transfer import StateTransfer
 from server.engine.stats import Figures
 from server.kernels import STATE_DTYPES
-from server.settings import EngineConfig
 from server.types import SavedStats
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from server.settings import CHUNK
+from server.component_settings import CHUNK
 
 MAX_ROWS = 1024
 """Larger batches run without a graph: their kernels take longer than launching them does."""

@@ -26,11 +26,11 @@ from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.api.client import EngineClient
 from server.api.sleep import SleepSwitch
+from server.component_settings import ApiSettings
 from server.engine.detokenizer import StopMatcher
 from server.engine.named_states import NamedState, NamedStates, StateLimits
 from server.engine.state_requests import Later, context_of, obey, reserve, unknown
 from server.keys import ApiKey, hash_key
-from server.settings import ApiSettings
 from server.types import (
     Cancel,
     ClientMessage,

@@ -34,8 +34,9 @@ from pathlib import Path
 import torch
 
 from server.child import keep_loaded
+from server.component_settings import EngineConfig
 from server.engine.engine import Engine
-from server.settings import EngineConfig, Settings
+from server.settings import Settings
 from server.types import GenerateRequest, SamplingParams, pack_tokens
 from tests.bench.common import Row, add_output_flags, environment, finish, print_table
 

@@ -24,6 +24,7 @@ import torch
 import zmq
 
 from server.child import Heartbeat
+from server.component_settings import EngineConfig
 from server.engine import engine as engine_module
 from server.engine.batch import Batch
 from server.engine.copy_clock import CopyClock
@@ -34,7 +35,6 @@ from server.engine.runner import PendingStep, _plan
 from server.engine.sampler import Sampled
 from server.engine.state_file import Part
 from server.ipc import EngineChannel
-from server.settings import EngineConfig
 from server.types import EngineMessage, GenerateRequest, Hello, SamplingParams, pack_tokens
 
 MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from server.component_settings import EngineConfig, StateCacheConfig
 from server.engine.engine import Engine
-from server.settings import EngineConfig, StateCacheConfig
 from server.types import GenerateRequest, HistogramSnapshot, SamplingParams, pack_tokens
 from tests.bench.common import Row, environment, finish, print_table
 from tests.bench.engine import DEFAULT_MODEL

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from server.component_settings import EngineConfig
 from server.engine.engine import Engine
-from server.settings import EngineConfig
 from server.types import (
     Extend,
     FinishReason,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from server import grammar
+from server.component_settings import StateCacheConfig
 from server.engine import requests as requests_module
 from server.engine import runner as runner_module
 from server.engine.constraints import Constraint
@@ -18,7 +19,6 @@ from server.engine.engine import Engine
 from server.engine.runner import PendingStep, Runner
 from server.engine.sampler import Sampler
 from server.engine.sequence import Sequence
-from server.settings import StateCacheConfig
 from server.types import FinishReason, RefusalReason
 from tests.engine.driving import CLIENT, FIXTURES, Answer, Driver, engine_config, random_prompt
 from tests.engine.test_engine import ALL_MODES, VOCAB, Mode, settle

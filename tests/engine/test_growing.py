@@ -7,8 +7,8 @@ from typing import Any
 import psutil
 import pytest
 
+from server.component_settings import StateCacheConfig
 from server.engine.engine import Engine
-from server.settings import StateCacheConfig
 from server.types import FinishReason
 from tests.engine.driving import FIXTURES, Driver, engine_config, random_prompt
 from tests.engine.oracle import SMALL, random_tensors, write_checkpoint

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from server.component_settings import StateCacheConfig
 from server.engine.engine import Engine
 from server.engine.named_states import DEFAULT_TTL, NamedState, NamedStates, NoRoomError, StateLimits, TenantFullError
 from server.engine.prefix_cache import PrefixCache
 from server.engine.tiers import Entry, Tier
 from server.grammar import from_regex
-from server.settings import StateCacheConfig
 from server.types import FinishReason, Refusal, RefusalReason, StateAction, pack_tokens
 from tests.engine.driving import CLASSICS, FIXTURES, Answer, Driver, engine_config, random_prompt
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.component_settings import StateCacheConfig
 from server.engine.arrivals import Arrivals
 from server.engine.engine import Engine
 from server.engine.prefix_cache import Ticket
@@ -15,7 +16,6 @@ from server.engine.scheduler import MAX_KEPT_PROMPTS
 from server.engine.snapshot import Snapshot, fold_slot, restore_snapshot
 from server.engine.snapshot_store import Payload, SnapshotStore
 from server.engine.state_pool import NULL_SLOT
-from server.settings import StateCacheConfig
 from server.types import FinishReason, pack_tokens
 from tests.engine.driving import CLASSICS, FIXTURES, Answer, Driver, engine_config, random_prompt
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from server.component_settings import StateCacheConfig
 from server.engine import saved_files
 from server.engine.engine import Engine
 from server.engine.saved_files import FOLDER
 from server.engine.state_file import read_state, write_state
 from server.errors import SettingsError
-from server.settings import StateCacheConfig
 from server.types import Refusal, RefusalReason, StateAction, StateInfo
 from tests.engine.driving import FIXTURES, Answer, Driver, engine_config, random_prompt
 

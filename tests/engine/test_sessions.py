@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from server.component_settings import StateCacheConfig
 from server.engine.engine import Engine
 from server.engine.sessions import MAX_SESSIONS, SESSION_SECONDS, Sessions
 from server.engine.tiers import Tier
-from server.settings import StateCacheConfig
 from server.types import pack_tokens
 from tests.engine.driving import FIXTURES, Driver, engine_config, random_prompt
 from tests.engine.test_prefix_cache import Cached, count

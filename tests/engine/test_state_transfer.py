@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from server.component_settings import StateCacheConfig
 from server.engine import saved_files, state_transfer
 from server.engine.state_file import read_header, read_state, write_state
-from server.settings import StateCacheConfig
 from server.types import FinishReason, Refusal, RefusalReason, StateAction, StateCommand, StateInfo, pack_tokens
 from tests.engine.driving import CLIENT, Driver, random_prompt
 from tests.engine.test_saved_files import GREEDY, VOCAB, MiB, absorbed, listed, run

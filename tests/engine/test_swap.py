@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from server import grammar
+from server.component_settings import StateCacheConfig
 from server.engine import runner as runner_module
 from server.engine import swap as swap_module
 from server.engine.engine import Engine
 from server.engine.snapshot_store import SnapshotStore
-from server.settings import StateCacheConfig
 from server.types import FinishReason
 from tests.engine.driving import FIXTURES, Driver, engine_config, random_prompt
 from tests.engine.test_engine import ALL_MODES, IN_STEP, VOCAB, Mode, settle

@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from server.component_settings import StateCacheConfig
 from server.engine.engine import Engine
 from server.engine.saved_files import FOLDER
-from server.settings import StateCacheConfig
 from server.types import FinishReason, RefusalReason, StateAction, StateInfo
 from tests.engine.driving import FIXTURES, Driver, engine_config, random_prompt
 

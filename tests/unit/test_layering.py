@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-BASE = ("server.types", "server.errors", "server.keys", "server.settings", "server.logs", "server.jsonfile")
+BASE = ("server.types", "server.errors", "server.keys", "server.component_settings", "server.logs", "server.jsonfile")
 
 # Module or package -> what of ours it may import, anywhere in the file. The longest matching name counts.
 # "server" itself, which holds the version, is open to all.
@@ -17,8 +17,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.types": (),
     "server.errors": (),
     "server.keys": ("server.errors",),
-    "server.settings": ("server.errors", "server.keys"),
-    "server.logs": ("server.settings",),
+    "server.component_settings": ("server.keys",),
+    "server.flags": ("server.component_settings",),
+    "server.settings": ("server.component_settings", "server.errors", "server.flags", "server.keys"),
+    "server.logs": ("server.component_settings",),
     "server.jsonfile": ("server.errors",),
     "server.ipc": BASE,
     "server.tokenizer": (*BASE, "server.tokenizer_config"),
@@ -49,6 +51,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.engine.config",
         "server.hub",
         "server.listeners",
+        "server.settings",
         "server.supervision",
     ),
     "server.supervision": (
@@ -69,7 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.api.process",
         "server.engine.process",
     ),
-    "server.cli": (*BASE, "server.children", "server.launch", "clients.bench", "clients.terminal"),
+    "server.cli": (*BASE, "server.children", "server.launch", "server.settings", "clients.bench", "clients.terminal"),
     "server.__main__": ("server.cli",),
     # Over HTTP they talk to any server, so they know nothing of this one.
     "clients": ("clients",),
@@ -154,7 +157,8 @@ def test_the_package_itself_imports_nothing() -> None:
 def test_types_errors_and_settings_stand_alone() -> None:
     assert ours(loaded_by("server.types")) == {"server", "server.types"}
     assert ours(loaded_by("server.errors")) == {"server", "server.errors"}
-    assert ours(loaded_by("server.settings")) == {"server", "server.settings", "server.keys", "server.errors"}
+    of_settings = {"server.settings", "server.flags", "server.component_settings", "server.keys", "server.errors"}
+    assert ours(loaded_by("server.settings")) == {"server", *of_settings}
 
 
 def test_api_processes_import_neither_torch_nor_the_engine() -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from server.component_settings import ApiSettings, EngineConfig, ProcessSettings
 from server.errors import SettingsError
 from server.keys import ApiKey, hash_key
-from server.settings import ApiSettings, EngineConfig, ProcessSettings, Settings
+from server.settings import Settings
 
 # One value per flag, each different from its default, and where it must arrive.
 GIVEN = {

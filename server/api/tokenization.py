@@ -23,7 +23,7 @@ from server.api.schemas.tokenization import (
 from server.component_settings import ApiSettings
 from server.errors import InvalidRequestError
 from server.tokenizer import Tokenizer
-from server.tokenizer_config import TokenizerConfig
+from server.tokenizer.config import TokenizerConfig
 from server.types import EngineInfo
 
 Answer = TypeVar("Answer")

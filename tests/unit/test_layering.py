@@ -23,8 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.logs": ("server.component_settings",),
     "server.jsonfile": ("server.errors",),
     "server.ipc": BASE,
-    "server.tokenizer": (*BASE, "server.tokenizer_config"),
-    "server.tokenizer_config": BASE,
+    "server.tokenizer": (*BASE, "server.tokenizer"),
     "server.grammar": ("server.tokenizer",),
     "server.metrics": BASE,
     "server.hub": BASE,
@@ -42,7 +41,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.ipc",
         "server.metrics",
         "server.tokenizer",
-        "server.tokenizer_config",
     ),
     "server.api.process": (*BASE, "server.api", "server.child", "server.listeners", "server.tokenizer"),
     "server.launch": (

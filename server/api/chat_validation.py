@@ -5,9 +5,10 @@ from typing import Any, Final
 
 from server.api.checks import invalid, parse_as
 from server.api.conversation import Conversations, begins_answer
+from server.api.job import GenerationJob
 from server.api.schemas.chat import ChatCompletionRequest
 from server.api.structured import Grammars
-from server.api.validation import GenerationJob, RequestValidator
+from server.api.validation import RequestValidator
 from server.tokenizer import Tokenizer
 from server.types import EngineInfo, StateInfo
 

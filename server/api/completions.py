@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from server.api.body import check_content_type
 from server.api.client import EngineClient
+from server.api.completion_validation import CompletionValidator
 from server.api.deltas import TokenNames
 from server.api.forms import CompletionForm
 from server.api.generation import GenerationAnswer
@@ -12,7 +13,6 @@ from server.api.routing import errors, event_stream, json_body, read_json, ready
 from server.api.schemas.completion import Completion, CompletionRequest
 from server.api.sessions import SESSION_HEADER
 from server.api.structured import Grammars
-from server.api.validation import CompletionValidator
 from server.component_settings import ApiSettings
 from server.tokenizer import Tokenizer
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from server.api.job import GenerationJob
 from server.api.mailbox import ChoiceEvent
-from server.api.validation import GenerationJob
 from server.tokenizer import Tokenizer
 from server.types import FinishReason, TokenLogprobs
 

@@ -14,11 +14,11 @@ from server.api.auth import tenant_of
 from server.api.body import ClientGoneError
 from server.api.client import EngineClient
 from server.api.errors import error_json
+from server.api.job import GenerationJob
 from server.api.mailbox import ChoiceEvent, Mailbox
 from server.api.rendering import DONE, AnswerForm, ChunkRenderer, Envelope, render_answer
 from server.api.request_id import name_request
 from server.api.sessions import session_of
-from server.api.validation import GenerationJob
 from server.errors import ApiError, InternalError
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from server.api.auth import tenant_of
 from server.api.body import IDLE_SECONDS, ClientGoneError, check_content_type, check_text_type, media_type
 from server.api.checks import check_vocabulary, invalid, parse_as, served_name
 from server.api.client import EngineClient
+from server.api.completion_validation import CompletionValidator
 from server.api.errors import ErrorAnswer, error_json
 from server.api.generation import STREAM_HEADERS, while_connected
 from server.api.mailbox import Mailbox
@@ -26,7 +27,6 @@ from server.api.schemas.states import PrefillProgress, PrefillQuery, PrefillRequ
 from server.api.states import state_of
 from server.api.structured import Grammars
 from server.api.text_stream import TextTokens
-from server.api.validation import CompletionValidator
 from server.component_settings import ApiSettings
 from server.errors import ApiError, InternalError, InvalidRequestError, RequestTimeoutError
 from server.tokenizer import Tokenizer

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Final, TypeAlias
 import msgspec
 
 from server.api.deltas import ChoiceReader, Delta, LogprobsWriter, TokenNames, UsageCounter, join_events
+from server.api.job import GenerationJob
 from server.api.mailbox import ChoiceEvent
 from server.api.scores import PromptScores
-from server.api.validation import GenerationJob
 from server.types import PromptLogprobs, StateInfo
 
 DONE: Final = b"data: [DONE]\n\n"

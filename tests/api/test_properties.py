@@ -13,15 +13,17 @@ from pydantic import BaseModel
 from server.api.body import parse_json
 from server.api.chat_template import ChatTemplate
 from server.api.chat_validation import ChatValidator
+from server.api.completion_validation import CompletionValidator
 from server.api.conversation import Conversations
 from server.api.deltas import TokenNames
 from server.api.forms import CompletionForm
+from server.api.job import GenerationJob
 from server.api.mailbox import ChoiceEvent
 from server.api.rendering import ChunkRenderer, Envelope, render_answer
 from server.api.schemas.chat import ChatCompletionRequest
 from server.api.schemas.completion import CompletionRequest
 from server.api.structured import Grammars
-from server.api.validation import CompletionValidator, GenerationJob, RequestValidator
+from server.api.validation import RequestValidator
 from server.errors import ApiError
 from server.types import FinishReason, SamplingParams
 from tests.api.scripted import INFO, VOCAB, ByteTokenizer, ScriptedEngine, Server, serve

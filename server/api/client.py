@@ -6,28 +6,15 @@ the channel, however many rows arrived, and no task exists per token.
 """
 
 import asyncio
-import enum
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
+from server.api.engine_status import EngineStatus
 from server.api.mailbox import Mailbox
-from server.errors import (
-    ApiError,
-    EngineAsleepError,
-    EngineUnavailableError,
-    InternalError,
-    InvalidRequestError,
-    NotFoundError,
-    QueueFullError,
-    RateLimitError,
-    StateNotAbsorbedError,
-    StateNotSavedError,
-    StatesFullError,
-    StatesLimitError,
-)
+from server.api.refusals import refused, unavailable
+from server.errors import ApiError, EngineAsleepError, EngineUnavailableError
 from server.ipc import ClientChannel
 from server.types import (
     Cancel,
@@ -38,7 +25,6 @@ from server.types import (
     Extend,
     GenerateRequest,
     Hello,
-    RefusalReason,
     SamplingParams,
     StateAction,
     StateCommand,
@@ -51,37 +37,6 @@ _CANCEL_RETRY_SECONDS = 0.05
 _QUIET_SECONDS = 0.02
 _MAX_UNREAD_TOKENS = 1 << 16
 """What a request may leave unread before it is ended: a client that never reads must not hold a slot for ever."""
-_REFUSALS: dict[RefusalReason, Callable[[str], ApiError]] = {
-    RefusalReason.QUEUE_FULL: QueueFullError,
-    RefusalReason.TENANT_LIMIT: RateLimitError,
-    RefusalReason.FAILED: InternalError,
-    RefusalReason.UNKNOWN_STATE: partial(NotFoundError, param="state", code="state_not_found"),
-    RefusalReason.STATES_FULL: StatesFullError,
-    RefusalReason.STATES_LIMIT: StatesLimitError,
-    RefusalReason.NOT_WRITTEN: StateNotSavedError,
-    RefusalReason.NOT_ABSORBED: StateNotAbsorbedError,
-    RefusalReason.BAD_FILE: partial(InvalidRequestError, param="body"),
-    RefusalReason.STATES_OFF: partial(InvalidRequestError, param="state", code="states_off"),
-    RefusalReason.TOO_LONG: partial(InvalidRequestError, param="state", code="context_length_exceeded"),
-}
-
-
-class EngineStatus(enum.Enum):
-    """Whether requests can be submitted; only READY takes any."""
-
-    STARTING = "starting"
-    READY = "ready"
-    FALLING_ASLEEP = "falling asleep"
-    """What runs is being ended."""
-    ASLEEP = "asleep"
-    DRAINING = "draining"
-    DEAD = "dead"
-
-
-_UNAVAILABLE = {
-    EngineStatus.DRAINING: "The server is shutting down.",
-    EngineStatus.DEAD: "The engine died and is not yet back.",
-}
 
 
 def _sent_to_sleep() -> ApiError:
@@ -356,9 +311,7 @@ class EngineClient:
         """
         if self.status is EngineStatus.READY and self.info is not None:
             return self.info
-        if self.status in (EngineStatus.FALLING_ASLEEP, EngineStatus.ASLEEP):
-            raise EngineAsleepError("The engine is asleep; POST /wake_up wakes it.")
-        raise EngineUnavailableError(_UNAVAILABLE.get(self.status, "The engine is still loading the model."))
+        raise unavailable(self.status)
 
     def _receive(self, messages: list[EngineMessage]) -> None:
         touched: dict[int, Mailbox] = {}
@@ -375,7 +328,7 @@ class EngineClient:
             mailbox.wake()
             if mailbox.ended:
                 self._mailboxes.pop(request_id, None)
-            elif mailbox._unread > _MAX_UNREAD_TOKENS:
+            elif mailbox.unread > _MAX_UNREAD_TOKENS:
                 mailbox.fail(EngineUnavailableError("the client reads too slowly"))
                 self._forget(request_id, unfinished=True)
 
@@ -387,8 +340,7 @@ class EngineClient:
             if request_id in mailboxes:
                 mailboxes[request_id].accept(message.contexts.get(request_id, 0))
         for request_id, refusal in message.rejected.items():
-            error = _REFUSALS[refusal.reason](refusal.message)
-            error.code = refusal.code or error.code
+            error = refused(refusal)
             if request_id in mailboxes:
                 mailboxes.pop(request_id).fail(error)
             elif (command := self._commands.get(request_id)) is not None and not command.done():

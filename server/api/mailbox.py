@@ -79,6 +79,7 @@ class Mailbox:
         absorbed: of a prompt that comes in pieces: tokens absorbed so far, those of a saved state included.
         prompt_logprobs: of the prompts' tokens, if asked for, in pieces, by the first choice of each prompt. Complete
             for a prompt when the first event of one of its choices is read.
+        unread: tokens that have arrived since the last reading.
     """
 
     __slots__ = (
@@ -89,12 +90,12 @@ class Mailbox:
         "_on_extend",
         "_open",
         "_pending",
-        "_unread",
         "_waiter",
         "absorbed",
         "context",
         "num_choices",
         "prompt_logprobs",
+        "unread",
     )
 
     def __init__(
@@ -112,7 +113,7 @@ class Mailbox:
         self._open = set(range(num_choices))
         self._accepted = accepted
         self._pending: dict[int, _Pending] = {}
-        self._unread = 0
+        self.unread = 0
         self._error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._on_close = on_close
@@ -128,7 +129,7 @@ class Mailbox:
                 raise StopAsyncIteration
             await self._change()
         pending, self._pending = self._pending, {}
-        self._unread = 0
+        self.unread = 0
         return [row.event(choice) for choice, row in pending.items()]
 
     def extend(self, tokens: Sequence[int], *, last: bool) -> None:
@@ -216,7 +217,7 @@ class Mailbox:
         token_id = message.token_ids[row]
         if token_id >= 0:
             pending.token_ids.append(token_id)
-            self._unread += 1
+            self.unread += 1
         pending.texts.append(message.texts[row])
         pending.finish_reason = reason
         if row in message.logprobs:

@@ -6,7 +6,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
 
 from server import __version__
-from server.api.client import EngineClient, EngineStatus
+from server.api.client import EngineClient
+from server.api.engine_status import EngineStatus
 from server.api.routing import errors, ready_info
 from server.api.schemas.server import Health, Version
 from server.metrics import EngineCollector, HttpMetrics

@@ -10,7 +10,8 @@ import uvicorn
 
 from server.api.app import create_app
 from server.api.chat_template import load_chat_template
-from server.api.client import EngineClient, EngineStatus
+from server.api.client import EngineClient
+from server.api.engine_status import EngineStatus
 from server.api.protocol import HttpProtocol
 from server.api.sleep import SleepSwitch
 from server.child import (

@@ -7,7 +7,8 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Query, Request
 
 from server.api.checks import invalid
-from server.api.client import EngineClient, EngineStatus
+from server.api.client import EngineClient
+from server.api.engine_status import EngineStatus
 from server.api.routing import errors
 from server.api.schemas.server import SleepState
 from server.errors import EngineAsleepError

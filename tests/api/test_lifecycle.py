@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.api.client import EngineStatus
+from server.api.engine_status import EngineStatus
 from server.api.rendering import ChunkRenderer
 from server.errors import EngineUnavailableError
 from tests.api.scripted import ScriptedEngine, Server, serve

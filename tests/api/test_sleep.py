@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.api.client import EngineStatus
+from server.api.engine_status import EngineStatus
 from server.api.sleep import SleepSwitch
 from tests.api.scripted import ScriptedEngine, Server, serve
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from server.api.client import EngineClient, EngineStatus
+from server.api.client import EngineClient
+from server.api.engine_status import EngineStatus
 from server.api.mailbox import ChoiceEvent, Mailbox
 from server.errors import EngineUnavailableError, InternalError, QueueFullError
 from server.types import FinishReason, SamplingParams

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from server.api.client import EngineClient, EngineStatus
+from server.api.client import EngineClient
+from server.api.engine_status import EngineStatus
 from server.child import Heartbeat
 from server.engine.process import EngineLoop
 from server.errors import EngineUnavailableError

@@ -4,11 +4,10 @@ A server that has been ready once outlives the death of its parts. An API proces
 and its siblings go on. An engine that does takes the running requests along: their streams end with an error, and
 requests are refused until a new engine has loaded the model. A part that keeps dying ends the server.
 
-The engine can also be sent to sleep: it ends, and all it held on the device is free until somebody wakes the server.
+The engine can also be sent to sleep (:mod:`server.engine_sleep`).
 """
 
 import contextlib
-import enum
 import logging
 import math
 import os
@@ -22,20 +21,10 @@ from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
 
-from server.child import (
-    ApiDied,
-    Drain,
-    EngineAsleep,
-    EngineDied,
-    EngineStarting,
-    Failed,
-    FallAsleep,
-    SleepRequest,
-    Stop,
-    ToApi,
-)
-from server.children import KILLED_SECONDS, Child, ChildError, Place
+from server.child import ApiDied, Drain, EngineDied, EngineStarting, Stop, ToApi
+from server.children import KILLED_SECONDS, Child, Place
 from server.component_settings import ApiSettings, EngineConfig, ProcessSettings
+from server.engine_sleep import EngineSleep
 from server.listeners import close_all
 from server.logs import LogSettings
 from server.metrics import MULTIPROCESS_FOLDER
@@ -48,8 +37,6 @@ logger = logging.getLogger(__name__)
 _API_END_SECONDS = 5.0
 """Beyond the drain's own time, before an API process is killed. Longer than its own grace."""
 _ENGINE_END_SECONDS = 2.0
-_SLEEP_SECONDS = 60.0
-"""An engine that nobody uses any more writes what it was keeping, and ends."""
 
 
 class _SignalledAgain(Exception):
@@ -57,20 +44,6 @@ class _SignalledAgain(Exception):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
-
-
-class _Sleep(enum.Enum):
-    """In the order in which one follows the other; an engine that dies on its own leads back to the first."""
-
-    AWAKE = enum.auto()
-    FALLING = enum.auto()
-    """The API processes are ending what runs."""
-    ENDING = enum.auto()
-    """Nothing runs, and the engine has been told to end."""
-    ASLEEP = enum.auto()
-    """There is no engine, and none is due."""
-    WAKING = enum.auto()
-    """Somebody has asked for an engine, and it has not been ready yet."""
 
 
 class Supervisor:
@@ -105,9 +78,7 @@ class Supervisor:
         self._api_deaths = 0
         self._engine_starts = 0
         self._watchdog = Watchdog(settings.watchdog_timeout, settings.startup_timeout)
-        self._sleep = _Sleep.AWAKE
-        self._sleeps = 0
-        self._ending_until = math.inf
+        self._sleep = EngineSleep(self._engine_place, settings.shutdown_timeout, self._tell_apis)
         self._folder = ""
 
     def run(self, engine: EngineConfig, api: ApiSettings, listeners: list[list[socket.socket]]) -> int:
@@ -187,10 +158,7 @@ class Supervisor:
         place.child = api = spawn_api(
             place.name, self._address, self._logs, self._api_settings, timeout, deaths, place.listeners
         )
-        if self._sleep in (_Sleep.FALLING, _Sleep.ENDING, _Sleep.ASLEEP):
-            api.tell(FallAsleep(0.0, self._sleeps))
-        if self._sleep is _Sleep.ASLEEP:
-            api.tell(EngineAsleep())
+        self._sleep.introduce(api)
 
     # Watching.
 
@@ -203,8 +171,8 @@ class Supervisor:
         while not self._received:
             self._wait(self._next_look())
             # An engine that was told to end has been at its last turn for as long as that takes.
-            self._watchdog.look(self._engine if self._sleep is not _Sleep.ENDING else None, self._apis)
-            self._bound_ending()
+            self._watchdog.look(None if self._sleep.ending else self._engine, self._apis)
+            self._sleep.bound_ending()
             for place in (self._engine_place, *self._api_places):
                 if place.child is not None and place.child.dead:
                     self._replace(place, place.child)
@@ -212,12 +180,12 @@ class Supervisor:
                     self._restart(place)
             self._note_ready()
             if self._announced:
-                self._answer_apis()
+                self._sleep.answer(self._apis)
 
     def _next_look(self) -> float | None:
         """When something has to be done even if nothing happens."""
         moments = [place.due for place in (self._engine_place, *self._api_places) if place.child is None]
-        soonest = min(*moments, self._watchdog.next_look(), self._ending_until)
+        soonest = min(*moments, self._watchdog.next_look(), self._sleep.ending_until)
         return None if soonest == math.inf else soonest
 
     def _note_ready(self) -> None:
@@ -231,17 +199,13 @@ class Supervisor:
             if child.replacing and child.ready:
                 child.replacing = False
                 logger.info("the %s process serves again", child.name)
-                if child is engine and self._sleep is _Sleep.WAKING:
-                    self._sleep = _Sleep.AWAKE
+                if child is engine:
+                    self._sleep.note_ready()
 
     def _replace(self, place: Place, child: Child) -> None:
         """Note a death, and see to it that the next child is started; or give up."""
         error = child.error()
-        if place is self._engine_place and self._sleep is _Sleep.ENDING:
-            self._sleep_now(child, error)
-            return
-        if place is self._engine_place and self._sleep is _Sleep.WAKING and not child.ready:
-            self._sleep_on(child, error)
+        if place is self._engine_place and self._sleep.note_death(child, error):
             return
         most = self._settings.max_restarts
         if not self._announced or place.deaths >= most:
@@ -251,7 +215,6 @@ class Supervisor:
         child.kill()  # Where it has told why, it may still hang in its driver's clean-up.
         if place is self._engine_place:
             self._engine_deaths += 1
-            self._sleep = _Sleep.AWAKE
             self._tell_apis(EngineDied(self._engine_deaths, final=False))
         else:
             # What it counted stays; the requests that it was answering are no longer being answered.
@@ -271,70 +234,6 @@ class Supervisor:
         assert place.child is not None
         place.child.replacing = True
 
-    # Sleeping.
-
-    def _answer_apis(self) -> None:
-        """Do what clients want of the engine."""
-        if self._engine is not None:
-            self._engine.listen()  # A client may know that it is ready before the launcher has looked.
-        for api in self._apis:
-            while api.requests:
-                request = api.requests.pop(0)
-                if isinstance(request, SleepRequest):
-                    self._fall_asleep(request.wait)
-                elif self._sleep is _Sleep.ASLEEP:
-                    self._wake()
-        if self._sleep is _Sleep.FALLING and all(api.quiet == self._sleeps for api in self._apis):
-            self._end_for_sleep()
-
-    def _fall_asleep(self, wait: bool) -> None:
-        """Have the API processes end what runs; while they do, a second request may make them hurry."""
-        engine = self._engine
-        if engine is None or not engine.ready or self._sleep is _Sleep.ENDING:
-            return  # Whoever asked sees the engine's state.
-        if self._sleep is not _Sleep.FALLING:
-            self._sleeps += 1
-        elif wait:
-            return
-        self._sleep = _Sleep.FALLING
-        self._tell_apis(FallAsleep(self._settings.shutdown_timeout if wait else 0.0, self._sleeps))
-
-    def _end_for_sleep(self) -> None:
-        """Tell the engine, which has nothing more to do, to end."""
-        assert self._engine is not None
-        self._sleep = _Sleep.ENDING
-        self._ending_until = time.monotonic() + _SLEEP_SECONDS
-        self._engine.tell(Stop())
-
-    def _bound_ending(self) -> None:
-        """An engine that does not end counts as failed."""
-        if self._engine is not None and time.monotonic() >= self._ending_until:
-            self._engine.failure = Failed(f"the engine process did not end within {_SLEEP_SECONDS:g} s")
-
-    def _sleep_now(self, engine: Child, error: ChildError) -> None:
-        """The engine that was told to end has ended."""
-        if engine.failure is not None or engine.process.exitcode != 0:
-            logger.error("%s when it was sent to sleep", error)
-        self._leave_empty(engine, EngineAsleep())
-        logger.info("asleep: the engine has ended; POST /wake_up starts another")
-
-    def _sleep_on(self, engine: Child, error: ChildError) -> None:
-        """The engine that somebody asked for did not start: the device may still be in use. They may ask again."""
-        self._leave_empty(engine, EngineAsleep(str(error)))
-        logger.error("%s; asleep again", error)
-
-    def _leave_empty(self, engine: Child, news: EngineAsleep) -> None:
-        engine.kill()
-        self._engine_place.child = None
-        self._engine_place.due = self._ending_until = math.inf
-        self._sleep = _Sleep.ASLEEP
-        self._tell_apis(news)
-
-    def _wake(self) -> None:
-        self._sleep = _Sleep.WAKING
-        self._engine_place.due = 0.0
-        logger.info("waking up")
-
     # Ending.
 
     def _end(self) -> None:
@@ -344,7 +243,7 @@ class Supervisor:
             ChildError: the engine died while requests were still running.
         """
         # An engine that is loading, or that was told to end, has no requests.
-        engine = self._engine if self._sleep is not _Sleep.ENDING else None
+        engine = None if self._sleep.ending else self._engine
         if engine is not None and not engine.ready:
             engine = None
         timeout = self._settings.shutdown_timeout if engine is not None else 0.0

@@ -41,6 +41,11 @@ def unpack_tokens(packed: bytes) -> "array[int]":
     return token_ids
 
 
+def view_tokens(packed: bytes) -> "memoryview[int]":
+    """The same without a copy, to be read only."""
+    return memoryview(packed).cast("i")
+
+
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 """Of a chat's messages."""
 ROLES: Final = get_args(Role)

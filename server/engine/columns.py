@@ -64,8 +64,9 @@ def pack(batch: Batch, shape: StepShape, order: Sequence[int], pending: Sequence
     host[: len(small)] = torch.frombuffer(small, dtype=torch.int64)
     token_ids = host[len(small) :]
     for span, offset in zip(prefills, offsets, strict=False):
-        prompt = torch.frombuffer(span.seq.prompt, dtype=torch.int32)
-        token_ids[offset : offset + span.length] = prompt[span.start : span.start + span.length]
+        # Copied, for a tensor must not be a view of what may not be written.
+        piece = bytearray(span.seq.prompt[span.start : span.start + span.length])
+        token_ids[offset : offset + span.length] = torch.frombuffer(piece, dtype=torch.int32)
     token_ids[offsets[-1] :] = 0
     return host
 

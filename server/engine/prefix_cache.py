@@ -140,10 +140,12 @@ class PrefixCache(Generic[P]):
                 logger.warning("a parked state of %d tokens is lost: %s", entry.num_tokens, error)
                 self.tiers.lose(entry)
         self._active[ticket] = None
+        node = None
         if entry is not None:
             self._use(ticket, entry)
+            node = entry.node
         for position in _points(ticket, shared):
-            self._promise(ticket, position)
+            node = self._promise(ticket, position, node)
         return True
 
     def started(self, ticket: Ticket[P]) -> None:
@@ -247,7 +249,7 @@ class PrefixCache(Generic[P]):
             for other in self._active:
                 is_ahead = other.scope == ticket.scope and other._position < shared < other.length
                 if is_ahead and other.priority <= ticket.priority and other.tokens.startswith(prefix):
-                    self._promise(other, shared)
+                    self._promise(other, shared, found[-1] if found else None)
                     if shared in other._promises:
                         ticket._waits_for = other, shared
                         return True
@@ -275,18 +277,25 @@ class PrefixCache(Generic[P]):
             ticket.entry.pins -= 1
             ticket.entry = None
 
-    def _promise(self, ticket: Ticket[P], position: int) -> None:
-        """Have a prompt take a snapshot at a position ahead of it, unless there is one or somebody else will."""
-        node = self._trees.setdefault(ticket.scope, RadixTree()).insert(ticket.tokens[: position * TOKEN_BYTES])
+    def _promise(self, ticket: Ticket[P], position: int, below: "Node[_Spot[P]] | None") -> "Node[_Spot[P]]":
+        """Have a prompt take a snapshot at a position ahead of it, unless there is one or somebody else will.
+
+        Args:
+            below: something that is known of an earlier position of the prompt, so that it is not looked up again.
+
+        Returns:
+            What is known of this one.
+        """
+        node = self._trees.setdefault(ticket.scope, RadixTree()).insert(ticket.tokens, position, below=below)
         if node.value is None:
             node.value = _Spot()
         spot, entry = node.value, node.value.entry
         enough = entry is not None and (entry.complete or position < ticket.length)
-        if enough or spot.promised_by is not None:
-            return
-        spot.promised_by = ticket
-        ticket._promises[position] = node
-        insort(ticket.points, position)
+        if not enough and spot.promised_by is None:
+            spot.promised_by = ticket
+            ticket._promises[position] = node
+            insort(ticket.points, position)
+        return node
 
     def _keep(self, scope: str, node: "Node[_Spot[P]]", payload: P, tier: Tier, nbytes: int, *, complete: bool) -> bool:
         spot = node.value

@@ -61,17 +61,24 @@ class RadixTree(Generic[V]):
                 found.append(node)
         return found, depth
 
-    def insert(self, tokens: bytes) -> Node[V]:
-        """The node at the end of a sequence of at least one token, made if need be; the caller gives it a value."""
-        node, depth, end = self.root, 0, len(tokens) // TOKEN_BYTES
+    def insert(self, tokens: bytes, end: int | None = None, *, below: Node[V] | None = None) -> Node[V]:
+        """The node at the end of a sequence of at least one token, made if need be; the caller gives it a value.
+
+        Args:
+            tokens: the sequence.
+            end: how many of its tokens count; None: all.
+            below: a node with a value at, or above, that end, from which on to look; None: from the root.
+        """
+        node = self.root if below is None else below
+        depth, end = node.depth, len(tokens) // TOKEN_BYTES if end is None else end
         while depth < end:
             key = _token(tokens, depth)
             child = node.children.get(key)
             if child is None:
-                label = tokens[depth * TOKEN_BYTES :]
+                label = _cut(tokens, depth, end - depth)
                 node.children[key] = child = Node(node, label, end)
                 return child
-            common = common_tokens(child.label, tokens, depth)
+            common = min(common_tokens(child.label, tokens, depth), end - depth)
             depth += common
             node = child if depth == child.depth else self._split(child, common)
         return node

@@ -1,16 +1,15 @@
 """From a request to the sequences that it asks for."""
 
 import random
-from array import array
 from dataclasses import dataclass
 
 from server.engine.constraints import Constraint
 from server.engine.detokenizer import StopMatcher
 from server.engine.named_states import NamedState
 from server.engine.radix import TOKEN_BYTES
-from server.engine.sequence import Save, Sequence
+from server.engine.sequence import Save, Sequence, Tokens
 from server.tokenizer import Tokenizer
-from server.types import GenerateRequest, unpack_tokens
+from server.types import GenerateRequest, unpack_tokens, view_tokens
 
 _SEED_BITS = 63
 
@@ -65,8 +64,9 @@ class Requests:
             state: which the prompts continue; None: they are beginnings.
         """
         context = b"" if state is None else state.tokens
-        # One array per prompt, however many choices share it: nothing writes to it.
-        prompts = [unpack_tokens(context + prompt) for prompt in request.prompts]
+        # One prompt, however many choices share it. A whole one stays where it is: it may be long, and mostly known.
+        view = unpack_tokens if request.more else view_tokens
+        prompts = [view(context + prompt) for prompt in request.prompts]
         sequences = [
             self._sequence(client, request, choice, prompts[choice // request.n])
             for choice in range(request.num_choices)
@@ -81,7 +81,7 @@ class Requests:
                 seq.leader = leader
         return sequences
 
-    def _sequence(self, client: bytes, request: GenerateRequest, choice: int, prompt: "array[int]") -> Sequence:
+    def _sequence(self, client: bytes, request: GenerateRequest, choice: int, prompt: Tokens) -> Sequence:
         params = request.params
         max_tokens = params.max_tokens
         context = len(prompt) - len(request.prompts[choice // request.n]) // TOKEN_BYTES

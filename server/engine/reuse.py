@@ -135,7 +135,7 @@ class PrefixReuse:
             reuse = seq.params.prompt_logprobs is None or seq.leads_again
             scope = self._scope(seq.tenant, seq.island)
             seq.ticket = Ticket(
-                scope, seq.prompt.tobytes(), seq.checkpoint_at, reuse, priority=seq.priority, grows=seq.grows
+                scope, seq.packed_prompt, seq.checkpoint_at, reuse, priority=seq.priority, grows=seq.grows
             )
         if not self._cache.admit(seq.ticket):
             return False
@@ -187,7 +187,7 @@ class PrefixReuse:
     def keep_answer(self, seq: Sequence, snapshot: Snapshot) -> bool:
         """Take the state of a sequence that has ended; whether there was room for it."""
         answer = pack_tokens(seq.outputs[: snapshot.num_tokens - len(seq.prompt)])
-        tokens = seq.prompt.tobytes() + answer
+        tokens = seq.packed_prompt + answer
         complete = snapshot.logits_V is not None
         scope = self._scope(seq.tenant, seq.island)
         return self._cache.keep(scope, tokens, snapshot, self._tier, snapshot.nbytes, complete=complete)

@@ -173,7 +173,7 @@ class Sampler:
             row.index_fill_(0, self._upload(banned), -torch.inf)
 
     def _mark_prompt(self, seq: Sequence) -> None:
-        prompt = self._to_device(torch.frombuffer(seq.prompt, dtype=torch.int32)).long()
+        prompt = self._to_device(torch.frombuffer(bytearray(seq.prompt), dtype=torch.int32)).long()
         row = self._flags_SV[seq.slot]
         row[prompt] = row[prompt] | _IN_PROMPT
 

@@ -139,6 +139,7 @@ class Scheduler:
 
     def extend(self, seq: Sequence, tokens: "array[int]", *, last: bool) -> None:
         """Give a sequence more of its prompt; ``last``: all that is left of it."""
+        assert isinstance(seq.prompt, array), "its prompt has come whole"
         seq.prompt.extend(tokens)
         seq.grows = not last
         if not seq.starved:

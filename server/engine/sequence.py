@@ -2,7 +2,7 @@
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from server.component_settings import CHUNK
 from server.engine.constraints import Constraint
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from server.engine.named_states import Saving
     from server.engine.prefix_cache import Ticket
     from server.engine.snapshot import Snapshot
+
+Tokens: TypeAlias = "array[int] | memoryview[int]"
+"""Token ids, int32: an array where more may come, else a view of the bytes in which they travelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Sequence:
     client: bytes
     request_id: int
     choice: int
-    prompt: "array[int]"
+    prompt: Tokens
     params: SamplingParams
     seed: int
     stop_ids: frozenset[int]
@@ -156,11 +159,17 @@ class Sequence:
         return self.prompt_end
 
     @property
+    def packed_prompt(self) -> bytes:
+        """The prompt, int32 bytes; without a copy unless it has come in pieces."""
+        whole = self.prompt.obj if isinstance(self.prompt, memoryview) else None
+        return whole if isinstance(whole, bytes) else self.prompt.tobytes()
+
+    @property
     def transcript(self) -> bytes:
         """The prompt and the answer without the token, or the tokens of the string, that stopped it, int32 bytes."""
         stopped = bool(self.outputs) and self.outputs[-1] in self.stop_ids
         kept = len(self.outputs) - (1 if stopped else self.num_dropped)
-        return self.prompt.tobytes() + pack_tokens(self.outputs[:kept])
+        return self.packed_prompt + pack_tokens(self.outputs[:kept])
 
     @property
     def num_absorbed(self) -> int:

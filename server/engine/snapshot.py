@@ -155,6 +155,8 @@ def _carve(memory: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_device(snapshot: Snapshot, device: torch.device) -> Snapshot:
     """A copy on a device of a snapshot on the host; one on the device is returned as it is."""
+    if snapshot.parts["recurrent"].device.type == device.type:
+        return snapshot
     if snapshot.copied is not None:
         torch.cuda.current_stream(device).wait_event(snapshot.copied)
     copies = {name: part.to(device, non_blocking=True) for name, part in snapshot.tensors().items()}
@@ -186,11 +188,13 @@ def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[i
         The snapshot's logits, if it has them, float32 [vocab_size], on the pool's device.
     """
     device = states.recurrent_LSGKV.device
+    parts = dict(snapshot.parts)
     if snapshot.num_folded == snapshot.num_tokens:
         # Nothing waits in the ring: what a slot's ring holds then is nobody's business.
-        snapshot = replace(snapshot, parts={n: part for n, part in snapshot.parts.items() if not n.startswith("ring_")})
-    snapshot = to_device(snapshot, device)
-    parts = dict(snapshot.parts)
+        parts = {name: part for name, part in parts.items() if not name.startswith("ring_")}
+    if parts["recurrent"].device.type != device.type:
+        snapshot = to_device(replace(snapshot, parts=parts), device)
+        parts = dict(snapshot.parts)
     pool_dtype = states.recurrent_LSGKV.dtype
     if parts["recurrent"].dtype != pool_dtype:
         layers = torch.arange(len(parts["recurrent"]), device=device)

@@ -99,6 +99,7 @@ class Tiers(Generic[P]):
 
     def __init__(self, budgets: Mapping[Tier, int], store: Store[P], forget: Callable[[Entry[P]], None]) -> None:
         self._budgets = {tier: budgets.get(tier, 0) for tier in Tier}
+        self._fastest = next((tier for tier in Tier if self._budgets[tier]), Tier.SAVED)
         self._store = store
         self._forget = forget
         self._entries: dict[Tier, OrderedDict[Entry[P], None]] = {tier: OrderedDict() for tier in Tier}
@@ -140,6 +141,9 @@ class Tiers(Generic[P]):
 
     def lift(self, entry: Entry[P]) -> None:
         """Bring a snapshot to the fastest memory that has room for it."""
+        if entry.tier is self._fastest:
+            self.touch(entry)
+            return
         # Out of its tier meanwhile: those that have to make room for it may take its place there.
         self._account(entry, -1)
         for tier in Tier:

@@ -341,6 +341,17 @@ def test_choices_share_their_prompt() -> None:
     settle(driver)
 
 
+def test_a_prompt_stays_where_it_came() -> None:
+    """A long one that is mostly known would be answered later for every copy of it."""
+    driver = make_driver()
+    packed = pack_tokens(random_prompt(50, VOCAB, 1))
+    params = SamplingParams(max_tokens=1)
+    driver.engine.submit(CLIENT, GenerateRequest(request_id=0, prompts=(packed,), params=params, arrived=0.0))
+    (seq,) = driver.engine.scheduler.waiting
+    assert seq.packed_prompt is packed and seq.prompt.tobytes() == packed
+    settle(driver)
+
+
 @ALL_MODES
 def test_a_long_prompt_does_not_hold_up_a_short_one(mode: Mode) -> None:
     driver = make_driver(mode=mode, max_num_batched_tokens=256)

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from server.engine import radix
 from server.engine.prefix_cache import (
     FIRST_SPACING,
     LEAST_GAIN,
@@ -316,6 +317,27 @@ def test_common_tokens(agreeing: int) -> None:
     assert common_tokens(pack_tokens([1, 256]), pack_tokens([1, 512]), 0) == 1
 
 
+def test_a_known_beginning_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever begins with 100,000 known tokens must not wait long for that to be found out."""
+    cached = Cached()
+    prefix = count(0, 100_000)
+    cached.run(prefix)
+    compared = []
+
+    def count_tokens(label: bytes, tokens: bytes, start: int) -> int:
+        common = common_tokens(label, tokens, start)
+        compared.append(common)
+        return common
+
+    monkeypatch.setattr(radix, "common_tokens", count_tokens)
+    for suffix in ([7], [8, 8], [9]):
+        begun = cached.ticket([*prefix, *suffix])
+        compared.clear()
+        assert cached.cache.admit(begun) and begun.start == len(prefix)
+        assert sum(compared) <= len(prefix) + 2 * len(suffix)
+        cached.absorb(begun)
+
+
 class Tree(RuleBasedStateMachine):
     """The radix tree is a dictionary whose keys are found by what begins with them."""
 
@@ -328,6 +350,16 @@ class Tree(RuleBasedStateMachine):
     def put(self, tokens: list[int], value: str) -> None:
         self.tree.insert(pack_tokens(tokens)).value = value
         self.model[pack_tokens(tokens)] = value
+
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=8), value=st.text(), data=st.data())
+    def put_on_the_way(self, tokens: list[int], value: str, data: st.DataObject) -> None:
+        """Of a beginning, looked for from what is known of a shorter one."""
+        end = data.draw(st.integers(1, len(tokens)))
+        known = [None, *(node for node in self.tree.walk(pack_tokens(tokens))[0] if node.depth <= end)]
+        node = self.tree.insert(pack_tokens(tokens), end, below=data.draw(st.sampled_from(known)))
+        assert node.depth == end
+        node.value = value
+        self.model[pack_tokens(tokens[:end])] = value
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:

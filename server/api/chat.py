@@ -11,7 +11,7 @@ from server.api.conversation import Conversations
 from server.api.deltas import TokenNames
 from server.api.forms import ChatForm
 from server.api.generation import GenerationAnswer
-from server.api.routing import errors, event_stream, json_body, parse_body, ready_info
+from server.api.routing import generated, json_body, parse_body
 from server.api.schemas.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from server.api.sessions import SESSION_HEADER
 from server.api.structured import Grammars
@@ -43,20 +43,15 @@ def chat_router(
         "/v1/chat/completions",
         summary="Answer a conversation",
         response_model=ChatCompletion,
-        responses={
-            200: {
-                "description": "The answer. With `stream`, server-sent events whose data are `ChatCompletionChunk`s, "
-                'ended by `data: [DONE]`; an error after the stream\'s start is one event, `data: {"error": ...}`.',
-                "content": event_stream(ChatCompletionChunk),
-            },
-            **errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 507),
-        },
+        responses=generated(
+            "The answer.", "server-sent events whose data are `ChatCompletionChunk`s", ChatCompletionChunk
+        ),
         openapi_extra=json_body(ChatCompletionRequest) | SESSION_HEADER,
     )
     async def create_chat_completion(request: Request) -> Response:
         """Answer the last message of a conversation, or continue it, with one or several choices."""
         check_content_type(request)
-        info = ready_info(client)
+        info = client.require_ready()
         body = await parse_body(request, settings.max_body_bytes)
         continued = None
         if isinstance(reference := body.fields.get("state"), str) and reference:

@@ -9,7 +9,7 @@ from server.api.completion_validation import CompletionValidator
 from server.api.deltas import TokenNames
 from server.api.forms import CompletionForm
 from server.api.generation import GenerationAnswer
-from server.api.routing import errors, event_stream, json_body, read_json, ready_info
+from server.api.routing import generated, json_body, read_json
 from server.api.schemas.completion import Completion, CompletionRequest
 from server.api.sessions import SESSION_HEADER
 from server.api.structured import Grammars
@@ -35,20 +35,13 @@ def completions_router(
         "/v1/completions",
         summary="Complete a text",
         response_model=Completion,
-        responses={
-            200: {
-                "description": "The completion. With `stream`, chunks of the same form as server-sent events, "
-                'ended by `data: [DONE]`; an error after the stream\'s start is one event, `data: {"error": ...}`.',
-                "content": event_stream(Completion),
-            },
-            **errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 507),
-        },
+        responses=generated("The completion.", "chunks of the same form as server-sent events", Completion),
         openapi_extra=json_body(CompletionRequest) | SESSION_HEADER,
     )
     async def create_completion(request: Request) -> Response:
         """Continue one or several prompts, each with one or several choices."""
         check_content_type(request)
-        validator = CompletionValidator(settings.served_model_names, ready_info(client), tokenizer, grammars)
+        validator = CompletionValidator(settings.served_model_names, client.require_ready(), tokenizer, grammars)
         job = await read_json(request, settings.max_body_bytes, validator.job)
         return GenerationAnswer(job, CompletionForm(names.written_for(job)), client)
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from server import __version__
 from server.api.client import EngineClient
 from server.api.engine_status import EngineStatus
-from server.api.routing import errors, ready_info
+from server.api.routing import errors
 from server.api.schemas.server import Health, Version
 from server.metrics import EngineCollector, HttpMetrics
 
@@ -36,7 +36,7 @@ def operations_router(client: EngineClient, http_metrics: HttpMetrics) -> APIRou
     )
     async def health() -> Health:
         """200 while the engine takes requests, else 503."""
-        ready_info(client)
+        client.require_ready()
         return Health(status="ready")
 
     @router.get(
@@ -44,7 +44,7 @@ def operations_router(client: EngineClient, http_metrics: HttpMetrics) -> APIRou
     )
     async def ready() -> Health:
         """The same as `/health`, under the name that probes of orchestrators look for."""
-        ready_info(client)
+        client.require_ready()
         return Health(status="ready")
 
     @router.get("/health/live", summary="Whether this process answers", response_description="It does.")

@@ -22,7 +22,7 @@ from server.api.generation import STREAM_HEADERS, while_connected
 from server.api.mailbox import Mailbox
 from server.api.protocol import PEER
 from server.api.rendering import DONE, to_json
-from server.api.routing import errors, event_stream, prefill_body, read_json, ready_info, unique_query
+from server.api.routing import errors, event_stream, prefill_body, read_json, unique_query
 from server.api.schemas.states import PrefillProgress, PrefillQuery, PrefillRequest, State
 from server.api.states import state_of
 from server.api.structured import Grammars
@@ -98,7 +98,7 @@ def prefill_router(
     async def prefill_state(request: Request) -> Response:
         """Absorb a text, alone or behind a saved state, and generate nothing. A text may also be the body itself, of
         any length, sent as it comes to be (`text/plain` or `application/octet-stream`, UTF-8)."""
-        info = ready_info(client)
+        info = client.require_ready()
         query = parse_as(PrefillQuery, unique_query(request))
         if media_type(request) in _TEXT_TYPES:
             check_text_type(request)

@@ -1,4 +1,4 @@
-"""What the routes have in common: readiness, bodies, and how the OpenAPI document describes both."""
+"""What the routes have in common: bodies and answers, and how the OpenAPI document describes them."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,10 +9,8 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from server.api.body import parse_json, read_body
-from server.api.client import EngineClient
 from server.api.schemas.server import ErrorResponse
 from server.errors import InvalidRequestError
-from server.types import EngineInfo
 
 Answer = TypeVar("Answer")
 
@@ -102,13 +100,20 @@ def event_stream(*chunks: type[BaseModel]) -> dict[str, Any]:
     return {"text/event-stream": {"itemSchema": event}}
 
 
-def ready_info(client: EngineClient) -> EngineInfo:
-    """What the engine told of itself.
+def generated(answer: str, chunks: str, chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """How the OpenAPI document describes what a route that generates answers.
 
-    Raises:
-        EngineUnavailableError: it does not take requests now.
+    Args:
+        answer: what it is.
+        chunks: what it is made of in a stream.
+        chunk: the form of these.
     """
-    return client.require_ready()
+    description = (
+        f"{answer} With `stream`, {chunks}, ended by `data: [DONE]`; an error after the stream's start is one event, "
+        '`data: {"error": ...}`.'
+    )
+    described = {"description": description, "content": event_stream(chunk)}
+    return {200: described, **errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 507)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from server.api.auth import tenant_of
 from server.api.body import check_content_type, parse_json, read_body
 from server.api.checks import parse_as
 from server.api.client import EngineClient
-from server.api.routing import errors, json_body, query_parameters, ready_info, unique_query
+from server.api.routing import errors, json_body, query_parameters, unique_query
 from server.api.schemas.states import ForkRequest, State, StateDeleted, StateList, UploadQuery
 from server.api.transfers import CONTENT_TYPE, StateResponse, Transfer, Transfers
 from server.component_settings import ApiSettings
@@ -120,7 +120,7 @@ def states_router(settings: ApiSettings, client: EngineClient) -> APIRouter:
     async def upload_state(request: Request) -> State:
         """Save a state that was downloaded from a server of the same model. It becomes this API key's."""
         query = parse_as(UploadQuery, unique_query(request))
-        info = ready_info(client)
+        info = client.require_ready()
         transcript = settings.max_body_bytes if info.max_model_len is None else 4 * info.max_model_len
         transfer = transfers.begin(tenant_of(request.scope))
         with transfer.ending():

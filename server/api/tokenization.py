@@ -10,7 +10,7 @@ from server.api.checks import check_vocabulary, parse_as, served_name
 from server.api.client import EngineClient
 from server.api.conversation import Conversations
 from server.api.deltas import TokenNames
-from server.api.routing import errors, json_body, read_json, ready_info
+from server.api.routing import errors, json_body, read_json
 from server.api.schemas.tokenization import (
     AddedTokenInfo,
     Detokenization,
@@ -49,7 +49,7 @@ def tokenization_router(
 
     async def answer(request: Request, work: Callable[[dict[str, Any], EngineInfo, Tokenizer], Answer]) -> Answer:
         check_content_type(request)
-        info = ready_info(client)
+        info = client.require_ready()
         if tokenizer is None:
             raise _NO_TOKENIZER
         return await read_json(request, settings.max_body_bytes, lambda body: work(body, info, tokenizer))

@@ -8,11 +8,13 @@ from server.api.schemas.base import Ignored, Unsupported
 from server.api.schemas.conversation import ConversationFields, Message
 from server.api.schemas.fields import MAX_COUNT
 from server.api.schemas.generation import (
+    Created,
     Fingerprint,
     FinishReason,
     GenerationFields,
     PromptLogprobs,
     SavedStates,
+    ServedName,
     StopReason,
     TokenIds,
     Usage,
@@ -121,8 +123,8 @@ class ChatCompletion(BaseModel):
 
     id: str = Field(description="The answer's id.", examples=["chatcmpl-5f0c6d6c0f5b4f6f8d6a3f6b1c0d9e8a"])
     object: str = Field(description="Always `chat.completion`.", examples=["chat.completion"])
-    created: int = Field(description="Unix time in seconds.", examples=[1795572236])
-    model: str = Field(description="The served name that answers.", examples=["classics-11m"])
+    created: Created
+    model: ServedName
     system_fingerprint: Fingerprint
     choices: list[ChatChoice] = Field(description="`n` answers.")
     usage: Usage = Field(description="Token counts.")
@@ -156,8 +158,8 @@ class ChatCompletionChunk(BaseModel):
 
     id: str = Field(description="The answer's id.", examples=["chatcmpl-5f0c6d6c0f5b4f6f8d6a3f6b1c0d9e8a"])
     object: str = Field(description="Always `chat.completion.chunk`.", examples=["chat.completion.chunk"])
-    created: int = Field(description="Unix time in seconds.", examples=[1795572236])
-    model: str = Field(description="The served name that answers.", examples=["classics-11m"])
+    created: Created
+    model: ServedName
     system_fingerprint: Fingerprint
     choices: list[ChatChunkChoice] = Field(description="One choice; none in the chunk that carries the final usage.")
     usage: Usage | None = Field(None, description="Token counts, if asked for; in the last chunk those of all choices.")

@@ -7,11 +7,13 @@ from pydantic import BaseModel, Field
 from server.api.schemas.base import Unsupported
 from server.api.schemas.fields import MAX_COUNT, Prompt
 from server.api.schemas.generation import (
+    Created,
     Fingerprint,
     FinishReason,
     GenerationFields,
     PromptLogprobs,
     SavedStates,
+    ServedName,
     StopReason,
     TokenIds,
     Usage,
@@ -100,8 +102,8 @@ class Completion(BaseModel):
 
     id: str = Field(description="The answer's id.", examples=["cmpl-5f0c6d6c0f5b4f6f8d6a3f6b1c0d9e8a"])
     object: str = Field(description="Always `text_completion`.", examples=["text_completion"])
-    created: int = Field(description="Unix time in seconds.", examples=[1795572236])
-    model: str = Field(description="The served name that answers.", examples=["classics-11m"])
+    created: Created
+    model: ServedName
     system_fingerprint: Fingerprint
     choices: list[Choice] = Field(
         description="`n` for each prompt. In a chunk one, and none in that with the final usage."

@@ -46,20 +46,23 @@ def _prompt(value: object) -> list[str] | list[list[int]]:
     raise PydanticCustomError("prompt", "must hold only strings, only token ids, or only lists of token ids")
 
 
+def _strings(field: str, what: str, most: int, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or any(not isinstance(item, str) for item in value):
+        raise PydanticCustomError(field, f"must be {what}")
+    if len(value) > most:
+        raise PydanticCustomError(field, f"must hold at most {most} strings")
+    if "" in value:
+        raise PydanticCustomError(field, "must not hold an empty string")
+    if any(len(item) > MAX_STOP_LENGTH for item in value):
+        raise PydanticCustomError(field, f"must hold strings of at most {MAX_STOP_LENGTH} characters")
+    return tuple(value)
+
+
 def _stop(value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or any(not isinstance(item, str) for item in value):
-        raise PydanticCustomError("stop", "must be a string or a list of strings")
-    if len(value) > MAX_STOP_STRINGS:
-        raise PydanticCustomError("stop", f"must hold at most {MAX_STOP_STRINGS} strings")
-    if "" in value:
-        raise PydanticCustomError("stop", "must not hold an empty string")
-    if any(len(item) > MAX_STOP_LENGTH for item in value):
-        raise PydanticCustomError("stop", f"must hold strings of at most {MAX_STOP_LENGTH} characters")
-    return tuple(value)
+    listed = [value] if isinstance(value, str) else value
+    return _strings("stop", "a string or a list of strings", MAX_STOP_STRINGS, listed)
 
 
 def _stop_token_ids(value: object) -> tuple[int, ...] | None:
@@ -95,15 +98,7 @@ def _allowed_token_ids(value: object) -> tuple[int, ...] | None:
 def _bad_words(value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or any(not isinstance(item, str) for item in value):
-        raise PydanticCustomError("bad_words", "must be a list of strings")
-    if len(value) > MAX_BAD_WORDS:
-        raise PydanticCustomError("bad_words", f"must hold at most {MAX_BAD_WORDS} strings")
-    if "" in value:
-        raise PydanticCustomError("bad_words", "must not hold an empty string")
-    if any(len(item) > MAX_STOP_LENGTH for item in value):
-        raise PydanticCustomError("bad_words", f"must hold strings of at most {MAX_STOP_LENGTH} characters")
-    return tuple(value)
+    return _strings("bad_words", "a list of strings", MAX_BAD_WORDS, value)
 
 
 def _logit_bias(value: object) -> dict[int, float] | None:

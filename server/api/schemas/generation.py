@@ -306,6 +306,8 @@ StopReason = Annotated[
 TokenIds = Annotated[
     list[int] | None, Field(description="The generated token ids, if asked for.", examples=[[320, 261]])
 ]
+Created = Annotated[int, Field(description="Unix time in seconds.", examples=[1795572236])]
+ServedName = Annotated[str, Field(description="The served name that answers.", examples=["classics-11m"])]
 Fingerprint = Annotated[
     str,
     Field(

@@ -1,11 +1,13 @@
 """States that come from the host layer by layer, while the layers before theirs are at work.
 
 The bus takes a millisecond for 50 MB, which is longer than many a step lasts until it turns to the last layers. So the
-copies of one restored state are cut into groups of layers, few at first, on a stream of their own, and captured steps
-with prompts wait before the first layer of each group until it is there. Behind such a step everything has come.
+copies of one restored state are cut into groups of layers on a stream of their own, and captured steps with prompts
+wait before the first layer of each group until it is there. At 1.3B on an H200, a layer's copy takes half of the time
+that a step works on a layer: each group may be twice the one before, and a step waits for little but the first layer.
+Behind such a step everything has come.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,11 +36,9 @@ class Arrivals:
         while start < layers:
             self._events[start] = torch.cuda.Event(external=True)
             self._events[start].record()  # makes it: what has never been recorded cannot be captured
-            start, size = start + size, size + 1
+            start, size = start + size, 2 * size
         self._bounds = [*self._events, layers]
         self._parts = [name for name in states.parts if not name.startswith("ring_")]
-        # A slot is no contiguous memory, and what comes over the bus has to be.
-        self._staged = {name: torch.empty_like(states.parts[name][:, 0]) for name in self._parts}
 
     def takes(self, snapshot: Snapshot, slots: Sequence[int]) -> bool:
         """Whether a snapshot can come this way: to one slot, from pinned memory, of the pool's types, no ring."""
@@ -47,7 +47,7 @@ class Arrivals:
             and snapshot.num_folded == snapshot.num_tokens
             and all(name in snapshot.parts for name in self._parts)
             and all(
-                snapshot.parts[name].is_pinned() and snapshot.parts[name].dtype == self._staged[name].dtype
+                snapshot.parts[name].is_pinned() and snapshot.parts[name].dtype == self._states.parts[name].dtype
                 for name in self._parts
             )
         )
@@ -59,11 +59,14 @@ class Arrivals:
         """
         if snapshot.copied is not None:
             self.stream.wait_event(snapshot.copied)
+        # A slot is no contiguous memory, which what comes over the bus has to be, but each of its layers is.
+        targets = _by_layer(self._states.parts[name][:, slot] for name in self._parts)
+        sources = _by_layer(snapshot.parts[name] for name in self._parts)
+        count = len(self._parts)
         for start, end in zip(self._bounds, self._bounds[1:], strict=False):
-            for name in self._parts:
-                staged_L: Tensor = self._staged[name][start:end]
-                staged_L.copy_(snapshot.parts[name][start:end], non_blocking=True)
-                self._states.parts[name][start:end, slot].copy_(staged_L)
+            # Of tensors on the host it copies one by one, as copy_ does, without coming back to Python in between.
+            part = slice(start * count, end * count)
+            torch._foreach_copy_(targets[part], sources[part], non_blocking=True)
             self._events[start].record(self.stream)
 
     def wait_for(self, layer: int) -> None:
@@ -71,3 +74,8 @@ class Arrivals:
         event = self._events.get(layer)
         if event is not None:
             event.wait()
+
+
+def _by_layer(parts: Iterable[Tensor]) -> list[Tensor]:
+    """Views of parts [layers, ...] layer by layer: all parts of the first layer, then all of the second, and so on."""
+    return [part for layer in zip(*(part_L.unbind() for part_L in parts), strict=True) for part in layer]

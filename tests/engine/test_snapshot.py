@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine.arrivals import Arrivals
 from server.engine.config import GLAConfig
 from server.engine.snapshot import fork_slot, restore_snapshot, take_snapshot, to_device, to_host
 from server.engine.state_pool import StateTensors, allocate_states, state_bytes
@@ -18,9 +19,11 @@ ON_EACH_POOL = pytest.mark.parametrize(("name", "dtype"), [("base", "float32"), 
 SLOTS = 5
 
 
-def random_pool(folder: Path, device: str, dtype: str) -> tuple[GLAConfig, StateTensors]:
-    """A pool of any bits, numbers or not."""
+def random_pool(folder: Path, device: str, dtype: str, layers: int | None = None) -> tuple[GLAConfig, StateTensors]:
+    """A pool of any bits, numbers or not; ``layers``: as many instead of the checkpoint's."""
     config = GLAConfig.from_folder(folder)
+    if layers is not None:
+        config = replace(config, num_hidden_layers=layers)
     states = allocate_states(
         config, SLOTS, device=torch.device(device), dtype=torch.bfloat16, state_dtype=STATE_DTYPES[dtype]
     )
@@ -73,6 +76,31 @@ def test_a_snapshot_is_what_the_slot_held(name: str, dtype: str, device: str, wa
         for slot in range(SLOTS + 1):
             expected = before[part][:, 2] if slot in (1, 4) else between[part][:, slot]
             assert torch.equal(bits(tensor)[:, slot], expected), (part, slot)
+
+
+@pytest.mark.gpu
+@ON_EACH_POOL
+@pytest.mark.parametrize("layers", [1, 2, 24])
+def test_a_snapshot_arrives_layer_by_layer(name: str, dtype: str, layers: int) -> None:
+    """All of it, in its own slot, and nothing else."""
+    _, states = random_pool(FIXTURES / name, "cuda", dtype, layers)
+    snapshot = to_host(take_snapshot(states, 2, None, num_tokens=64, num_folded=64))
+    snapshot.wait()
+    for part in states.parts.values():
+        bits(part).random_(0, 256)
+    expected = copies(states)
+    for part, copy in expected.items():
+        if not part.startswith("ring_"):
+            copy[:, 3] = bits(snapshot.parts[part]).to(copy.device)
+    arrivals = Arrivals(states)
+    assert arrivals.takes(snapshot, [3])
+    assert not arrivals.takes(snapshot, [3, 4])
+    arrivals.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(arrivals.stream):
+        arrivals.bring(snapshot, 3)
+    torch.cuda.synchronize()
+    for part, copy in copies(states).items():
+        assert torch.equal(copy, expected[part]), part
 
 
 @ON_EACH_DEVICE

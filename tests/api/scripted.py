@@ -461,6 +461,16 @@ class Server:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
 
+def read_until(connection: socket.socket, end: bytes) -> bytes:
+    """What comes over a bare connection, until this has come."""
+    answer = b""
+    while end not in answer:
+        received = connection.recv(4096)
+        assert received, answer
+        answer += received
+    return answer
+
+
 def api_settings(**changes: Any) -> ApiSettings:
     """Settings of a server of one model with two names."""
     fields: dict[str, Any] = {

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from tests.api.scripted import ScriptedEngine, Server, serve
-from tests.api.test_lifecycle import eventually
+from tests.waiting import wait_until
 
 PUBLIC = ("/health", "/version", "/metrics")
 
@@ -59,7 +59,7 @@ def test_over_the_limit_of_a_key_is_429_with_retry_after(streamed: bool) -> None
             assert caught.value.code == "rate_limit_exceeded"
             server.engine.paused = False
             assert server.http.post("/v1/completions", json=body, headers=key("second")).status_code == 200
-        eventually(lambda: not server.engine.running)
+        wait_until(lambda: not server.engine.running)
         assert server.http.post("/v1/completions", json=body, headers=key("first")).status_code == 200
 
 

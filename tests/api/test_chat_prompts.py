@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer
 
 from server.api.chat_template import load_chat_template
@@ -13,6 +13,7 @@ from server.api.conversation import Conversations
 from server.api.schemas.conversation import ConversationFields
 from server.tokenizer import load_tokenizer
 from tests.api.test_chat_template import CHATML, MISTRAL, THINKING
+from tests.tokenizers import train_byte_level
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hi"}],
@@ -27,16 +28,8 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level tokenizer that puts a BOS before texts, as most do."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-    )
-    backend.train_from_iterator(["the user and the assistant say what they begin and what it ends"] * 9, trainer)
+    texts = ["the user and the assistant say what they begin and what it ends"] * 9
+    backend = train_byte_level(texts, vocab_size=400, special_tokens=("<s>", "</s>"))
     backend.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     made = tmp_path_factory.mktemp("checkpoint")

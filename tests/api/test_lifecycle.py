@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -12,13 +11,7 @@ from server.api.engine_status import EngineStatus
 from server.api.rendering import ChunkRenderer
 from server.errors import EngineUnavailableError
 from tests.api.scripted import ScriptedEngine, Server, serve
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.002)
+from tests.waiting import wait_until
 
 
 def test_full_queue_is_503_with_retry_after() -> None:
@@ -33,7 +26,7 @@ def test_full_queue_is_503_with_retry_after() -> None:
                 error = response.json()["error"]
                 assert (error["code"], error["type"]) == ("queue_full", "overloaded_error")
         server.engine.paused = False
-        eventually(lambda: not server.engine.running)
+        wait_until(lambda: not server.engine.running)
         assert server.complete().status_code == 200
 
 
@@ -122,8 +115,8 @@ def test_client_that_leaves_frees_its_slots(streamed: bool) -> None:
         with server.connect() as connection:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
-            eventually(lambda: len(server.engine.running) == 3)
-        eventually(lambda: not server.engine.running)
+            wait_until(lambda: len(server.engine.running) == 3)
+        wait_until(lambda: not server.engine.running)
         assert server.engine.cancelled == [server.engine.requests[0].request_id]
 
 
@@ -133,7 +126,7 @@ def test_client_that_leaves_before_the_engine_has_accepted() -> None:
         with server.connect() as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n" + body)
             time.sleep(0.1)
-        eventually(lambda: len(server.engine.cancelled) == 1)
+        wait_until(lambda: len(server.engine.cancelled) == 1)
 
 
 def test_client_that_leaves_in_mid_stream() -> None:
@@ -144,8 +137,8 @@ def test_client_that_leaves_in_mid_stream() -> None:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
             assert server.engine.running
-        eventually(lambda: not server.engine.running)
-        eventually(lambda: len(server.engine.cancelled) == 1)
+        wait_until(lambda: not server.engine.running)
+        wait_until(lambda: len(server.engine.cancelled) == 1)
 
 
 def test_connection_serves_on_after_a_stream(server: Server) -> None:
@@ -187,7 +180,7 @@ def test_unforeseen_error_is_a_500_in_the_usual_form(
         assert streamed.text.endswith("data: [DONE]\n\n")
         monkeypatch.setattr("server.api.generation.render_answer", explode)
         response = server.complete()
-        eventually(lambda: not server.engine.running)
+        wait_until(lambda: not server.engine.running)
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
     assert "boom" not in response.text

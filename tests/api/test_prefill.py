@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -12,7 +12,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api import prefill as module
-from tests.api.scripted import BOS, INFO, ScriptedEngine, Server, script_text, serve
+from tests.api.scripted import BOS, INFO, ScriptedEngine, Server, read_until, script_text, serve
+from tests.waiting import wait_until
 
 TEXT = "Grüße, naïve 世界! It was a 🌊 and then. " * 30
 
@@ -48,13 +49,6 @@ def events_of(text: str) -> list[dict[str, Any]]:
     *lines, done, rest = text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     return [json.loads(line.removeprefix("data: ")) for line in lines]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "text/plain; charset=UTF-8", "application/octet-stream"])
@@ -219,12 +213,7 @@ def test_a_client_that_sends_nothing_is_not_waited_for(server: Server, monkeypat
             b"POST /v1/states/prefill HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n1000\r\n" + b"a b " * 1024 + b"\r\n"
         )
-        answer = b""
-        while b"request_timeout" not in answer:
-            received = connection.recv(4096)
-            assert received, answer
-            answer += received
-        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert read_until(connection, b"request_timeout").startswith(b"HTTP/1.1 408 ")
     wait_until(lambda: bool(server.engine.cancelled))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from server.api import transfers
-from tests.api.scripted import ScriptedEngine, Server, script_text, serve
+from tests.api.scripted import ScriptedEngine, Server, read_until, script_text, serve
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -245,25 +246,15 @@ def test_refused_uploads_name_their_fault(fresh: Server) -> None:
 def test_a_client_that_leaves_leaves_nothing_behind(fresh: Server) -> None:
     with fresh.connect() as sock:
         sock.sendall(UPLOAD + b"x" * 5000)
-        deadline = time.monotonic() + 30
-        while not fresh.client.transfers.exists() or not list(fresh.client.transfers.iterdir()):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    while list(fresh.client.transfers.iterdir()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        wait_until(lambda: fresh.client.transfers.exists() and any(fresh.client.transfers.iterdir()))
+    wait_until(lambda: not any(fresh.client.transfers.iterdir()))
 
 
 def test_a_client_that_sends_nothing_gives_up_its_place(fresh: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfers, "IDLE_SECONDS", 0.2)
     with fresh.connect() as sock:
         sock.sendall(UPLOAD + b"x" * 5000)
-        answer = b""
-        while b"request_timeout" not in answer:
-            received = sock.recv(4096)
-            assert received, answer
-            answer += received
-        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert read_until(sock, b"request_timeout").startswith(b"HTTP/1.1 408 ")
     assert not list(fresh.client.transfers.iterdir())
 
 
@@ -288,12 +279,7 @@ def test_only_so_many_transfers_at_once(fresh: Server) -> None:
         for _ in range(8):
             sock = stack.enter_context(fresh.connect())
             sock.sendall(UPLOAD + b"x")
-        deadline = time.monotonic() + 30
-        while not fresh.client.transfers.exists() or len(list(fresh.client.transfers.iterdir())) < 8:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: fresh.client.transfers.exists() and len(list(fresh.client.transfers.iterdir())) == 8)
         response = fresh.http.post("/v1/states", content=b"abcd", headers=BINARY)
         assert response.status_code == 503 and response.headers["retry-after"] == "1"
-    while fresh.http.post("/v1/states", content=b"abcd", headers=BINARY).status_code != 201:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: fresh.http.post("/v1/states", content=b"abcd", headers=BINARY).status_code == 201)

@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.running import RunningServer, wait_until
+from tests.e2e.running import RunningServer
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.browser
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,6 @@ def delete_states(base_url: str) -> None:
     """Delete every saved state of a server without keys: other tests may have left some."""
     for state in httpx.get(f"{base_url}/v1/states").json()["data"]:
         httpx.delete(f"{base_url}/v1/states/{state['id']}")
-
-
-def wait_until(condition: Callable[[], bool], *, seconds: float = READY_SECONDS) -> None:
-    """Return once the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
 
 
 class Stream:

@@ -12,7 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.running import RunningServer, Stream, wait_until
+from tests.e2e.running import RunningServer, Stream
+from tests.waiting import wait_until
 
 MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 ENDLESS = 1_000_000

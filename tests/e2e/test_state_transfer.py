@@ -11,7 +11,8 @@ import psutil
 import pytest
 from safetensors import safe_open
 
-from tests.e2e.running import RunningServer, wait_until
+from tests.e2e.running import RunningServer
+from tests.waiting import wait_until
 
 KEY = "a key to sign states with"
 TEXT = "The old man looked at the sea. " * 20

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import httpx
 
 from tests.e2e.running import RunningServer
+from tests.waiting import wait_until
 
 TEXT = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -48,13 +48,8 @@ def test_a_client_that_leaves_midway(server: RunningServer) -> None:
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         sent = "Call me Ishmael. " * 20_000
         connection.sendall(f"{len(sent):x}\r\n{sent}\r\n".encode())
-        deadline = time.monotonic() + 60
-        while server.metric("gale_slots_used") == used:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    while server.metric("gale_slots_used") != used:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        wait_until(lambda: server.metric("gale_slots_used") != used)
+    wait_until(lambda: server.metric("gale_slots_used") == used)
     assert httpx.get(f"{server.base_url}/v1/states/half").status_code == 404
 
 

@@ -4,27 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from server.engine.engine import Engine
 from server.tokenizer import Tokenizer, load_tokenizer
 from tests.engine.driving import Driver, engine_config
+from tests.tokenizers import train_byte_level
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level tokenizer of some 400 tokens, fewer than the model has."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<unk>", "<s>", "</s>"],
-        show_progress=False,
-    )
-    backend.train_from_iterator(['{"name": "the cat", "size": 12} true false null, née 世界 ' * 9], trainer)
+    texts = ['{"name": "the cat", "size": 12} true false null, née 世界 ' * 9]
+    backend = train_byte_level(texts, vocab_size=400, special_tokens=("<unk>", "<s>", "</s>"))
     folder = tmp_path_factory.mktemp("tokenizer")
     backend.save(str(folder / "tokenizer.json"))
     return folder

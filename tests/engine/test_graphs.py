@@ -317,15 +317,21 @@ def test_a_captured_step_is_the_launched_one(
             )
 
 
-def test_steps_take_the_smallest_graph_that_holds_them(
-    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver = make_driver("cpu", graphs=True, max_num_seqs=12)
+def note_shapes(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[StepShape]:
+    """The shapes of the captured steps that the driver's engine launches from now on."""
     graphs = driver.engine._runner._graphs
     assert graphs is not None
     launched: list[StepShape] = []
     absorb = graphs.absorb
     monkeypatch.setattr(graphs, "absorb", lambda shape, *rest: launched.append(shape) or absorb(shape, *rest))
+    return launched
+
+
+def test_steps_take_the_smallest_graph_that_holds_them(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver("cpu", graphs=True, max_num_seqs=12)
+    launched = note_shapes(driver, monkeypatch)
     driver.submit([random_prompt(10, VOCAB, 0)], temperature=0.0, max_tokens=6, ignore_eos=True)
     for _ in range(3):
         driver.step()
@@ -356,11 +362,7 @@ def test_shared_and_scored_prompts_are_those_without_graphs(device: str, make_dr
 def test_steps_that_no_graph_holds_are_launched(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = make_driver("cpu", graphs=True, max_num_seqs=12)
     plain = make_driver("cpu", graphs=False, max_num_seqs=12)
-    graphs = driver.engine._runner._graphs
-    assert graphs is not None
-    launched: list[StepShape] = []
-    absorb = graphs.absorb
-    monkeypatch.setattr(graphs, "absorb", lambda shape, *rest: launched.append(shape) or absorb(shape, *rest))
+    launched = note_shapes(driver, monkeypatch)
     prompts = [random_prompt(5, VOCAB, seed) for seed in range(9)]
     answers = []
     for each in (driver, plain):

@@ -17,6 +17,7 @@ from server.engine.state_pool import StateTensors, allocate_states
 from server.kernels import PackedMatrix, RingRows
 from server.tokenizer import load_tokenizer
 from tests.engine.oracle import SMALL, oracle_logits, random_tensors, write_checkpoint
+from tests.kernels.cases import relative_error
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CLASSICS = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
@@ -73,10 +74,6 @@ class Lab:
 
     def prefill(self, token_ids: Sequence[int], slot: int = 1) -> Tensor:
         return self.step(prefills=[(slot, token_ids, True)])
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:

@@ -504,12 +504,15 @@ class Traffic(RuleBasedStateMachine):
         else:
             self.saved.append((entry, None))
 
+    def draw_on_disk(self, data: st.DataObject) -> Parked | None:
+        """One of those on disk, if there are any."""
+        on_disk = sorted((p for p in self.shelf.held if p.tier is Tier.DISK), key=lambda p: (p.scope, p.tokens))
+        return data.draw(st.sampled_from(on_disk)) if on_disk else None
+
     @rule(data=st.data())
     def fail_to_write(self, data: st.DataObject) -> None:
         """A file of the cache's could not be written."""
-        on_disk = sorted((p for p in self.shelf.held if p.tier is Tier.DISK), key=lambda p: (p.scope, p.tokens))
-        if on_disk:
-            parked = data.draw(st.sampled_from(on_disk))
+        if (parked := self.draw_on_disk(data)) is not None:
             self.shelf.unwritten.append(parked)
             self.cache.tiers.recover()
             assert parked not in self.shelf.held
@@ -527,9 +530,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
         """A snapshot on disk becomes unreadable, is found out, and is served to nobody."""
-        on_disk = sorted((p for p in self.shelf.held if p.tier is Tier.DISK), key=lambda p: (p.scope, p.tokens))
-        if on_disk:
-            parked = data.draw(st.sampled_from(on_disk))
+        if (parked := self.draw_on_disk(data)) is not None:
             self.shelf.lost.add(parked)
             ticket = Ticket(parked.scope, parked.tokens + pack_tokens([5]), (), reuse=True)
             if self.cache.admit(ticket):

@@ -34,6 +34,13 @@ def step(scheduler: Scheduler) -> list[Sequence]:
     return list(batch.leased)
 
 
+def next_started(scheduler: Scheduler) -> list[Sequence]:
+    """The sequences that are the next to start."""
+    while not (started := step(scheduler)):
+        pass
+    return started
+
+
 def model_order(
     waiting: list[Sequence], running: Counter[str], last_turn: dict[str, int], tenants: list[str]
 ) -> Iterator[Sequence]:
@@ -103,10 +110,7 @@ def test_thousands_queued_by_one_tenant_do_not_delay_the_first_of_another() -> N
     (late,) = sequences("b", 1, tokens=5)
     assert scheduler.refusal("b", 1) is None
     scheduler.add([late])
-    started: list[Sequence] = []
-    while not started:
-        started = step(scheduler)
-    assert started[0] is late
+    assert next_started(scheduler)[0] is late
 
 
 def test_nobody_overtakes_another_tenant_by_calling_himself_urgent() -> None:
@@ -116,10 +120,7 @@ def test_nobody_overtakes_another_tenant_by_calling_himself_urgent() -> None:
         step(scheduler)
     (late,) = sequences("b", 1, tokens=5)
     scheduler.add([late])
-    started: list[Sequence] = []
-    while not started:
-        started = step(scheduler)
-    assert started[0] is late
+    assert next_started(scheduler)[0] is late
 
 
 def test_a_tenants_own_requests_go_by_priority() -> None:

@@ -2,6 +2,7 @@
 
 import random
 from array import array
+from collections.abc import Iterable
 
 import pytest
 
@@ -348,15 +349,20 @@ def test_the_queue_keeps_its_order_under_any_changes() -> None:
         assert len(queue) == len(model) and all(seq in queue for seq in model)
 
 
-def test_prompts_get_less_where_many_decodes_fold_at_once() -> None:
-    limits = ((0, 0, 512, 3), (4, 1, 256, 2), (4, 2, 192, 2), (4, 4, 64, 2))
-    scheduler = Scheduler(
+def make_limited(limits: Iterable[tuple[int, int, int, int]], *, ring_size: int = 4) -> Scheduler:
+    """A scheduler whose prompts get what is left beside decodes."""
+    return Scheduler(
         SlotAllocator(8),
         max_num_batched_tokens=512,
         max_num_queued_reqs=10,
         prompt_limits=tuple(PromptLimit(*limit) for limit in limits),
-        ring_size=4,
+        ring_size=ring_size,
     )
+
+
+def test_prompts_get_less_where_many_decodes_fold_at_once() -> None:
+    limits = ((0, 0, 512, 3), (4, 1, 256, 2), (4, 2, 192, 2), (4, 4, 64, 2))
+    scheduler = make_limited(limits)
     scheduler.add([make_sequence(length, max_tokens=None, request_id=length) for length in (2, 2, 3)])
     scheduler.schedule(0.0)
     scheduler.add([make_sequence(100_000, request_id=99)])
@@ -372,13 +378,7 @@ def test_prompts_get_less_where_many_decodes_fold_at_once() -> None:
 
 def test_prompts_wait_while_decodes_fold_but_never_two_steps_in_a_row() -> None:
     limits = ((0, 0, 512, 3), (4, 0, 256, 2), (4, 4, 0, 2))
-    scheduler = Scheduler(
-        SlotAllocator(8),
-        max_num_batched_tokens=512,
-        max_num_queued_reqs=10,
-        prompt_limits=tuple(PromptLimit(*limit) for limit in limits),
-        ring_size=4,
-    )
+    scheduler = make_limited(limits)
     scheduler.add([make_sequence(length, max_tokens=None, request_id=length) for length in (1, 2, 2)])
     scheduler.schedule(0.0)
     prompt = make_sequence(100_000, request_id=99)
@@ -395,12 +395,7 @@ def test_prompts_wait_while_decodes_fold_but_never_two_steps_in_a_row() -> None:
 
 
 def test_a_step_takes_pieces_of_a_limited_number_of_prompts() -> None:
-    scheduler = Scheduler(
-        SlotAllocator(8),
-        max_num_batched_tokens=512,
-        max_num_queued_reqs=10,
-        prompt_limits=(PromptLimit(0, 0, 512, 3), PromptLimit(2, 2, 256, 2)),
-    )
+    scheduler = make_limited(((0, 0, 512, 3), (2, 2, 256, 2)), ring_size=0)
     sequences = [make_sequence(10, request_id=request_id) for request_id in range(7)]
     scheduler.add(sequences)
     batches = [scheduler.schedule(0.0) for _ in range(4)]

@@ -156,7 +156,7 @@ def gla_recurrence(case: Case) -> tuple[Tensor, Tensor]:
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """||actual - truth|| / ||truth||; NaN if anything is."""
-    return float((actual.double() - truth).norm() / truth.norm())
+    return float((actual.double() - truth.double()).norm() / truth.double().norm())
 
 
 def check_against_recurrence(case: Case, o: Tensor, pool: Tensor) -> None:

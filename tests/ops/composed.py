@@ -12,8 +12,8 @@ import time
 
 import httpx
 
-from tests.e2e.running import wait_until
 from tests.ops.observed import alert_queries, answers, ask, lacks_data, panel_queries, put_under_load
+from tests.waiting import wait_until
 
 LOADED_SECONDS = 45
 """Several of the composition's scrapes, which are 5 seconds apart."""

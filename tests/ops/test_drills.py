@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 from server.api.protocol import HEAD_SECONDS
-from tests.e2e.running import RunningServer, Stream, wait_until
+from tests.e2e.running import RunningServer, Stream
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ops
 

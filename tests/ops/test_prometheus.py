@@ -13,8 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.running import RunningServer, wait_until
+from tests.e2e.running import RunningServer
 from tests.ops.observed import DOCKER, alert_queries, answers, ask, lacks_data, panel_queries, put_under_load
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ops
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from server.errors import CheckpointError
 from server.tokenizer import Tokenizer, load_tokenizer
+from tests.tokenizers import train_byte_level
 
 CLASSICS = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 TORTURE = [
@@ -240,14 +241,7 @@ def test_special_tokens_of_a_model_without_configuration(tmp_path: Path) -> None
 
 
 def byte_level() -> Backend:
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=alphabet, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend = train_byte_level(CORPUS, vocab_size=500, special_tokens=("<unk>", "<s>", "</s>"))
     backend.add_tokens([AddedToken("<tag>"), AddedToken("    ", normalized=False)])
     return backend
 

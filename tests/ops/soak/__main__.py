@@ -31,10 +31,11 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from tests.e2e.conftest import CHAT_TEMPLATE
-from tests.e2e.running import RunningServer, wait_until
+from tests.e2e.running import RunningServer
 from tests.ops.soak import report
 from tests.ops.soak.traffic import STATE_SECONDS, Traffic
 from tests.ops.soak.watch import GAUGES, Sample, Watch
+from tests.waiting import wait_until
 
 SHIPPED_FLAGS = ("--api-server-count", "2", "--max-num-seqs", "16", "--state-cache-host", "0.25")
 """Of the server that is started: caches that are full within the first third of a short run."""

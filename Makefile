@@ -38,7 +38,7 @@ serve: $(VENV)/.serve ## Serve MODEL (default: the shipped model) on HOST:PORT; 
 	exec $(BIN)/gale serve $(if $(MODEL),--model '$(MODEL)') --host '$(HOST)' --port '$(PORT)' --device '$(DEVICE)' $(ARGS)
 
 .PHONY: test
-test: check ## Run make check, then every test that needs no GPU.
+test: check ## Run make check, then every test that needs no GPU, browser or Prometheus.
 	$(BIN)/python -m pytest -m "not gpu and not ops and not browser" -n $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: test-gpu

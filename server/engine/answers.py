@@ -48,6 +48,7 @@ class Answers:
         self._runner = runner
         self._scheduler = scheduler
         self._reuse = keeping.reuse
+        self._states = keeping.states
         self._outbox = outbox
         self._figures = figures
         self._eos = eos
@@ -182,6 +183,12 @@ class Answers:
 
         self.saves.after(seq, acknowledge)
 
+    def let_context_go(self, seq: Sequence) -> None:
+        """A sequence has begun, or never will: it does not need the saved state any more that it goes on from."""
+        if seq.context is not None and self._states is not None:
+            self._states.begun(seq.context)
+            seq.context = None
+
     def _keep_answer(self, seq: Sequence) -> bool:
         """Park the state at an answer's end, which does not depend on it; whether there was room."""
         assert self._reuse is not None
@@ -202,6 +209,7 @@ class Answers:
             now: ``time.monotonic()``, if it is known.
         """
         now = time.monotonic() if now is None else now
+        self.let_context_go(seq)
         if self._reuse is not None:
             self._reuse.leave(seq)
             if reason in (FinishReason.STOP, FinishReason.LENGTH):

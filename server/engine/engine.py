@@ -151,6 +151,7 @@ class Engine:
         self.scheduler.add(sequences)
         self._figures.accepted += len(sequences)
         if state is not None and self._states is not None:
+            self._states.expect(state, len(sequences))
             self._states.counts["restore"] += 1
         self._outbox.accept(client, request.request_id, 0 if state is None else state.num_tokens)
 
@@ -220,6 +221,7 @@ class Engine:
             parts["launch"].observe(time.monotonic() - scheduled)
             self._figures.tokens_per_step.observe(batch.num_tokens)
             for seq in batch.leased:
+                self._answers.let_context_go(seq)
                 if seq.admitted != begun:
                     continue  # it has run before
                 self._figures.queue_time.observe(seq.admitted - seq.arrived)

@@ -6,6 +6,8 @@ hold is what makes it quick.
 
 Where there is a folder, a state is saved once its file is there: until then nobody can find it, and it takes over
 nobody's name. Files are written elsewhere, in the meantime the engine goes on.
+
+Nobody can find a deleted state, but its snapshot and its file last as long as somebody waits to go on from it.
 """
 
 import heapq
@@ -74,6 +76,8 @@ class NamedState:
             nowhere.
         entry: the snapshot, of as many of the tokens as had been absorbed; None: none was left.
         file: None: it is kept in memory only.
+        awaiting: choices that have been accepted to go on from it, and have not begun.
+        removed: done when its file is gone, of a state that was deleted while there were any.
     """
 
     id: str
@@ -86,6 +90,8 @@ class NamedState:
     island: str | None = None
     entry: Entry[Any] | None = None
     file: StateFile | None = None
+    awaiting: int = 0
+    removed: "Future[None] | None" = None
 
     @property
     def num_tokens(self) -> int:
@@ -365,8 +371,21 @@ class NamedStates:
             self._parking.release(state.entry)
         state.entry = entry
 
+    def expect(self, state: NamedState, count: int) -> None:
+        """So many choices will go on from a state; each is followed by ``begun``."""
+        state.awaiting += count
+
+    def begun(self, state: NamedState) -> None:
+        """One of them has its snapshot now, or does not need it any more."""
+        state.awaiting -= 1
+        if state.awaiting or self._states.get(state.id) is state:
+            return
+        waiting, removed = state.removed, self._remove(state)
+        if waiting is not None and removed is not None:
+            removed.add_done_callback(lambda done: _pass_on(done, waiting))
+
     def delete(self, state: NamedState) -> "Future[None] | None":
-        """Forget a state; its snapshot lives on as long as any other.
+        """Forget a state; its snapshot lives on as long as any other, once nobody waits for it.
 
         Returns:
             Done when its file is gone; None: it has none.
@@ -374,6 +393,13 @@ class NamedStates:
         del self._states[state.id]
         if state.name is not None and self._by_name.get((state.tenant, state.name)) is state:
             del self._by_name[state.tenant, state.name]
+        if not state.awaiting:
+            return self._remove(state)
+        state.removed = None if state.file is None else Future()
+        return state.removed
+
+    def _remove(self, state: NamedState) -> "Future[None] | None":
+        """Give up what a deleted state holds; done when its file is gone."""
         self._used.remove(state)
         if state.file is not None:
             self._parking.file_removed(state)
@@ -399,6 +425,15 @@ class NamedStates:
             if state is not None:
                 self.delete(state)
                 self.counts["expire"] += 1
+
+
+def _pass_on(done: "Future[None]", waiting: "Future[None]") -> None:
+    """Let one end like another."""
+    error = done.exception()
+    if error is None:
+        waiting.set_result(None)
+    else:
+        waiting.set_exception(error)
 
 
 class _Ledger:

@@ -44,6 +44,19 @@ class _Spot(Generic[P]):
     promised_by: "Ticket[P] | None" = None
 
 
+@dataclass(frozen=True, slots=True)
+class Awaited(Generic[P]):
+    """A snapshot that a prompt has promised to leave, and that others wait for."""
+
+    promised_by: "Ticket[P]"
+    position: int
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it is still to come: it may have come, or turned out not to."""
+        return self.position in self.promised_by._promises
+
+
 @dataclass(slots=True, eq=False)
 class Ticket(Generic[P]):
     """One prompt's dealings with the cache, from the queue to the end of its prefill.
@@ -69,7 +82,7 @@ class Ticket(Generic[P]):
     start: int = 0
     points: list[int] = field(default_factory=list)
     _promises: "dict[int, Node[_Spot[P]]]" = field(default_factory=dict)
-    _waits_for: "tuple[Ticket[P], int] | None" = None
+    _waits_for: Awaited[P] | None = None
     _position: int = 0
 
     @property
@@ -78,9 +91,9 @@ class Ticket(Generic[P]):
         return len(self.tokens) // TOKEN_BYTES
 
     @property
-    def blocked(self) -> bool:
-        """Whether the snapshot that this prompt waits for is still to come."""
-        return self._waits_for is not None and self._waits_for[1] in self._waits_for[0]._promises
+    def awaited(self) -> Awaited[P] | None:
+        """The snapshot that this prompt waits for, as long as it is to come."""
+        return self._waits_for if self._waits_for is not None and self._waits_for.is_coming else None
 
 
 @dataclass(slots=True)
@@ -119,7 +132,7 @@ class PrefixCache(Generic[P]):
         Returns:
             False if it should wait and ask again, because a snapshot that it can begin from is on its way.
         """
-        if ticket.blocked:
+        if ticket.awaited is not None:
             return False
         ticket._waits_for = None
         self.tiers.recover()
@@ -251,7 +264,7 @@ class PrefixCache(Generic[P]):
                 if is_ahead and other.priority <= ticket.priority and other.tokens.startswith(prefix):
                     self._promise(other, shared, found[-1] if found else None)
                     if shared in other._promises:
-                        ticket._waits_for = other, shared
+                        ticket._waits_for = Awaited(other, shared)
                         return True
         for node in reversed(found):
             assert node.value is not None
@@ -261,7 +274,7 @@ class PrefixCache(Generic[P]):
             # Only the snapshot at a prompt's end has the logits that another one which ends there needs.
             is_end = node.depth == ticket.length
             if (is_end and promiser.length == node.depth) or (not is_end and gain >= LEAST_WAIT):
-                ticket._waits_for = promiser, node.depth
+                ticket._waits_for = Awaited(promiser, node.depth)
                 return True
         return False
 

@@ -1,6 +1,7 @@
 """How many prompt tokens a step absorbs, and of which prompts."""
 
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import Protocol
 
 from server.component_settings import CHUNK
@@ -67,7 +68,9 @@ class PromptBudget:
         self._paused = not tokens
         return PromptLimit(decodes, folds, tokens, prompts)
 
-    def share(self, prompts: list[Sequence], limit: PromptLimit) -> tuple[dict[Sequence, int], list[Sequence]]:
+    def share(
+        self, prompts: list[Sequence], limit: PromptLimit, replace: Callable[[Sequence], Sequence | None]
+    ) -> tuple[dict[Sequence, int], list[Sequence]]:
         """Tokens of each prompt to absorb in a step, for those that get any, in order.
 
         Each prompt in turn may take half of what is left, and what the others do not need goes to the first again:
@@ -76,6 +79,8 @@ class PromptBudget:
         Args:
             prompts: sequences with prompt tokens left, the one to be served first first.
             limit: most tokens in all, at least PREFILL_GRID, and most prompts; or no tokens: everybody waits.
+            replace: told of a prompt that turns out to have to wait for a snapshot; it may name another one, which then
+                comes behind all others.
 
         Returns:
             The tokens by sequence, and the sequences that turn out to have a snapshot of their whole prompt.
@@ -85,11 +90,14 @@ class PromptBudget:
         left = limit.tokens
         if not left:
             return granted, replayed
+        prompts = prompts.copy()
         for seq in prompts:
             if len(granted) == limit.prompts:
                 break
             is_new = seq.slot is None and not seq.swapped and self._reuse is not None
             if self._reuse is not None and is_new and not self._reuse.admit(seq):
+                if (other := replace(seq)) is not None:
+                    prompts.append(other)
                 continue
             if not seq.prompt_remaining:
                 replayed.append(seq)

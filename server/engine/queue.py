@@ -4,30 +4,45 @@ The tenant (API key) with the fewest running sequences is next; between tenants 
 turn is longest ago. Within a tenant, lower priority values go first, and among equals the oldest sequence. So every
 tenant with work waiting gets the same share of the slots, and the thousands of choices that one has queued do not
 delay another's first, however urgent it calls them. Without keys, all is one tenant's.
+
+Whoever could do nothing with a slot yet stands aside: it is not looked at until it is called back, to the place that it
+had.
 """
 
 import heapq
-from collections import Counter, OrderedDict
+from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from itertools import count
+from operator import itemgetter
+from typing import TypeAlias, TypeVar
 
 from server.engine.sequence import Sequence
 
 K = TypeVar("K")
 
+_Line: TypeAlias = list[tuple[int, Sequence]]
+"""Sequences with their places, in order; no two places are the same."""
+_place = itemgetter(0)
+
 
 class WaitingQueue:
     """The waiting sequences, and how many of each tenant run.
 
-    Iterating yields them in the order in which they would be given slots now; the queue must not change meanwhile. A
-    sequence must not be added twice, and neither its priority nor its tenant may change while it waits.
+    Iterating yields them in the order in which they would be given slots now, without those that stand aside; the queue
+    must not change meanwhile. A sequence must not be added twice, and neither its priority nor its tenant may change
+    while it waits.
+
+    Attributes:
+        aside: sequences that wait, but not for a slot.
     """
 
     def __init__(self) -> None:
-        # By tenant and priority, oldest first; neither level keeps empty entries. Ordered dictionaries: an ordinary
-        # one is slow to find its first entry once many before it are gone.
-        self._classes: dict[str, dict[int, OrderedDict[Sequence, None]]] = {}
-        self._length = 0
+        # By tenant and priority; neither level keeps empty entries.
+        self._classes: dict[str, dict[int, _Line]] = {}
+        self._places: dict[Sequence, int] = {}
+        self._behind, self._before = count(), count(-1, -1)
+        self.aside: set[Sequence] = set()
         self._running: Counter[str] = Counter()
         # By tenant, how many of each priority run.
         self._priorities: dict[str, Counter[int]] = {}
@@ -36,10 +51,10 @@ class WaitingQueue:
         self._turns = 0
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._places)
 
     def __contains__(self, seq: Sequence) -> bool:
-        return seq in self._classes.get(seq.tenant, {}).get(seq.priority, {})
+        return seq in self._places
 
     def __iter__(self) -> Iterator[Sequence]:
         running, last_turn, turn = Counter(self._running), dict(self._last_turn), self._turns
@@ -71,9 +86,7 @@ class WaitingQueue:
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence behind those of its tenant and priority."""
-        self._classes.setdefault(seq.tenant, {}).setdefault(seq.priority, OrderedDict())[seq] = None
-        self._waiting[seq.tenant] += 1
-        self._length += 1
+        self._add(seq, next(self._behind))
 
     def remove(self, seq: Sequence) -> None:
         """Take out a sequence that is no longer wanted.
@@ -81,15 +94,28 @@ class WaitingQueue:
         Raises:
             KeyError: it does not wait.
         """
-        lines = self._classes[seq.tenant]
-        line = lines[seq.priority]
-        del line[seq]
-        if not line:
-            del lines[seq.priority]
-            if not lines:
-                del self._classes[seq.tenant]
+        if seq in self.aside:
+            self.aside.remove(seq)
+        else:
+            self._leave_line(seq)
+        del self._places[seq]
         _lower(self._waiting, seq.tenant)
-        self._length -= 1
+
+    def set_aside(self, seq: Sequence) -> None:
+        """Let a waiting sequence stand aside until it is called back.
+
+        Raises:
+            KeyError: it does not wait.
+        """
+        if seq not in self.aside:
+            self._leave_line(seq)
+            self.aside.add(seq)
+
+    def call_back(self, seq: Sequence) -> None:
+        """Give a sequence its place again, if it stands aside."""
+        if seq in self.aside:
+            self.aside.remove(seq)
+            self._join_line(seq)
 
     def start(self, seq: Sequence) -> None:
         """Take out a sequence that has been given a slot: its tenant has had a turn, and one more runs.
@@ -114,8 +140,7 @@ class WaitingQueue:
     def swap(self, seq: Sequence) -> None:
         """Put a sequence that ran before those of its tenant and priority, who came later."""
         self.end(seq)
-        self.add(seq)
-        self._classes[seq.tenant][seq.priority].move_to_end(seq, last=False)
+        self._add(seq, next(self._before))
 
     def overtaken(self) -> Iterator[str]:
         """The tenants of whom a sequence waits that is more urgent than one that runs."""
@@ -127,6 +152,25 @@ class WaitingQueue:
     def line(self, tenant: str) -> Iterator[Sequence]:
         """A tenant's waiting sequences, the most urgent first; the queue must not change meanwhile."""
         return _by_priority(self._classes.get(tenant, {}))
+
+    def _add(self, seq: Sequence, place: int) -> None:
+        self._places[seq] = place
+        self._waiting[seq.tenant] += 1
+        self._join_line(seq)
+
+    def _join_line(self, seq: Sequence) -> None:
+        line = self._classes.setdefault(seq.tenant, {}).setdefault(seq.priority, [])
+        insort(line, (self._places[seq], seq), key=_place)
+
+    def _leave_line(self, seq: Sequence) -> None:
+        place = self._places[seq]
+        lines = self._classes[seq.tenant]
+        line = lines[seq.priority]
+        del line[bisect_left(line, place, key=_place)]
+        if not line:
+            del lines[seq.priority]
+            if not lines:
+                del self._classes[seq.tenant]
 
 
 def in_turns(sequences: Iterable[Sequence]) -> list[Sequence]:
@@ -144,9 +188,10 @@ def in_turns(sequences: Iterable[Sequence]) -> list[Sequence]:
     return [seq for *_, seq in ranks]
 
 
-def _by_priority(lines: dict[int, OrderedDict[Sequence, None]]) -> Iterator[Sequence]:
+def _by_priority(lines: dict[int, _Line]) -> Iterator[Sequence]:
     for priority in sorted(lines):
-        yield from lines[priority]
+        for _, seq in lines[priority]:
+            yield seq
 
 
 def _lower(counts: "Counter[K]", key: K) -> None:

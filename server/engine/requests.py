@@ -73,7 +73,7 @@ class Requests:
         ]
         if state is not None:
             for seq in sequences:
-                seq.island = state.island
+                seq.island, seq.context = state.island, state
         for index in range(0, len(sequences), request.n):
             leader, *followers = sequences[index : index + request.n]
             leader.followers = followers

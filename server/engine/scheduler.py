@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from operator import attrgetter
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from server.engine.batch import Batch, Fork, Span
 from server.engine.prompt_budget import PromptBudget, Reuse
@@ -20,9 +20,13 @@ from server.engine.state_pool import SlotAllocator
 from server.engine.step_shapes import PromptLimit
 from server.types import FinishReason, Refusal, RefusalReason
 
+if TYPE_CHECKING:
+    from server.engine.prefix_cache import Awaited
+
 _slot = attrgetter("slot")
 
 _MAX_SKIPPED = 256
+"""Most sequences that a step looks at beyond those for which there are slots."""
 _RESERVED_SHARE = 16
 """One in so many places of the queue stays free of any one tenant."""
 
@@ -85,6 +89,8 @@ class Scheduler:
         """Of the step being scheduled: who gives a slot up, by who gets one."""
         self._swaps: list[tuple[Sequence, int]] = []
         """Of the step being scheduled: who has given a slot up, and which."""
+        self._awaiting: dict[Awaited[Any], list[Sequence]] = {}
+        """Waiting sequences that stand aside, by the snapshot that they wait for."""
         self._kept: dict[Sequence, Sequence] = {}
         """Waiting sequences that have, or are about to get, a snapshot of their prompt, each with who absorbed it."""
 
@@ -136,6 +142,7 @@ class Scheduler:
             self.waiting.add(seq)
             if seq.starved:
                 self._starved[seq] = None
+                self.waiting.set_aside(seq)
 
     def extend(self, seq: Sequence, tokens: "array[int]", *, last: bool) -> None:
         """Give a sequence more of its prompt; ``last``: all that is left of it."""
@@ -144,6 +151,7 @@ class Scheduler:
         seq.grows = not last
         if not seq.starved:
             self._starved.pop(seq, None)
+            self.waiting.call_back(seq)
 
     def schedule(self, now: float) -> Batch | None:
         """Choose the next step's spans and count them as launched; None when there is nothing to do.
@@ -151,8 +159,7 @@ class Scheduler:
         Args:
             now: ``time.monotonic()``, noted as the moment of admission of newly leased sequences.
         """
-        # Whoever comes before the last free slot has one, and a follower keeps it free until its leader is ready.
-        candidates = list(islice(self._unblocked(self.waiting), self.allocator.num_free))
+        candidates = self._candidates()
         self._swaps = []
         self._victims = self._choose_victims(candidates)
         candidates += self._victims
@@ -166,7 +173,7 @@ class Scheduler:
         for seq in candidates:
             if seq.leader is None and seq.slot is None:
                 (prompts if seq.prompt_remaining else ready).append(seq)
-        pieces, replayed = self._budget.share(in_turns(prompts), limit)
+        pieces, replayed = self._share(prompts, limit, candidates)
         for seq in pieces:
             if seq.slot is None:
                 self._lease(seq, now)
@@ -207,6 +214,61 @@ class Scheduler:
             swaps=tuple(self._swaps),
             saves=tuple(saves),
         )
+
+    def _candidates(self) -> list[Sequence]:
+        """Who may have the free slots, in order; those found to have to wait stand aside from now on.
+
+        Whoever comes before the last free slot has one, and a follower keeps it free until its leader is ready.
+        """
+        for awaited in [awaited for awaited in self._awaiting if not awaited.is_coming]:
+            for seq in self._awaiting.pop(awaited):
+                self.waiting.call_back(seq)
+        free = self.allocator.num_free
+        candidates: list[Sequence] = []
+        blocked: list[Sequence] = []
+        for seq in islice(self.waiting, free + _MAX_SKIPPED if free else 0):
+            (blocked if seq.blocked else candidates).append(seq)
+            if len(candidates) == free:
+                break
+        for seq in blocked:
+            self._set_aside(seq)
+        return candidates
+
+    def _set_aside(self, seq: Sequence) -> None:
+        """Let a waiting sequence that waits for a snapshot stand aside until that has come or failed to."""
+        awaited = seq.awaited
+        if awaited is not None:
+            self.waiting.set_aside(seq)
+            self._awaiting.setdefault(awaited, []).append(seq)
+
+    def _share(
+        self, prompts: list[Sequence], limit: PromptLimit, candidates: list[Sequence]
+    ) -> tuple[dict[Sequence, int], list[Sequence]]:
+        """What :meth:`PromptBudget.share` does. Whoever turns out to have to wait leaves its slot to the next one."""
+        others = self._others(candidates)
+        refused: list[Sequence] = []
+
+        def replace(seq: Sequence) -> Sequence | None:
+            refused.append(seq)
+            # One that was to have somebody else's slot leaves none.
+            return None if seq in self._victims else next(others, None)
+
+        shares = self._budget.share(in_turns(prompts), limit, replace)
+        for seq in refused:
+            self._set_aside(seq)
+        return shares
+
+    def _others(self, candidates: list[Sequence]) -> Iterator[Sequence]:
+        """Prompts that come next, up to somebody who wants something else; the queue must not change meanwhile."""
+        placed = set(candidates)
+        for seq in islice(self.waiting, len(placed) + _MAX_SKIPPED):
+            # Followers begin at the end of their leader's prompt at the earliest.
+            if seq in placed or seq.leader in placed or seq.blocked:
+                continue
+            if seq.leader is not None or seq.snapshot is not None:
+                return
+            placed.add(seq)
+            yield seq
 
     def _launch_running(self) -> tuple[list[Span], list[Sequence]]:
         """Decodes of the running sequences, by slot, save those about to give way; and who has prompt tokens left."""
@@ -298,6 +360,8 @@ class Scheduler:
         self._swaps.append((seq, seq.slot))
         del self.running[seq]
         self.waiting.swap(seq)
+        if seq in self._starved:
+            self.waiting.set_aside(seq)
         self.swapped[seq] = None
         self.allocator.release(seq.slot)
         seq.slot, seq.swapped = None, True

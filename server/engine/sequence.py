@@ -10,8 +10,8 @@ from server.engine.detokenizer import StopMatcher
 from server.types import FinishReason, SamplingParams, StateInfo, pack_tokens
 
 if TYPE_CHECKING:
-    from server.engine.named_states import Saving
-    from server.engine.prefix_cache import Ticket
+    from server.engine.named_states import NamedState, Saving
+    from server.engine.prefix_cache import Awaited, Ticket
     from server.engine.snapshot import Snapshot
 
 Tokens: TypeAlias = "array[int] | memoryview[int]"
@@ -64,6 +64,8 @@ class Sequence:
     """The conversation, among its tenant's, that it is a part of."""
     island: str | None = None
     """Whose snapshots it may begin from and leaves its own to, apart from the tenant's; see :class:`NamedState`."""
+    context: "NamedState | None" = None
+    """The saved state that it goes on from, until it has begun."""
     checkpoint_at: tuple[int, ...] = ()
     """Positions within the prompt at which to park its state."""
     save: "Save | None" = None
@@ -146,10 +148,13 @@ class Sequence:
     def blocked(self) -> bool:
         """Whether this waiting sequence waits for a snapshot that another one is about to leave, or for a launched step
         that will tell its newest token, or for more of its prompt."""
-        if self.starved or (self.swapped and self.in_flight):
-            return True
+        return self.starved or (self.swapped and self.in_flight > 0) or self.awaited is not None
+
+    @property
+    def awaited(self) -> "Awaited[Any] | None":
+        """The snapshot, still to come, that this waiting sequence waits for; None: for none."""
         ticket = self.ticket if self.leader is None else self.leader.ticket
-        return ticket is not None and ticket.blocked
+        return None if ticket is None else ticket.awaited
 
     @property
     def prompt_stop(self) -> int:

@@ -10,7 +10,7 @@ from server.engine.tiers import Tier
 def check(engine: Engine) -> None:
     """Raise AssertionError where something is lost, held twice or left behind."""
     scheduler = engine.scheduler
-    waiting, running = list(scheduler.waiting), list(scheduler.running)
+    waiting, running = [*scheduler.waiting, *scheduler.waiting.aside], list(scheduler.running)
     open_sequences = [seq for choices in engine._answers.open.values() for seq in choices]
     assert Counter(open_sequences) == Counter(waiting + running), "everything open waits or runs, once"
     assert not any(seq.finished for seq in open_sequences)
@@ -20,6 +20,8 @@ def check(engine: Engine) -> None:
     assert scheduler._kept.keys() <= set(waiting)
     assert scheduler._starved.keys() == {seq for seq in open_sequences if seq.starved}
     assert not scheduler._victims
+    awaiting = [seq for seqs in scheduler._awaiting.values() for seq in seqs if not seq.finished]
+    assert Counter(awaiting) == Counter(seq for seq in scheduler.waiting.aside if not seq.starved)
     for seq in open_sequences:
         assert seq.leader is None or (not seq.leader.finished and seq in seq.leader.followers and seq in waiting)
         assert 0 <= seq.num_launched <= len(seq.prompt) + seq.num_sampled
@@ -54,6 +56,9 @@ def _check_reuse(engine: Engine, open_sequences: list[Sequence]) -> None:
         assert sum(entry.nbytes for entry in entries) == tiers._used[tier]
         assert all(entry.tier is tier and entry.pins == pins[entry] for entry in entries), "pinned by who begins there"
         assert tier is Tier.SAVED or tiers._used[tier] <= tiers._budgets[tier] + sum(entry.nbytes for entry in pins)  # type: ignore[attr-defined]
+    contexts = Counter(seq.context for seq in open_sequences if seq.context is not None)
+    assert all(state.awaiting == count for state, count in contexts.items())
+    assert all(state.awaiting == contexts[state] for state in states._states.values())
     to_be_saved = sum(seq.save is not None for seq in open_sequences)
     ended = len(engine._answers.waiting) + (0 if engine._answers.saves is None else len(engine._answers.saves))
     assert states._reserved.total() <= to_be_saved + ended, "room is set aside for those who will use it"

@@ -1,6 +1,7 @@
 """Saved states: whoever continues one gets what the uninterrupted transcript would have got."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -272,6 +273,39 @@ def test_forks_and_names() -> None:
     (more,) = run(driver, [[]], state="y", max_tokens=4)
     cold = make_driver(cache=StateCacheConfig())
     assert more.token_ids == cold.complete(prompt + first.token_ids, max_tokens=4, **GREEDY).token_ids
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_who_waits_for_a_state_gets_it_though_it_is_deleted(on_disk: bool, tmp_path: Path) -> None:
+    """And though it would have been given up for want of room."""
+    parked = make_driver().engine._runner.parked_bytes
+    room = StateCacheConfig(host_bytes=2 * parked, folder=tmp_path if on_disk else None, disk_bytes=64 * parked)
+    driver, cold = make_driver(cache=room, max_num_seqs=1), make_driver(cache=StateCacheConfig())
+    book = random_prompt(300, VOCAB, 1)
+    run(driver, [book], save=True, name="book", max_tokens=0)
+    held = driver.submit([[5]], max_tokens=30, **GREEDY)
+    driver.step()
+    readers = [driver.submit([[9 + i]], 2, state="book", max_tokens=6, **GREEDY) for i in range(2)]
+    cancelled = driver.submit([[20]], state="book", max_tokens=6, **GREEDY)
+    others = [
+        driver.submit([random_prompt(70, VOCAB, seed)], priority=-1, max_tokens=1, **GREEDY) for seed in range(2, 8)
+    ]
+    driver.cancel(cancelled)
+    before = driver.engine.stats().prompt_tokens
+    told = driver.command(StateAction.DELETE, "book")
+    assert isinstance(told, list) and told[0].name == "book"
+    assert driver.command(StateAction.LIST) == []
+    refused = driver.submit([[4]], state="book", **GREEDY)
+    assert driver.rejected[refused].reason is RefusalReason.UNKNOWN_STATE
+    driver.run()
+    assert driver.engine.stats().prompt_tokens - before == 70 * len(others) + len(readers)
+    for i, reader in enumerate(readers):
+        expected = cold.complete([*book, 9 + i], max_tokens=6, **GREEDY).token_ids
+        assert [driver.answers[reader, choice].token_ids for choice in range(2)] == [expected] * 2
+    assert len(driver.answers[held, 0].token_ids) == 30
+    assert driver.engine.stats().saved.nbytes == 0
+    if on_disk:
+        assert not list((tmp_path / "saved").iterdir())
 
 
 def test_a_full_store_refuses_and_loses_nothing() -> None:

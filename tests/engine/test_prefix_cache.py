@@ -13,6 +13,7 @@ from server.engine.prefix_cache import (
     FIRST_SPACING,
     LEAST_GAIN,
     LEAST_WAIT,
+    Awaited,
     PrefixCache,
     Ticket,
 )
@@ -178,7 +179,7 @@ def test_two_identical_prompts_in_flight_are_absorbed_once() -> None:
     cached = Cached()
     first, second = cached.ticket(count(0, 9)), cached.ticket(count(0, 9))
     assert cached.cache.admit(first)
-    assert not cached.cache.admit(second) and second.blocked
+    assert not cached.cache.admit(second) and second.awaited == Awaited(first, 9)
     cached.absorb(first)
     assert cached.cache.admit(second)
     assert second.start == 9
@@ -434,7 +435,7 @@ class Traffic(RuleBasedStateMachine):
             assert all(longest < point <= ticket.length for point in ticket.points)
             self.tickets.append(ticket)
             return ticket
-        other, position = next((t, p) for t in self.tickets for p in t.points if (t, p) == ticket._waits_for)
+        other, position = next((t, p) for t in self.tickets for p in t.points if Awaited(t, p) == ticket.awaited)
         assert other.scope == ticket.scope and position > longest
         assert other.tokens[: 4 * position] == ticket.tokens[: 4 * position]
         # It will be let in, in the end: everybody it may wait for is running.

@@ -67,6 +67,7 @@ def test_the_order_is_that_of_the_rule_under_any_changes(seed: int) -> None:
     rng = random.Random(seed)
     queue = WaitingQueue()
     waiting: list[Sequence] = []
+    aside: list[Sequence] = []
     running: list[Sequence] = []
     last_turn: dict[str, int] = {}
     tenants: list[str] = []
@@ -79,10 +80,19 @@ def test_the_order_is_that_of_the_rule_under_any_changes(seed: int) -> None:
             waiting.append(seq)
         elif action < 0.6:
             seq = waiting.pop(rng.randrange(len(waiting)))
+            aside = [other for other in aside if other is not seq]
             queue.remove(seq)
             with pytest.raises(KeyError):
                 queue.remove(seq)
-        elif action < 0.85:
+        elif action < 0.68:
+            seq = rng.choice(waiting)
+            queue.set_aside(seq)
+            aside.append(seq)
+        elif action < 0.75:
+            seq = rng.choice(waiting)
+            queue.call_back(seq)
+            aside = [other for other in aside if other is not seq]
+        elif action < 0.9 and len(aside) < len(waiting):
             seq = next(iter(queue))
             queue.start(seq)
             waiting.remove(seq)
@@ -92,10 +102,12 @@ def test_the_order_is_that_of_the_rule_under_any_changes(seed: int) -> None:
         elif running:
             queue.end(running.pop(rng.randrange(len(running))))
         counts = Counter(seq.tenant for seq in running)
-        present = dict.fromkeys(seq.tenant for seq in waiting)
-        tenants = [name for name in tenants if name in present] + [name for name in present if name not in tenants]
-        expected = list(model_order(waiting, counts, last_turn, tenants))
+        present = [seq for seq in waiting if seq not in aside]
+        names = dict.fromkeys(seq.tenant for seq in present)
+        tenants = [name for name in tenants if name in names] + [name for name in names if name not in tenants]
+        expected = list(model_order(present, counts, last_turn, tenants))
         assert list(queue) == expected
+        assert queue.aside == set(aside)
         assert len(queue) == len(waiting) and all(seq in queue for seq in waiting)
         for tenant in "abc":
             assert queue.num_waiting(tenant) == sum(seq.tenant == tenant for seq in waiting)

@@ -13,6 +13,7 @@ from server.engine.arrivals import Arrivals
 from server.engine.engine import Engine
 from server.engine.prefix_cache import Ticket
 from server.engine.scheduler import MAX_KEPT_PROMPTS
+from server.engine.sequence import Sequence
 from server.engine.snapshot import Snapshot, fold_slot, restore_snapshot
 from server.engine.snapshot_store import Payload, SnapshotStore
 from server.engine.state_pool import NULL_SLOT
@@ -497,3 +498,30 @@ def test_files_that_cannot_be_written_count_as_nothing(tmp_path: Path) -> None:
     assert stats.states_parked["disk"] == 0 and stats.states_parked_bytes["disk"] == 0
     assert stats.states_evicted >= 4 and stats.states_parked["host"] == 1
     driver.engine.close()
+
+
+def test_who_waits_for_a_snapshot_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds that wait for one, nor does a step look at each of them while they do."""
+    driver = make_driver(max_num_seqs=8, max_num_batched_tokens=128)
+    text = random_prompt(4000, VOCAB, 1)
+    readers = [driver.submit([[*text, 3 + i]], n=2, max_tokens=1, **GREEDY) for i in range(300)]
+    other = driver.submit([random_prompt(5, VOCAB, 2)], max_tokens=2, **GREEDY)
+    for _ in range(8):
+        driver.step()
+    assert driver.answers[other, 0].finish_reason is FinishReason.LENGTH
+    looked_at = 0
+    is_blocked = Sequence.blocked.fget
+
+    def count(seq: Sequence) -> bool:
+        nonlocal looked_at
+        looked_at += 1
+        return is_blocked(seq)
+
+    monkeypatch.setattr(Sequence, "blocked", property(count))
+    for _ in range(5):
+        driver.step()
+    assert looked_at < 50
+    assert driver.engine.stats().waiting == 599
+    driver.run()
+    assert all(len(driver.answers[reader, choice].token_ids) == 1 for reader in readers for choice in range(2))
+    assert driver.engine.stats().prompt_tokens == 4000 + 300 + 5

@@ -14,7 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.running import RunningServer, Stream, run_to_end, wait_until
+from tests.e2e.running import RunningServer, Stream, run_to_end
+from tests.waiting import wait_until
 
 MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 ENDLESS = 1_000_000

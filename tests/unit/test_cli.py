@@ -7,9 +7,9 @@ import pytest
 
 import server.launch
 from server import __version__, cli
+from server.children import ChildError
 from server.errors import CheckpointError, SettingsError
 from server.settings import Settings
-from server.supervision import ChildError
 from tests.unit.test_settings import GIVEN
 
 

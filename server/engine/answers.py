@@ -12,7 +12,7 @@ from server.engine.saves import Saves
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.state_keeping import StateKeeping
-from server.engine.state_requests import Told, Waiting
+from server.engine.state_requests import Told, Waiting, complaint
 from server.engine.stats import Figures
 from server.types import FinishReason, PromptLogprobs, Refusal
 
@@ -193,12 +193,19 @@ class Answers:
         """Park the state at an answer's end, which does not depend on it; whether there was room."""
         assert self._reuse is not None
         try:
-            snapshot = self._runner.snapshot(seq)
+            return self._reuse.keep_answer(seq, self._runner.snapshot(seq))
         except Exception as error:
             self._runner.check_device(error)
             logger.warning("the state of an answer is not kept", exc_info=error)
             return False
-        return self._reuse.keep_answer(seq, snapshot)
+
+    def _note_session(self, seq: Sequence) -> None:
+        """Tell a sequence's session of its end, which does not depend on it."""
+        assert self._reuse is not None
+        try:
+            self._reuse.note_session(seq)
+        except Exception as error:
+            logger.warning("a session does not know of its newest answer", exc_info=error)
 
     def finish(self, seq: Sequence, reason: FinishReason, now: float | None = None) -> None:
         """Take a sequence out of everything, and begin to save its state if it is to be; nothing is told of it yet.
@@ -216,7 +223,7 @@ class Answers:
                 # With fewer tokens, it is the state at the prompt's end, which has left it unless its end was unknown.
                 if seq.num_absorbed > len(seq.prompt) or seq.streams:
                     self._keep_answer(seq)
-                self._reuse.note_session(seq)
+                self._note_session(seq)
         keeps = False
         if seq.save is not None and self.saves is not None:
             if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT):
@@ -241,8 +248,3 @@ def _num_tokens_of(num_bytes: int, outputs: list[int], table: list[bytes]) -> in
         count += 1
         num_bytes -= len(table[outputs[-count]])
     return count
-
-
-def complaint(error: Exception) -> str:
-    """What is told of an exception that ends a request."""
-    return f"the engine failed at this request ({type(error).__name__})"

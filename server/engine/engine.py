@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from server.component_settings import EngineConfig
-from server.engine.answers import Answers, complaint
+from server.engine.answers import Answers
 from server.engine.batch import Batch
 from server.engine.config import GenerationConfig, GLAConfig
 from server.engine.constraints import Constraint, Constraints, Verdict
@@ -24,7 +24,7 @@ from server.engine.runner import PendingStep
 from server.engine.scheduler import Scheduler
 from server.engine.state_keeping import build_keeping
 from server.engine.state_pool import SlotAllocator
-from server.engine.state_requests import Told, context_of, obey, reserve
+from server.engine.state_requests import Answer, Told, complaint, context_of, guarded, obey, reserve
 from server.engine.state_transfer import largest_file
 from server.engine.stats import Figures
 from server.tokenizer import load_tokenizer
@@ -126,23 +126,25 @@ class Engine:
             client: the API process, to which the outputs will be addressed.
             request: validated by the API process.
         """
-        refusal = self.scheduler.refusal(request.tenant, request.num_choices)
-        state = None
-        if refusal is None and request.state is not None:
-            found = context_of(self._states, request, request.state, self.info.max_model_len)
-            state, refusal = (None, found) if isinstance(found, Refusal) else (found, None)
-        if refusal is None and request.save_state:
-            refusal = reserve(self._states, request.tenant, request.num_choices)
-        if refusal is not None:
-            self._outbox.reject(client, request.request_id, refusal)
-            return
+        reserved = False
         try:
+            refusal = self.scheduler.refusal(request.tenant, request.num_choices)
+            state = None
+            if refusal is None and request.state is not None:
+                found = context_of(self._states, request, request.state, self.info.max_model_len)
+                state, refusal = (None, found) if isinstance(found, Refusal) else (found, None)
+            if refusal is None and request.save_state:
+                refusal = reserve(self._states, request.tenant, request.num_choices)
+                reserved = refusal is None
+            if refusal is not None:
+                self._outbox.reject(client, request.request_id, refusal)
+                return
             sequences = self._requests.sequences(client, request, state)
             if constraints := [seq.constraint for seq in sequences if seq.constraint is not None]:
                 self._constraints.follow([(constraint, None) for constraint in constraints])
         except Exception as error:
             logger.exception("a request cannot be queued")
-            if request.save_state and self._states is not None:
+            if reserved and self._states is not None:
                 for _ in range(request.num_choices):
                     self._states.give_up(request.tenant)
             self._outbox.reject(client, request.request_id, Refusal(RefusalReason.FAILED, complaint(error)))
@@ -165,13 +167,15 @@ class Engine:
                 self._outbox.tell_states(client, command.request_id, told)
 
         transfer = self._keeping.transfer
-        if transfer is not None and command.action is StateAction.DOWNLOAD:
-            answer = transfer.download(command)
-        elif transfer is not None and command.action is StateAction.UPLOAD:
-            answer = transfer.upload(command)
-        else:
-            answer = obey(self._states, command)
-        self._answers.waiting.after(answer, tell)
+
+        def work() -> Answer:
+            if transfer is not None and command.action is StateAction.DOWNLOAD:
+                return transfer.download(command)
+            if transfer is not None and command.action is StateAction.UPLOAD:
+                return transfer.upload(command)
+            return obey(self._states, command)
+
+        self._answers.waiting.after(guarded(work), tell)
 
     def extend(self, client: bytes, message: Extend) -> None:
         """Take more of a prompt."""

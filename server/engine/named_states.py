@@ -169,6 +169,7 @@ class StateLimits:
         count: states in all.
         tenant_nbytes, tenant_count: the same of each tenant; None: no such limit.
         state_nbytes: what a state about to be saved may take.
+        transcript_nbytes: of transcripts in memory, beyond which no further state is saved; None: no such limit.
     """
 
     nbytes: int
@@ -176,6 +177,7 @@ class StateLimits:
     count: int = 1 << 16
     tenant_nbytes: int | None = None
     tenant_count: int | None = None
+    transcript_nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -292,6 +294,12 @@ class NamedStates:
                     f"no room for {count} more saved states of up to {nbytes} bytes: {used} bytes {whose}{others}, of "
                     f"at most {most_bytes}; delete some"
                 )
+        transcripts = self._used.transcript_bytes
+        if limits.transcript_nbytes is not None and transcripts >= limits.transcript_nbytes:
+            raise NoRoomError(
+                f"no room for {count} more saved states: the transcripts of those that are kept take {transcripts} "
+                f"bytes of memory, of at most {limits.transcript_nbytes}; delete some"
+            )
         self._reserved[tenant] += count
 
     def give_up(self, tenant: str) -> None:
@@ -314,8 +322,14 @@ class NamedStates:
         state.entry = self._parking.hold(state)
         if self._files is None:
             return Saving(state, None)
+        try:
+            saving = Saving(state, self._files.write(state))
+        except Exception:
+            if state.entry is not None:
+                self._parking.release(state.entry)
+            raise
         self._num_writing += 1
-        return Saving(state, self._files.write(state))
+        return saving
 
     def complete(self, saving: Saving) -> NamedState:
         """Enter a state whose file has been written. It takes over the name from an earlier one, which is deleted.
@@ -362,7 +376,11 @@ class NamedStates:
             NoRoomError, TenantFullError: there is no room for it.
         """
         self.reserve(state.tenant, 1, 0 if state.file is None else state.file.nbytes)
-        return self.save(state.tenant, name, ttl, state.tokens, state.turn, state.island)
+        try:
+            return self.save(state.tenant, name, ttl, state.tokens, state.turn, state.island)
+        except Exception:
+            self.give_up(state.tenant)
+            raise
 
     def renew(self, state: NamedState) -> None:
         """Hold the longest snapshot that there is of a state by now."""

@@ -71,8 +71,10 @@ def state_limits(config: StateCacheConfig, budgets: Mapping[Tier, int], parked_b
     """
     room = budgets[Tier.DISK] if config.folder is not None else sum(budgets.values())
     # The other half stays for prefix reuse.
+    nbytes = max(room // 2, parked_bytes)
     return StateLimits(
-        nbytes=max(room // 2, parked_bytes),
+        nbytes=nbytes,
+        transcript_nbytes=nbytes,
         state_nbytes=parked_bytes,
         count=config.max_saved,
         tenant_count=config.max_saved_per_key,

@@ -5,13 +5,17 @@ saves has filled them, a sequence keeps its slot, with the state in it, until th
 the disk, and nobody else does.
 """
 
+import logging
 from collections.abc import Callable
 
 from server.engine.named_states import NamedStates
 from server.engine.radix import TOKEN_BYTES
 from server.engine.reuse import PrefixReuse
 from server.engine.sequence import Sequence
-from server.engine.state_requests import Told, Waiting, complete
+from server.engine.state_requests import Told, Waiting, complaint, complete
+from server.types import Refusal, RefusalReason
+
+logger = logging.getLogger(__name__)
 
 
 class Saves:
@@ -32,13 +36,14 @@ class Saves:
         self._waiting = waiting
         self._park = park
         self._delayed: dict[Sequence, Callable[[Told], None] | None] = {}
+        self._failed: dict[Sequence, Refusal] = {}
 
     def __len__(self) -> int:
         """Sequences that keep their slots."""
         return len(self._delayed)
 
     def __contains__(self, seq: Sequence) -> bool:
-        return seq.saving is not None or seq in self._delayed
+        return seq.saving is not None or seq in self._delayed or seq in self._failed
 
     @property
     def delayed(self) -> list[Sequence]:
@@ -47,10 +52,13 @@ class Saves:
 
     def begin(self, seq: Sequence) -> bool:
         """Save the state of a sequence that ends. False: it has to keep its slot until :meth:`settle` returns it."""
-        if self._delayed or not self._is_parked(seq):
-            self._delayed[seq] = None
-            return False
-        self._save(seq)
+        try:
+            if self._delayed or not self._is_parked(seq):
+                self._delayed[seq] = None
+                return False
+            self._save(seq)
+        except Exception as error:
+            self._failed[seq] = self._fail(seq, error)
         return True
 
     def give_up(self, seq: Sequence) -> None:
@@ -61,6 +69,8 @@ class Saves:
         """Tell what has become of a state, once it is saved or cannot be."""
         if seq in self._delayed:
             self._delayed[seq] = then
+        elif seq in self._failed:
+            then(self._failed.pop(seq))
         else:
             assert seq.saving is not None
             self._waiting.after(complete(self._states, seq.saving, "save"), then)
@@ -69,14 +79,23 @@ class Saves:
         """Save what there is room for by now; the sequences that need not keep their slots any longer."""
         free = []
         for seq in self.delayed:
-            if not self._is_parked(seq):
-                break
+            try:
+                if not self._is_parked(seq):
+                    break
+                self._save(seq)
+            except Exception as error:
+                self._failed[seq] = self._fail(seq, error)
             then = self._delayed.pop(seq)
-            self._save(seq)
             if then is not None:
                 self.after(seq, then)
             free.append(seq)
         return free
+
+    def _fail(self, seq: Sequence, error: Exception) -> Refusal:
+        """The state of a sequence that ends cannot be saved, which is nobody else's concern."""
+        logger.error("a state cannot be saved", exc_info=error)
+        self.give_up(seq)
+        return Refusal(RefusalReason.FAILED, complaint(error))
 
     def _is_parked(self, seq: Sequence) -> bool:
         """Whether a sequence's state is parked, or cannot be: what is saved is then the snapshot of a beginning."""

@@ -64,7 +64,7 @@ class Waiting:
     def after(self, answer: Answer, then: Callable[[Told], None]) -> None:
         """Pass an answer on: now, or when :meth:`settle` finds that it need not wait any longer."""
         if isinstance(answer, Later):
-            self._waiting[answer.future] = lambda: self.after(answer.finish(), then)
+            self._waiting[answer.future] = lambda: self.after(guarded(answer.finish), then)
         else:
             then(answer)
 
@@ -74,6 +74,20 @@ class Waiting:
         for future in done:
             self._waiting.pop(future)()
         return bool(done)
+
+
+def guarded(work: Callable[[], Answer]) -> Answer:
+    """What some work answers; a refusal where it raises an exception, which is nobody else's concern."""
+    try:
+        return work()
+    except Exception as error:
+        logger.exception("a command about saved states fails")
+        return Refusal(RefusalReason.FAILED, complaint(error))
+
+
+def complaint(error: Exception) -> str:
+    """What is told of an exception that ends a request."""
+    return f"the engine failed at this request ({type(error).__name__})"
 
 
 def obey(states: NamedStates | None, command: StateCommand) -> Answer:

@@ -152,12 +152,17 @@ class StateTransfer:
 
     def _save(self, command: StateCommand, uploaded: Uploaded, begun: float) -> Answer:
         island = None if self.key is not None else secrets.token_hex(12)
-        adopted = self.reuse.adopt(command.tenant, island, uploaded.tokens, uploaded.snapshot)
-        written = None if adopted else self.states.written()
-        if written is not None:
-            # Once the states that fill the tiers have their files, there is room.
-            return Later(written, lambda: self._save(command, uploaded, begun))
-        saving = self.states.save(command.tenant, command.name, command.ttl, uploaded.tokens, uploaded.turn, island)
+        tokens = uploaded.tokens
+        try:
+            adopted = self.reuse.adopt(command.tenant, island, tokens, uploaded.snapshot)
+            written = None if adopted else self.states.written()
+            if written is not None:
+                # Once the states that fill the tiers have their files, there is room.
+                return Later(written, lambda: self._save(command, uploaded, begun))
+            saving = self.states.save(command.tenant, command.name, command.ttl, tokens, uploaded.turn, island)
+        except Exception:
+            self.states.give_up(command.tenant)
+            raise
         return complete(self.states, saving, "upload", begun)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,16 @@ from server.engine import runner as runner_module
 from server.engine.constraints import Constraint
 from server.engine.detokenizer import StopMatcher
 from server.engine.engine import Engine
+from server.engine.named_states import NamedStates
+from server.engine.prefix_cache import PrefixCache
+from server.engine.reuse import PrefixReuse
 from server.engine.runner import PendingStep, Runner
 from server.engine.sampler import Sampler
+from server.engine.saved_files import SavedFiles
 from server.engine.sequence import Sequence
-from server.types import FinishReason, RefusalReason
+from server.engine.sessions import Sessions
+from server.engine.state_transfer import StateTransfer
+from server.types import FinishReason, Refusal, RefusalReason, StateAction, StateInfo
 from tests.engine.driving import CLIENT, FIXTURES, Answer, Driver, engine_config, random_prompt
 from tests.engine.test_engine import ALL_MODES, VOCAB, Mode, settle
 
@@ -317,3 +324,63 @@ def test_rows_of_no_numbers_come_to_an_end(sampling: dict[str, object]) -> None:
     driver = make_driver(("cpu", False))
     driver.engine._runner._step.model.norm.fill_(torch.nan)
     assert driver.complete(PROMPTS[0], max_tokens=3, **sampling).finish_reason is FinishReason.ERROR
+
+
+@pytest.mark.parametrize("mode", [("cpu", False), ("cpu", True)], ids=["in-step", "overlapped"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        *((NamedStates, name) for name in ("find", "of", "fork", "delete", "reserve", "save")),
+        *((StateTransfer, name) for name in ("download", "upload")),
+        *((PrefixReuse, name) for name in ("hold", "adopt", "file_written", "keep_answer")),
+        (PrefixCache, "keep"),
+        (SavedFiles, "write"),
+        (Sessions, "note"),
+    ],
+)
+def test_a_fault_of_saved_states_ends_nothing_else(owner: type, name: str, mode: Mode, tmp_path: Path) -> None:
+    """The command gets a refusal, the answer that was to be saved an error; the engine and everybody else go on."""
+    cache = StateCacheConfig(host_bytes=64 << 20, folder=tmp_path / "states", disk_bytes=64 << 20)
+    driver = Driver(Engine(engine_config(FIXTURES / "base", state_cache=cache), overlap=mode[1]))
+    kept: dict[str, object] = {"save": True, "max_tokens": 4, "ignore_eos": True}
+    driver.submit([PROMPTS[0]], **kept, name="old")
+    driver.run()
+    assert isinstance(driver.command(StateAction.DOWNLOAD, "old", path=tmp_path / "file"), list)
+    commands = [
+        (StateAction.LIST, ""),
+        (StateAction.DESCRIBE, "old"),
+        (StateAction.FORK, "old"),
+        (StateAction.DOWNLOAD, "old"),
+        (StateAction.UPLOAD, ""),
+        (StateAction.DELETE, "old"),
+    ]
+    struck = 0
+
+    def strike(*_: object, **__: object) -> bool:
+        nonlocal struck
+        struck += 1
+        return True
+
+    with patched(lambda patch: before(patch, owner, name, strike)):
+        beside = driver.submit([PROMPTS[2]], **parameters(0))
+        asked = [
+            driver.submit([PROMPTS[0]], **kept),
+            driver.submit([[9]], state="old", max_tokens=4),
+            driver.submit([PROMPTS[1]], session="talk", max_tokens=4, ignore_eos=True),
+        ]
+        for action, state in commands:
+            path = tmp_path / ("file" if action is StateAction.UPLOAD else "other")
+            told = driver.command(action, state, path=path)
+            assert isinstance(told, list) or told.reason in (RefusalReason.FAILED, RefusalReason.UNKNOWN_STATE)
+        settle(driver)
+    assert struck
+    assert driver.answers[beside, 0].token_ids == alone(("cpu", False))[2, 0].token_ids
+    for request in asked:
+        assert request in driver.rejected or driver.answers[request, 0].finish_reason is not FinishReason.RUNNING
+    # And everything works again, with as much room as before.
+    assert driver.engine._states is not None and not driver.engine._states._reserved.total()
+    again = driver.submit([PROMPTS[3]], **kept, name="new")
+    driver.run()
+    assert isinstance(driver.answers[again, 0].state, StateInfo)
+    assert not isinstance(driver.command(StateAction.FORK, "new"), Refusal)
+    assert not isinstance(driver.command(StateAction.DELETE, "new"), Refusal)

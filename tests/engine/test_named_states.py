@@ -447,6 +447,21 @@ def test_states_expire_and_make_room() -> None:
     assert states.nbytes == 1 and states.stats({}).transcript_bytes == 4
 
 
+def test_transcripts_have_their_room() -> None:
+    """Of states of a few bytes: they would fill the host's memory with what they are states of."""
+    states = NamedStates(Lot(), StateLimits(nbytes=10, state_nbytes=1, transcript_nbytes=100))
+    states.reserve("a", 1)
+    state = states.complete(states.save("a", None, None, pack_tokens(range(20))))
+    states.reserve("b", 1)
+    other = states.complete(states.save("b", None, None, pack_tokens(range(100, 105))))
+    with pytest.raises(NoRoomError, match="the transcripts of those that are kept take 100 bytes of memory, of at mo"):
+        states.reserve("a", 1)
+    states.delete(other)
+    states.reserve("a", 2)
+    states.complete(states.fork(state, None, None))
+    assert states.stats({}).transcript_bytes == 80
+
+
 def test_each_tenant_has_limits_of_its_own() -> None:
     limits = StateLimits(nbytes=1000, state_nbytes=1, count=4, tenant_nbytes=2, tenant_count=3)
     states = NamedStates(Lot(), limits)

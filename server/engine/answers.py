@@ -11,6 +11,7 @@ from server.engine.sampler import DEAD_END
 from server.engine.saves import Saves
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.snapshot import RestoreError
 from server.engine.state_keeping import StateKeeping
 from server.engine.state_requests import Told, Waiting, complaint
 from server.engine.stats import Figures
@@ -139,15 +140,29 @@ class Answers:
     def break_off(self, broken: Mapping[Sequence, Exception]) -> None:
         """End sequences that exceptions have struck, and those that wait for the end of their prompts.
 
+        Those whose parked states could not be restored begin again instead, without them.
+
         Raises:
             Exception: the device is ill.
         """
+        unrestored = [seq for seq, error in broken.items() if isinstance(error, RestoreError)]
+        for seq in unrestored:
+            logger.warning("a prompt of %d tokens is absorbed whole: %s", len(seq.prompt), broken[seq])
+            self._begin_again(seq)
+        broken = {seq: error for seq, error in broken.items() if not isinstance(error, RestoreError)}
         for error in set(broken.values()):
             self._runner.check_device(error)
             count = sum(cause is error for cause in broken.values())
             logger.error("%d choices end with an error", count, exc_info=error)
         for seq, error in broken.items():
             self.end_group(seq, FinishReason.ERROR, error=complaint(error))
+
+    def _begin_again(self, seq: Sequence) -> None:
+        again = self._scheduler.begin_again(seq)
+        if self._reuse is not None:
+            self._reuse.leave(seq)
+        choices = self.open[seq.client, seq.request_id]
+        choices[choices.index(seq)] = again
 
     def report_prompts(self, step: PendingStep) -> None:
         """Tell the log-probabilities of prompts that a step has found."""

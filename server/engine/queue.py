@@ -84,9 +84,11 @@ class WaitingQueue:
         """How many of a tenant's sequences wait or run."""
         return self._waiting[tenant] + self._running[tenant]
 
-    def add(self, seq: Sequence) -> None:
-        """Put a sequence behind those of its tenant and priority."""
-        self._add(seq, next(self._behind))
+    def add(self, seq: Sequence, *, first: bool = False) -> None:
+        """Put a sequence behind those of its tenant and priority; ``first``: before them."""
+        self._places[seq] = next(self._before if first else self._behind)
+        self._waiting[seq.tenant] += 1
+        self._join_line(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Take out a sequence that is no longer wanted.
@@ -140,7 +142,7 @@ class WaitingQueue:
     def swap(self, seq: Sequence) -> None:
         """Put a sequence that ran before those of its tenant and priority, who came later."""
         self.end(seq)
-        self._add(seq, next(self._before))
+        self.add(seq, first=True)
 
     def overtaken(self) -> Iterator[str]:
         """The tenants of whom a sequence waits that is more urgent than one that runs."""
@@ -152,11 +154,6 @@ class WaitingQueue:
     def line(self, tenant: str) -> Iterator[Sequence]:
         """A tenant's waiting sequences, the most urgent first; the queue must not change meanwhile."""
         return _by_priority(self._classes.get(tenant, {}))
-
-    def _add(self, seq: Sequence, place: int) -> None:
-        self._places[seq] = place
-        self._waiting[seq.tenant] += 1
-        self._join_line(seq)
 
     def _join_line(self, seq: Sequence) -> None:
         line = self._classes.setdefault(seq.tenant, {}).setdefault(seq.priority, [])

@@ -134,7 +134,7 @@ class PrefixReuse:
             return True  # it has a state to begin with
         if seq.ticket is None:
             # Who wants to know how likely the prompt is must absorb it.
-            reuse = seq.params.prompt_logprobs is None or seq.leads_again
+            reuse = not seq.absorbs_all and (seq.params.prompt_logprobs is None or seq.leads_again)
             scope = self._scope(seq.tenant, seq.island)
             seq.ticket = Ticket(
                 scope, seq.packed_prompt, seq.checkpoint_at, reuse, priority=seq.priority, grows=seq.grows

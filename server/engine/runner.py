@@ -22,6 +22,7 @@ from server.engine.sampler import Sampled, SamplePlan, has_bias, has_penalties, 
 from server.engine.scoring import ScorePlan, Scores, pack_scores, plan_scores, score_rows
 from server.engine.sequence import Sequence
 from server.engine.snapshot import (
+    RestoreError,
     Snapshot,
     fold_slot,
     fork_slot,
@@ -361,7 +362,10 @@ class Runner:
                 else:
                     logits_V = self._restore_one(snapshot, slots)
             except Exception as error:
-                broken.update(dict.fromkeys(sequences, error))
+                self.check_device(error)
+                failure = RestoreError(f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+                broken.update(dict.fromkeys(sequences, failure))
                 logits_V = torch.zeros(self._sampler.vocab_size, device=self._device)
             for seq in sequences:
                 if logits_V is not None:

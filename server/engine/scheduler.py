@@ -139,10 +139,23 @@ class Scheduler:
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences behind those of their tenants and priorities that wait already."""
         for seq in sequences:
-            self.waiting.add(seq)
-            if seq.starved:
-                self._starved[seq] = None
-                self.waiting.set_aside(seq)
+            self._add(seq)
+
+    def begin_again(self, seq: Sequence) -> Sequence:
+        """End a sequence that has sampled nothing; the one that waits in its place, before its equals."""
+        again = seq.again()
+        again.followers, seq.followers = seq.followers, []
+        for follower in again.followers:
+            follower.leader = again
+        self.finish(seq, FinishReason.ERROR)
+        self._add(again, first=True)
+        return again
+
+    def _add(self, seq: Sequence, *, first: bool = False) -> None:
+        self.waiting.add(seq, first=first)
+        if seq.starved:
+            self._starved[seq] = None
+            self.waiting.set_aside(seq)
 
     def extend(self, seq: Sequence, tokens: "array[int]", *, last: bool) -> None:
         """Give a sequence more of its prompt; ``last``: all that is left of it."""

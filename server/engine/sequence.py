@@ -1,7 +1,7 @@
 """One choice of one request on its way through the engine."""
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from server.component_settings import CHUNK
@@ -98,6 +98,8 @@ class Sequence:
     snapshot: "Snapshot | None" = None
     """What the slot is to hold when this waiting sequence gets one: its first ``num_launched`` tokens. Of a swapped
     some may wait in the ring."""
+    absorbs_all: bool = False
+    """Whether it begins with nothing that is parked, for what it was to begin with could not be restored."""
     swapped: bool = False
     """Whether it has run, and waits with all that its slot held in its snapshot, or about to be."""
     ticket: "Ticket[Any] | None" = None
@@ -120,6 +122,28 @@ class Sequence:
     finish_reason: FinishReason = FinishReason.RUNNING
     admitted: float = 0.0
     first_token: float = 0.0
+
+    def again(self) -> "Sequence":
+        """The same choice as it was before it got its slot, of one that has sampled nothing; to absorb its prompt."""
+        return replace(
+            self,
+            # Who led it, if somebody did, is through with the prompt: then it has no dealings with the cache.
+            leads_again=self.leads_again or self.ticket is None,
+            absorbs_all=True,
+            leader=None,
+            followers=[],
+            snapshot=None,
+            ticket=None,
+            slot=None,
+            num_launched=0,
+            num_folded=0,
+            num_folded_before=0,
+            num_sampled=0,
+            in_flight=0,
+            cached_tokens=0,
+            closes=False,
+            logits={},
+        )
 
     @property
     def finished(self) -> bool:

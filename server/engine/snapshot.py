@@ -21,6 +21,10 @@ from server.engine.state_pool import StateTensors
 from server.kernels import LayerState
 
 
+class RestoreError(Exception):
+    """A snapshot could not be brought to its slot, though the device is well."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """What a slot held after some tokens. Its memory is its own, and is not written again.

@@ -173,7 +173,6 @@ def now_and_then(patch: Patch, owner: object, name: str, seed: int) -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        pytest.param(runner_module, "restore_snapshot", id="restore"),
         pytest.param(Runner, "_advance_rings", id="upload"),
         pytest.param(Runner, "_save", id="half-way"),
         pytest.param(Runner, "_fork", id="fork"),
@@ -199,6 +198,58 @@ def test_whoever_is_not_struck_gets_the_right_answer(owner: object, name: str, m
         for choice, (index, kind) in random_trace(driver, seed, victims=None).items():
             assert driver.answers[choice].token_ids == expected[index, kind].token_ids
     assert errors and answers
+
+
+@ALL_MODES
+@pytest.mark.parametrize("seed", range(3))
+def test_a_state_that_cannot_be_restored_costs_time_only(seed: int, mode: Mode) -> None:
+    expected = alone(mode)
+    driver = make_driver(mode, max_num_seqs=4)
+    struck = 0
+    rng = random.Random(seed)
+
+    def strike(*_: object, **__: object) -> bool:
+        nonlocal struck
+        failing = rng.random() < 0.5
+        struck += failing
+        return failing
+
+    with patched(lambda patch: before(patch, runner_module, "restore_snapshot", strike)):
+        asked = random_trace(driver, seed, victims=None)
+    assert struck
+    for choice, (index, kind) in (asked | random_trace(driver, seed, victims=None)).items():
+        answer = driver.answers[choice]
+        assert answer.finish_reason is FinishReason.LENGTH
+        assert answer.token_ids == expected[index, kind].token_ids
+
+
+@ALL_MODES
+def test_who_cannot_begin_from_a_state_absorbs_all_of_it(mode: Mode) -> None:
+    """A saved state's transcript, the choices of a prompt, a prompt that comes in pieces, each told of once."""
+    expected = alone(mode)
+    driver = make_driver(mode, max_num_seqs=1)
+    prompt = PROMPTS[3]
+    driver.submit([prompt[:150]], max_tokens=0, save=True, name="text")
+    driver.run()
+    with patched(lambda patch: before(patch, runner_module, "restore_snapshot", lambda *_, **__: True)):
+        before_all = driver.engine.stats().prompt_tokens
+        request = driver.submit([prompt[150:]], state="text", **parameters(0))
+        driver.run()
+        assert driver.answers[request, 0].token_ids == expected[3, 0].token_ids
+        assert driver.answers[request, 0].cached_tokens == 0
+        # The step that could not be used, too.
+        assert driver.engine.stats().prompt_tokens - before_all == 50 + 200
+        choices = driver.submit([prompt], 3, prompt_logprobs=1, **parameters(0))
+        pieces = driver.submit([prompt[:160]], more=True, **parameters(1))
+        for _ in range(9):
+            driver.step()
+        driver.extend(pieces, prompt[160:], last=True)
+        settle(driver)
+    for choice in range(3):
+        assert driver.answers[choices, choice].token_ids == expected[3, 0].token_ids
+    assert len(driver.prompts[choices, 0].logprobs) == 199
+    assert not any((choices, choice) in driver.prompts for choice in (1, 2))
+    assert driver.answers[pieces, 0].token_ids == expected[3, 1].token_ids
 
 
 @ALL_MODES

@@ -7,11 +7,11 @@ how a prompt is cut does not change its result.
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
+from server.engine.admission import Admission
 from server.engine.batch import Batch, Fork, Span
 from server.engine.prompt_budget import PromptBudget, Reuse
 from server.engine.queue import WaitingQueue, in_turns
@@ -20,13 +20,8 @@ from server.engine.state_pool import SlotAllocator
 from server.engine.step_shapes import PromptLimit
 from server.types import FinishReason, Refusal, RefusalReason
 
-if TYPE_CHECKING:
-    from server.engine.prefix_cache import Awaited
-
 _slot = attrgetter("slot")
 
-_MAX_SKIPPED = 256
-"""Most sequences that a step looks at beyond those for which there are slots."""
 _RESERVED_SHARE = 16
 """One in so many places of the queue stays free of any one tenant."""
 
@@ -78,6 +73,7 @@ class Scheduler:
         self._max_per_tenant = max_seqs_per_tenant
         self._several_tenants = several_tenants
         self.waiting = WaitingQueue()
+        self._admission = Admission(self.waiting, allocator)
         self.running: dict[Sequence, None] = {}
         self.held: dict[Sequence, None] = {}
         """Running sequences whose next token is yet to be sampled, when the mask of their constraint is known."""
@@ -89,8 +85,6 @@ class Scheduler:
         """Of the step being scheduled: who gives a slot up, by who gets one."""
         self._swaps: list[tuple[Sequence, int]] = []
         """Of the step being scheduled: who has given a slot up, and which."""
-        self._awaiting: dict[Awaited[Any], list[Sequence]] = {}
-        """Waiting sequences that stand aside, by the snapshot that they wait for."""
         self._kept: dict[Sequence, Sequence] = {}
         """Waiting sequences that have, or are about to get, a snapshot of their prompt, each with who absorbed it."""
 
@@ -172,7 +166,7 @@ class Scheduler:
         Args:
             now: ``time.monotonic()``, noted as the moment of admission of newly leased sequences.
         """
-        candidates = self._candidates()
+        candidates = self._admission.candidates()
         self._swaps = []
         self._victims = self._choose_victims(candidates)
         candidates += self._victims
@@ -228,60 +222,28 @@ class Scheduler:
             saves=tuple(saves),
         )
 
-    def _candidates(self) -> list[Sequence]:
-        """Who may have the free slots, in order; those found to have to wait stand aside from now on.
-
-        Whoever comes before the last free slot has one, and a follower keeps it free until its leader is ready.
-        """
-        for awaited in [awaited for awaited in self._awaiting if not awaited.is_coming]:
-            for seq in self._awaiting.pop(awaited):
-                self.waiting.call_back(seq)
-        free = self.allocator.num_free
-        candidates: list[Sequence] = []
-        blocked: list[Sequence] = []
-        for seq in islice(self.waiting, free + _MAX_SKIPPED if free else 0):
-            (blocked if seq.blocked else candidates).append(seq)
-            if len(candidates) == free:
-                break
-        for seq in blocked:
-            self._set_aside(seq)
-        return candidates
-
-    def _set_aside(self, seq: Sequence) -> None:
-        """Let a waiting sequence that waits for a snapshot stand aside until that has come or failed to."""
-        awaited = seq.awaited
-        if awaited is not None:
-            self.waiting.set_aside(seq)
-            self._awaiting.setdefault(awaited, []).append(seq)
-
     def _share(
         self, prompts: list[Sequence], limit: PromptLimit, candidates: list[Sequence]
     ) -> tuple[dict[Sequence, int], list[Sequence]]:
-        """What :meth:`PromptBudget.share` does. Whoever turns out to have to wait leaves its slot to the next one."""
-        others = self._others(candidates)
+        """What :meth:`PromptBudget.share` does.
+
+        Whoever turns out to wait for a snapshot that another prompt will leave makes room for the next one. Who waits
+        for a file does not, so that few are read at once.
+        """
+        others = self._admission.others(candidates)
         refused: list[Sequence] = []
 
         def replace(seq: Sequence) -> Sequence | None:
+            if seq.awaited is None:
+                return None
             refused.append(seq)
             # One that was to have somebody else's slot leaves none.
             return None if seq in self._victims else next(others, None)
 
         shares = self._budget.share(in_turns(prompts), limit, replace)
         for seq in refused:
-            self._set_aside(seq)
+            self._admission.set_aside(seq)
         return shares
-
-    def _others(self, candidates: list[Sequence]) -> Iterator[Sequence]:
-        """Prompts that come next, up to somebody who wants something else; the queue must not change meanwhile."""
-        placed = set(candidates)
-        for seq in islice(self.waiting, len(placed) + _MAX_SKIPPED):
-            # Followers begin at the end of their leader's prompt at the earliest.
-            if seq in placed or seq.leader in placed or seq.blocked:
-                continue
-            if seq.leader is not None or seq.snapshot is not None:
-                return
-            placed.add(seq)
-            yield seq
 
     def _launch_running(self) -> tuple[list[Span], list[Sequence]]:
         """Decodes of the running sequences, by slot, save those about to give way; and who has prompt tokens left."""
@@ -314,10 +276,6 @@ class Scheduler:
         size = self._ring_size
         return [span for span in decodes if (span.start + 1) % size == 0] if size else []
 
-    def _unblocked(self, waiting: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Who may have a slot, in order, of as many as are worth looking at in a step."""
-        return (seq for seq in islice(waiting, self.allocator.num_free + _MAX_SKIPPED) if not seq.blocked)
-
     def _choose_victims(self, candidates: list[Sequence]) -> dict[Sequence, Sequence]:
         """Whose slots go to more urgent sequences of the same tenants in this step, if these get any tokens.
 
@@ -334,7 +292,7 @@ class Scheduler:
         placed = set(candidates)
         # Who waits for more of its prompt needs no slot meanwhile.
         idle = [seq for seq in self._starved if seq.slot is not None]
-        for seq in self._unblocked(self.waiting) if idle else ():
+        for seq in self._admission.unblocked(self.waiting) if idle else ():
             if len(victims) == min(room, len(idle)):
                 break
             if seq.leader is None and seq not in placed:
@@ -344,7 +302,7 @@ class Scheduler:
             # The least urgent, and of those the newest, gives way first.
             own = (seq for seq in self.running if seq.tenant == tenant and self._may_give_way(seq))
             running = sorted(own, key=lambda seq: (seq.priority, seq.admitted))
-            for seq in self._unblocked(self.waiting.line(tenant)):
+            for seq in self._admission.unblocked(self.waiting.line(tenant)):
                 if len(victims) == room or not running or running[-1].priority <= seq.priority:
                     break
                 if seq.leader is None and seq not in placed:

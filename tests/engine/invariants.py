@@ -20,7 +20,7 @@ def check(engine: Engine) -> None:
     assert scheduler._kept.keys() <= set(waiting)
     assert scheduler._starved.keys() == {seq for seq in open_sequences if seq.starved}
     assert not scheduler._victims
-    awaiting = [seq for seqs in scheduler._awaiting.values() for seq in seqs if not seq.finished]
+    awaiting = [seq for seqs in scheduler._admission.awaiting.values() for seq in seqs if not seq.finished]
     assert Counter(awaiting) == Counter(seq for seq in scheduler.waiting.aside if not seq.starved)
     for seq in open_sequences:
         assert seq.leader is None or (not seq.leader.finished and seq in seq.leader.followers and seq in waiting)

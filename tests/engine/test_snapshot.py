@@ -9,7 +9,8 @@ from torch import Tensor
 
 from server.engine.arrivals import Arrivals
 from server.engine.config import GLAConfig
-from server.engine.snapshot import fork_slot, restore_snapshot, take_snapshot, to_device, to_host
+from server.engine.pinned import PinnedPieces
+from server.engine.snapshot import fork_slot, parked_bytes, restore_snapshot, take_snapshot, to_device, to_host
 from server.engine.state_pool import StateTensors, allocate_states, state_bytes
 from server.kernels import STATE_DTYPES
 from tests.engine.driving import FIXTURES
@@ -83,8 +84,10 @@ def test_a_snapshot_is_what_the_slot_held(name: str, dtype: str, device: str, wa
 @pytest.mark.parametrize("layers", [1, 2, 24])
 def test_a_snapshot_arrives_layer_by_layer(name: str, dtype: str, layers: int) -> None:
     """All of it, in its own slot, and nothing else."""
-    _, states = random_pool(FIXTURES / name, "cuda", dtype, layers)
-    snapshot = to_host(take_snapshot(states, 2, None, num_tokens=64, num_folded=64))
+    config, states = random_pool(FIXTURES / name, "cuda", dtype, layers)
+    nbytes = parked_bytes(states, None, config.vocab_size)
+    snapshot = take_snapshot(states, 2, None, num_tokens=64, num_folded=64)
+    snapshot = to_host(snapshot, PinnedPieces(nbytes, nbytes).take())
     snapshot.wait()
     for part in states.parts.values():
         bits(part).random_(0, 256)

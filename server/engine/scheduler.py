@@ -156,8 +156,8 @@ class Scheduler:
         assert isinstance(seq.prompt, array), "its prompt has come whole"
         seq.prompt.extend(tokens)
         seq.grows = not last
-        if not seq.starved:
-            self._starved.pop(seq, None)
+        if seq in self._starved and not seq.starved:
+            del self._starved[seq]
             self.waiting.call_back(seq)
 
     def schedule(self, now: float) -> Batch | None:

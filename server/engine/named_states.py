@@ -14,11 +14,12 @@ import heapq
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from server.engine.ledger import Ledger
 from server.engine.radix import TOKEN_BYTES
 from server.engine.stats import Histogram, seconds_histogram
 from server.engine.tiers import Entry
@@ -224,7 +225,7 @@ class NamedStates:
         self._expiries: list[tuple[float, str]] = []
         self._reserved: Counter[str] = Counter()
         self._num_writing = 0
-        self._used = _Ledger()
+        self._used = Ledger()
         self.counts: Counter[str] = Counter(dict.fromkeys(OPERATIONS, 0))
         self.failed = 0
         self.seconds: dict[str, Histogram] = {name: seconds_histogram() for name in TIMED_OPERATIONS}
@@ -452,49 +453,3 @@ def _pass_on(done: "Future[None]", waiting: "Future[None]") -> None:
         waiting.set_result(None)
     else:
         waiting.set_exception(error)
-
-
-class _Ledger:
-    """How many states there are and what they take, of each tenant and in all (None).
-
-    What several states share counts once for each tenant, and once in all.
-    """
-
-    def __init__(self) -> None:
-        self.count: Counter[str | None] = Counter()
-        self.nbytes: Counter[str | None] = Counter()
-        self.transcript_bytes = 0
-        self._transcripts: Counter[int] = Counter()
-        self._charges: dict[str, list[tuple[Hashable, int]]] = {}
-        self._sharers: Counter[tuple[str | None, Hashable]] = Counter()
-
-    def add(self, state: NamedState) -> None:
-        if state.file is not None:
-            charges: list[tuple[Hashable, int]] = [(state.id, state.file.nbytes)]
-        else:
-            charges = [] if state.entry is None else [(state.entry, state.entry.nbytes)]
-        # Forks have one transcript.
-        self._transcripts[id(state.tokens)] += 1
-        if self._transcripts[id(state.tokens)] == 1:
-            self.transcript_bytes += len(state.tokens)
-        self._charges[state.id] = charges
-        for owner in (None, state.tenant):
-            self.count[owner] += 1
-            for what, nbytes in charges:
-                self._sharers[owner, what] += 1
-                if self._sharers[owner, what] == 1:
-                    self.nbytes[owner] += nbytes
-
-    def remove(self, state: NamedState) -> None:
-        self._transcripts[id(state.tokens)] -= 1
-        if not self._transcripts[id(state.tokens)]:
-            del self._transcripts[id(state.tokens)]
-            self.transcript_bytes -= len(state.tokens)
-        charges = self._charges.pop(state.id)
-        for owner in (None, state.tenant):
-            self.count[owner] -= 1
-            for what, nbytes in charges:
-                self._sharers[owner, what] -= 1
-                if not self._sharers[owner, what]:
-                    del self._sharers[owner, what]
-                    self.nbytes[owner] -= nbytes

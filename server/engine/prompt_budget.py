@@ -12,6 +12,11 @@ PREFILL_GRID = CHUNK
 """Prompt pieces end at multiples of this position (the kernels' chunk), or at the prompt's end."""
 
 
+_MOST_PAUSES = 3
+"""Steps in a row that leave prompts alone: requests that were absorbed in one step after the other fold in one step
+after the other, too."""
+
+
 class Reuse(Protocol):
     """What the scheduler asks of prefix reuse; see :class:`server.engine.reuse.PrefixReuse`."""
 
@@ -51,21 +56,21 @@ class PromptBudget:
         self._limits = limits
         self._num_slots = num_slots
         self._reuse = reuse
-        self._paused = False
+        self._pauses = 0
 
     def limit(self, decodes: int, folds: int) -> PromptLimit:
         """How many prompt tokens a step with so many decodes and folds absorbs, and of how many prompts.
 
-        A step may leave prompts alone for the sake of its folds, but never two in a row.
+        A step may leave prompts alone for the sake of its folds, but never four in a row.
         """
         limits = self._limits
         tokens, prompts = max(self.tokens - decodes, PREFILL_GRID), self._num_slots
         if limits:
             index = min(bisect_left(limits, (decodes,)), len(limits) - 1)
             index = min(bisect_left(limits, (limits[index].decodes, folds)), len(limits) - 1)
-            least = 0 if limits[index].tokens == 0 and not self._paused else PREFILL_GRID
+            least = 0 if limits[index].tokens == 0 and self._pauses < _MOST_PAUSES else PREFILL_GRID
             tokens, prompts = max(least, min(tokens, limits[index].tokens)), limits[index].prompts
-        self._paused = not tokens
+        self._pauses = 0 if tokens else self._pauses + 1
         return PromptLimit(decodes, folds, tokens, prompts)
 
     def share(

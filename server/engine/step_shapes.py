@@ -15,6 +15,7 @@ MAX_ROWS = 1024
 """Larger batches run without a graph: their kernels take longer than launching them does."""
 _PROMPT_ROWS = (0, 1, 8, 32, 64, 128, 256, 512, MAX_ROWS)
 """Decodes beside prompts: fewer sizes than for decodes alone, since each comes with many numbers of tokens."""
+_FEW_TOKENS = 16
 _SPANS = 8
 _MANY_SPANS = 32
 """Spans of a step, besides one. Those that are not there cost programs that find nothing to do."""
@@ -80,14 +81,15 @@ def token_ladder(max_tokens: int, *, decodes: int = 0) -> list[int]:
     """Numbers of prompt tokens to capture beside so many decodes, ascending, the last one ``max_tokens``.
 
     Steps of the prompts' grid while these are few, then of a quarter of the power of two below all rows, as products
-    take whole tiles of rows. Beside decodes at most two pieces of the grid, for the sake of fine limits.
+    take whole tiles of rows. Beside decodes at most two pieces of the grid, for the sake of fine limits; alone, the few
+    tokens that go on behind a known prefix have a size of their own, since somebody waits for nothing else.
     """
     sizes = [min(CHUNK, max_tokens)]
     while sizes[-1] < max_tokens:
         step = max(CHUNK, (1 << ((decodes + sizes[-1]).bit_length() - 1)) // 4)
         step = min(step, 2 * CHUNK) if decodes else max(step, min(sizes[-1], 2 * CHUNK))
         sizes.append(min(sizes[-1] + step, max_tokens))
-    return sizes
+    return sizes if decodes or sizes[0] <= _FEW_TOKENS else [_FEW_TOKENS, *sizes]
 
 
 def prompt_rows(max_rows: int) -> list[int]:
@@ -152,7 +154,7 @@ def limit_prompts(
         saved = _PADDING_SAVED * (full[rows] - quiet_seconds)
         each = 0.0 if fold_seconds is None else fold_seconds.get(rows, 0.0)
         usual = decodes // ring_size if each else decodes
-        for folds in sorted({max(usual, decodes // parts) for parts in (8, 4, 2, 1)}):
+        for folds in sorted({usual, *(max(usual, decodes // parts) for parts in (8, 4, 2, 1))}):
             room = allowed_seconds(quiet_seconds) + saved - (folds - usual) * each
             tokens = _most_tokens(times, room)
             if folds == usual:

@@ -339,7 +339,7 @@ def test_steps_take_the_smallest_graph_that_holds_them(
     driver.submit(prompts, temperature=0.0, max_tokens=3, ignore_eos=True)
     driver.run()
     # The first prompt, two steps alone; two prompts beside a decode; two steps of all three.
-    assert launched == [(0, 64, 1), (1, 0, 0), (1, 0, 0), (1, 64, 8), (4, 0, 0), (4, 0, 0)]
+    assert launched == [(0, 16, 1), (1, 0, 0), (1, 0, 0), (1, 64, 8), (4, 0, 0), (4, 0, 0)]
 
 
 @ON_EACH_DEVICE

@@ -376,7 +376,7 @@ def test_prompts_get_less_where_many_decodes_fold_at_once() -> None:
     assert taken == [(1, 256), (2, 192), (0, 256), (0, 256)] * 2
 
 
-def test_prompts_wait_while_decodes_fold_but_never_two_steps_in_a_row() -> None:
+def test_prompts_wait_while_decodes_fold_but_never_four_steps_in_a_row() -> None:
     limits = ((0, 0, 512, 3), (4, 0, 256, 2), (4, 4, 0, 2))
     scheduler = make_limited(limits)
     scheduler.add([make_sequence(length, max_tokens=None, request_id=length) for length in (1, 2, 2)])
@@ -390,8 +390,15 @@ def test_prompts_wait_while_decodes_fold_but_never_two_steps_in_a_row() -> None:
         folds = [(span.start + 1) % 4 == 0 for span in batch.decodes]
         assert folds == [True] * batch.num_folding + [False] * (3 - batch.num_folding)
         taken.append((batch.num_folding, batch.num_tokens - len(batch.decodes)))
-    assert taken == [(0, 256), (2, 0), (1, 64), (0, 256)] * 2
+    # Requests that came one step after the other fold one step after the other.
+    assert taken == [(0, 256), (2, 0), (1, 0), (0, 256)] * 2
     assert prompt.slot is not None
+    always = make_limited(((0, 0, 512, 3), (4, 0, 0, 2)))
+    always.add([make_sequence(2, max_tokens=None, request_id=0)])
+    always.schedule(0.0)
+    always.add([make_sequence(100_000, request_id=99)])
+    batches = [always.schedule(0.0) for _ in range(8)]
+    assert [batch.num_tokens - len(batch.decodes) for batch in batches if batch is not None] == [0, 0, 0, 64] * 2
 
 
 def test_a_step_takes_pieces_of_a_limited_number_of_prompts() -> None:

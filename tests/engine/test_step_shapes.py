@@ -112,9 +112,12 @@ def test_where_many_decodes_fold_at_once_there_is_less_time_for_prompts() -> Non
     quiet = [(256, 4e-3)]  # up to 7 ms
     seconds = {StepShape(256, tokens, 8): 4e-3 + tokens * 6e-6 for tokens in (64, 128, 256, 512)}
     limits = limit_prompts(quiet, seconds, 512, ring_size=16, fold_seconds={256: 25e-6})
-    assert limits[1:] == ((256, 32, 256, 8), (256, 64, 256, 8), (256, 128, 0, 8), (256, 256, 0, 8))
+    assert limits[1:] == (
+        *((256, 16, 256, 8), (256, 32, 256, 8), (256, 64, 256, 8)),
+        *((256, 128, 0, 8), (256, 256, 0, 8)),
+    )
     slow = limit_prompts(quiet, seconds, 512, ring_size=16, fold_seconds={256: 50e-6})
-    assert [limit.tokens for limit in slow[1:]] == [256, 64, 0, 0]
+    assert [limit.tokens for limit in slow[1:]] == [256, 256, 64, 0, 0]
     in_place = limit_prompts(quiet, seconds, 512, ring_size=16, fold_seconds={128: 25e-6})
     assert in_place[1:] == ((256, 256, 256, 8),)
 
@@ -123,3 +126,7 @@ def test_where_even_the_smallest_piece_is_too_slow_prompts_still_move_on() -> No
     quiet = [(1, 1e-3), (2, 1e-3)]
     limits = limit_prompts(quiet, {StepShape(2, 64, 8): 1.0, StepShape(2, 128, 8): 1.0}, 128)
     assert limits == ((0, 0, 128, 8), (1, 1, 64, 8), (2, 2, 64, 8))
+    # With rings, but for steps with more folds than usual.
+    quiet = [(32, 1e-3)]
+    limits = limit_prompts(quiet, {StepShape(32, 64, 8): 2e-3}, 128, ring_size=16, fold_seconds={32: 25e-6})
+    assert limits[1:] == ((32, 2, 64, 8), (32, 4, 0, 8), (32, 8, 0, 8), (32, 16, 0, 8), (32, 32, 0, 8))

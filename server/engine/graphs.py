@@ -78,7 +78,7 @@ class StepGraphs:
 
     def folds_every_token(self, shape: StepShape) -> bool:
         """Whether the decodes of such steps update their states with every token."""
-        return folds_every_token(shape.decodes, self._step.states.layers[0].values_SGKV)
+        return folds_every_token(shape.decodes, self._step.states.layers[0])
 
     def absorb(self, shape: StepShape, batch: Batch, order: list[int], pending: list[int], num_folding: int) -> None:
         """Absorb a batch's tokens and form the logits wanted, without waiting for the device.

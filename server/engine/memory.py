@@ -27,7 +27,15 @@ from server.engine.model import GLAModel, Hidden
 from server.engine.runner import Runner
 from server.engine.sampler import SamplePlan, Sampler
 from server.engine.scoring import SCORED_ROWS, score_rows
-from server.engine.snapshot import fork_slot, parked_bytes, restore_snapshot, take_snapshot, to_host
+from server.engine.snapshot import (
+    fold_slot,
+    fork_slot,
+    parked_bytes,
+    restore_snapshot,
+    shrink,
+    take_snapshot,
+    to_host,
+)
 from server.engine.snapshot_store import MAX_LEAVING
 from server.engine.state_pool import NULL_SLOT, StateTensors, allocate_states, state_bytes
 from server.engine.step import StepModel
@@ -36,7 +44,7 @@ from server.engine.swap import MAX_LEAVING as MAX_SWAPPING
 from server.engine.swap import SwapSpace
 from server.engine.tiers import Tier
 from server.errors import CheckpointError, SettingsError
-from server.kernels import STATE_DTYPES, RingRows
+from server.kernels import STATE_DTYPES, RingRows, folds_every_token
 
 logger = logging.getLogger(__name__)
 
@@ -253,12 +261,12 @@ def _prepare_cpu() -> None:
         mallopt(_M_MMAP_THRESHOLD, _MALLOC_KEEP)
 
 
-def _more_decodes(kv_heads: int) -> list[int]:
-    """Numbers of decodes whose kernels differ from those of a few, on a GPU: the least of each kind."""
+def _more_decodes(kv_heads: int) -> int:
+    """The least number of decodes whose kernels differ from those of a few, on a GPU."""
     # Imported here: it brings Triton, which a CPU server does without.
-    from server.kernels.buffered import FEW_HEADS, FOLD_HEADS
+    from server.kernels.buffered import FEW_HEADS
 
-    return [heads // kv_heads + 1 for heads in (FEW_HEADS, FOLD_HEADS)]
+    return FEW_HEADS // kv_heads + 1
 
 
 @torch.inference_mode()
@@ -297,9 +305,13 @@ def _run_worst_case(
     hidden = Hidden(torch.zeros((num_tokens, model.config.hidden_size), dtype=model.dtype, device=device))
     scored = torch.arange(num_tokens, device=device)[:SCORED_ROWS]
     score_rows(model, hidden, scored, torch.zeros_like(scored), config.max_logprobs)
-    snapshot = to_host(take_snapshot(states, 1, logits[0], num_tokens=1, num_folded=1))
-    restore_snapshot(states, snapshot, [2, 3])
+    snapshot = take_snapshot(states, 1, logits[0], num_tokens=1, num_folded=1)
+    restore_snapshot(states, to_host(snapshot), [2, 3])
     fork_slot(states, 2, [1])
+    if states.ring_size:
+        fold_slot(states, 1, 1)
+    if (parked_dtype := STATE_DTYPES.get(config.state_cache.dtype)) is not None:
+        restore_snapshot(states, shrink(snapshot, parked_dtype), [2, 3])
 
 
 def _steps(states: StateTensors, max_rows: int, max_tokens: int, device: torch.device) -> list[ModelInputs]:
@@ -313,7 +325,8 @@ def _steps(states: StateTensors, max_rows: int, max_tokens: int, device: torch.d
     ]
     if on_cuda:
         steps += [(0, (length,), rows[:1].repeat(length)) for length in _SHORT_STEPS]
-        steps += [(decodes, (1,), rows[:1]) for decodes in _more_decodes(states.recurrent_LSGKV.shape[2])]
+        steps.append((1, (), rows[:1]))
+        steps.append((_more_decodes(states.layers[0].values_SGKV.shape[1]), (1,), rows[:1]))
         # Prompts few to many: their number decides about kernels and about the memory for float32 copies of smaller
         # states, which is largest beside a full budget of tokens.
         most = min(num_rows, num_tokens)
@@ -328,7 +341,7 @@ def _steps(states: StateTensors, max_rows: int, max_tokens: int, device: torch.d
 def _inputs(
     states: StateTensors, device: torch.device, num_decodes: int, lengths: tuple[int, ...], output_rows_R: Tensor
 ) -> ModelInputs:
-    """A step of so many decodes and of prompts of these lengths."""
+    """A step of so many decodes and of prompts of these lengths; without prompts, as it is captured."""
     spans = num_decodes + len(lengths)
     # A slot each while there are some, then the null slot.
     slots = torch.arange(1, spans + 1, device=device)
@@ -336,14 +349,15 @@ def _inputs(
     ring_rows = None
     if states.ring_size:
         none = torch.zeros(num_decodes + 1, dtype=torch.int64, device=device)
-        ring_rows = RingRows(pending_N=none[:-1], num_folding=none[-1:])
+        every_token = not lengths and folds_every_token(num_decodes, states.layers[0])
+        ring_rows = RingRows(pending_N=none[:-1], num_folding=None if every_token else none[-1:])
     return ModelInputs(
         token_ids_T=torch.zeros(num_decodes + sum(lengths), dtype=torch.int64, device=device),
         num_decodes=num_decodes,
         slots_N=slots,
         from_zero_N=torch.ones(spans, dtype=torch.bool, device=device),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-        longest_prefill=max(lengths),
+        longest_prefill=max(lengths, default=0),
         output_rows_R=output_rows_R,
         ring_rows=ring_rows,
     )

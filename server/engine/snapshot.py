@@ -18,7 +18,7 @@ from torch import Tensor
 
 from server.engine.pinned import ALIGNMENT, PinnedPiece
 from server.engine.state_pool import StateTensors
-from server.kernels import LayerState
+from server.kernels import SPLIT, LayerState, held_shape, state_itemsize
 
 
 class RestoreError(Exception):
@@ -31,7 +31,7 @@ class Snapshot:
 
     Attributes:
         parts: by name as in :class:`StateTensors`, [layers, ...] each; on the pool's device, or on the host. Recurrent
-            states may be of a smaller type than the pool's, and then have scales of their own.
+            states may be held in another type than the pool's, and then have scales of their own.
         logits_V: float32 [vocab_size], of the last token; on the same device as the parts. None: they were not at hand,
             and whoever begins here has to absorb something first.
         num_tokens: tokens of the transcript that the slot has absorbed.
@@ -86,16 +86,38 @@ def shrink(snapshot: Snapshot, dtype: torch.dtype) -> Snapshot:
 
     What waits in rings stays as it is. States that take no more than this already are returned as they are.
     """
-    parts = dict(snapshot.parts)
-    states_LGKV = parts["recurrent"]
-    if states_LGKV.dtype.itemsize <= dtype.itemsize:
+    if state_itemsize(snapshot.parts["recurrent"].dtype) <= dtype.itemsize:
         return snapshot
-    layers = torch.arange(len(states_LGKV), device=states_LGKV.device)
-    parts["recurrent"] = torch.empty_like(states_LGKV, dtype=dtype)
+    return replace(snapshot, parts=hold_as(snapshot.parts, dtype))
+
+
+def hold_as(parts: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parts of a snapshot with the recurrent states held in another type, rounded to nearest where it is smaller.
+
+    Args:
+        parts: as in :class:`Snapshot`.
+        dtype: one of the types of :data:`server.kernels.STATE_DTYPES`, or :data:`server.kernels.SPLIT`.
+
+    Returns:
+        New recurrent states, with scales if they are uint8; the other parts as they are.
+    """
+    recurrent = parts["recurrent"]
+    held = {name: part for name, part in parts.items() if name != "scales"}
+    if (recurrent.dtype, dtype) == (SPLIT, torch.bfloat16):
+        return held | {"recurrent": recurrent[:, 0].view(dtype).clone()}
+    if (recurrent.dtype, dtype) == (torch.bfloat16, SPLIT):
+        upper = recurrent.view(SPLIT)
+        return held | {"recurrent": torch.stack((upper, torch.zeros_like(upper)), 1)}
+    layers_L = torch.arange(len(recurrent), device=recurrent.device)
+    states_LGKV = LayerState.of(recurrent, parts.get("scales")).load(layers_L)
+    if dtype == torch.float32:
+        return held | {"recurrent": states_LGKV}
+    num_layers, kv_heads, head_k, head_v = states_LGKV.shape
+    held["recurrent"] = states_LGKV.new_empty((num_layers, *held_shape(kv_heads, head_k, head_v, dtype)), dtype=dtype)
     if dtype == torch.uint8:
-        parts["scales"] = states_LGKV.new_empty(states_LGKV.shape[:-1], dtype=torch.float32)
-    LayerState(parts["recurrent"], parts.get("scales")).store(layers, LayerState(states_LGKV).load(layers))
-    return replace(snapshot, parts=parts)
+        held["scales"] = states_LGKV.new_empty(states_LGKV.shape[:-1])
+    LayerState.of(held["recurrent"], held.get("scales")).store(layers_L, states_LGKV)
+    return held
 
 
 def to_host(snapshot: Snapshot, piece: PinnedPiece | None = None) -> Snapshot:
@@ -175,13 +197,13 @@ def parked_bytes(states: StateTensors, dtype: torch.dtype | None, vocab_size: in
         dtype: to which recurrent states are rounded; None: they are not.
         vocab_size: number of logits.
     """
-    recurrent_LSGKV = states.recurrent_LSGKV
     sizes = {name: part_LS[:, 0].nbytes for name, part_LS in states.parts.items()}
-    if dtype is not None and dtype.itemsize < recurrent_LSGKV.dtype.itemsize:
-        numbers = recurrent_LSGKV[:, 0].numel()
+    itemsize = state_itemsize(states.parts["recurrent"].dtype)
+    if dtype is not None and dtype.itemsize < itemsize:
+        numbers = sizes["recurrent"] // itemsize
         sizes["recurrent"] = numbers * dtype.itemsize
         if dtype == torch.uint8:
-            sizes["scales"] = 4 * numbers // recurrent_LSGKV.shape[-1]
+            sizes["scales"] = 4 * numbers // states.parts["recurrent"].shape[-1]
     return sum(map(_aligned, sizes.values())) + _aligned(4 * vocab_size)
 
 
@@ -191,7 +213,7 @@ def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[i
     Returns:
         The snapshot's logits, if it has them, float32 [vocab_size], on the pool's device.
     """
-    device = states.recurrent_LSGKV.device
+    device = states.device
     parts = dict(snapshot.parts)
     if snapshot.num_folded == snapshot.num_tokens:
         # Nothing waits in the ring: what a slot's ring holds then is nobody's business.
@@ -199,10 +221,9 @@ def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[i
     if parts["recurrent"].device.type != device.type:
         snapshot = to_device(replace(snapshot, parts=parts), device)
         parts = dict(snapshot.parts)
-    pool_dtype = states.recurrent_LSGKV.dtype
-    if parts["recurrent"].dtype != pool_dtype:
-        layers = torch.arange(len(parts["recurrent"]), device=device)
-        parts["recurrent"] = LayerState(parts["recurrent"], parts.pop("scales", None)).load(layers).to(pool_dtype)
+    held_dtype = states.parts["recurrent"].dtype
+    if parts["recurrent"].dtype != held_dtype:
+        parts = hold_as(parts, held_dtype)
     _spread(states, slots, parts)
     return snapshot.logits_V
 
@@ -219,7 +240,7 @@ def fold_slot(states: StateTensors, slot: int, num_pending: int) -> None:
     )
     total_LGK = decays_LGPK[:, :, -1]
     keys_LGPK = keys_LGPK * (total_LGK.unsqueeze(2) - decays_LGPK).exp()
-    state = LayerState(parts["recurrent"], parts.get("scales"))
+    state = LayerState.of(parts["recurrent"], parts.get("scales"))
     layers = torch.arange(len(total_LGK), device=total_LGK.device)
     states_LGKV = state.load(layers).mul_(total_LGK.exp().unsqueeze(-1))
     state.store(layers, states_LGKV.add_(keys_LGPK.transpose(2, 3) @ values_LGPV))
@@ -238,8 +259,8 @@ def _spread(states: StateTensors, slots: Sequence[int], parts: Mapping[str, Tens
         for name, part_L in parts.items():
             states.parts[name][:, slots[0]].copy_(part_L)
         return
-    host = torch.tensor(slots, dtype=torch.int64, pin_memory=states.recurrent_LSGKV.is_cuda)
-    slots_N = host.to(states.recurrent_LSGKV.device, non_blocking=True)
+    host = torch.tensor(slots, dtype=torch.int64, pin_memory=states.device.type == "cuda")
+    slots_N = host.to(states.device, non_blocking=True)
     for name, part_L in parts.items():
         states.parts[name].index_copy_(1, slots_N, part_L.unsqueeze(1).expand(-1, len(slots), *part_L.shape[1:]))
 

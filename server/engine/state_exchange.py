@@ -15,10 +15,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from server.engine.snapshot import Snapshot, fold_slot
+from server.engine.snapshot import Snapshot, fold_slot, hold_as
 from server.engine.state_file import Part, StateFileError, describe
 from server.engine.state_pool import StateTensors
-from server.kernels import STATE_DTYPES, LayerState
+from server.kernels import SPLIT, STATE_DTYPES, held_shape, state_itemsize
 
 TRANSCRIPT: Final = "transcript"
 """The tensor of a saved state's tokens, beside the parts of its snapshot."""
@@ -66,13 +66,15 @@ def adapt(snapshot: Snapshot, pool: Mapping[str, Part], *, exact: bool) -> Snaps
     if not fits:
         for name in _RING:
             parts.pop(name, None)
-    if dtype.itemsize > target.itemsize and exact:
+    smaller = state_itemsize(target) < state_itemsize(dtype)
+    if smaller and exact:
         raise RoundingError(
-            f"its recurrent states are {describe(_part(snapshot.parts['recurrent']))}; this server holds them as "
-            f"{describe(pool['recurrent'])} and would have to round them"
+            f"its recurrent states are {_held(_part(snapshot.parts['recurrent']))}; this server holds them as "
+            f"{_held(pool['recurrent'])} and would have to round them"
         )
-    if parts["recurrent"].dtype.itemsize > target.itemsize:
-        parts = _round(parts, target)
+    held_as = parts["recurrent"].dtype
+    if held_as != target and state_itemsize(held_as) >= state_itemsize(target):
+        parts = hold_as(parts, target)
     if "conv" in parts:
         parts["conv"] = _convert(parts["conv"], pool["conv"].dtype, exact=exact)
     return replace(snapshot, parts=parts, num_folded=snapshot.num_tokens - pending)
@@ -83,10 +85,10 @@ def _check(snapshot: Snapshot, pool: Mapping[str, Part]) -> None:
     parts = snapshot.tensors()
     if missing := {"recurrent", *({"conv"} & pool.keys())} - parts.keys():
         raise StateFileError(f"holds no {min(missing)}: a state of another kind of model")
-    layers, heads, head_k, head_v = pool["recurrent"].shape
+    layers, *_, heads, head_k, head_v = pool["recurrent"].shape
     ring_size = parts[_RING[0]].shape[2] if _RING[0] in parts and parts[_RING[0]].dim() == 4 else 0
     shapes = {
-        "recurrent": (layers, heads, head_k, head_v),
+        "recurrent": (layers, *held_shape(heads, head_k, head_v, parts["recurrent"].dtype)),
         "scales": (layers, heads, head_k),
         "ring_keys": (layers, heads, ring_size, head_k),
         "ring_values": (layers, heads, ring_size, head_v),
@@ -94,7 +96,12 @@ def _check(snapshot: Snapshot, pool: Mapping[str, Part]) -> None:
         "conv": pool["conv"].shape if "conv" in pool else None,
         "logits": pool["logits"].shape,
     }
-    dtypes = {"recurrent": tuple(STATE_DTYPES.values()), "ring_keys": _FLOATS, "ring_values": _FLOATS, "conv": _FLOATS}
+    dtypes = {
+        "recurrent": (*STATE_DTYPES.values(), SPLIT),
+        "ring_keys": _FLOATS,
+        "ring_values": _FLOATS,
+        "conv": _FLOATS,
+    }
     for name, tensor in parts.items():
         shape = shapes.get(name)
         if shape is None:
@@ -115,26 +122,9 @@ def _check(snapshot: Snapshot, pool: Mapping[str, Part]) -> None:
 
 def _fold(parts: Mapping[str, Tensor], pending: int) -> dict[str, Tensor]:
     """The same with float32 recurrent states that have absorbed what waited in the ring."""
-    folded = {name: part for name, part in parts.items() if name != "scales"}
-    folded["recurrent"] = _load(parts)
+    folded = hold_as(parts, torch.float32)
     fold_slot(StateTensors({name: part.unsqueeze(1) for name, part in folded.items()}, ()), 0, pending)
     return folded
-
-
-def _load(parts: Mapping[str, Tensor]) -> Tensor:
-    layers_L = torch.arange(len(parts["recurrent"]))
-    return LayerState(parts["recurrent"], parts.get("scales")).load(layers_L)
-
-
-def _round(parts: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same with recurrent states of a smaller type."""
-    states_LGKV = _load(parts)
-    rounded = {name: part for name, part in parts.items() if name != "scales"}
-    rounded["recurrent"] = torch.empty_like(states_LGKV, dtype=dtype)
-    if dtype == torch.uint8:
-        rounded["scales"] = torch.empty(states_LGKV.shape[:-1])
-    LayerState(rounded["recurrent"], rounded.get("scales")).store(torch.arange(len(states_LGKV)), states_LGKV)
-    return rounded
 
 
 def _convert(conv: Tensor, dtype: torch.dtype, *, exact: bool) -> Tensor:
@@ -144,6 +134,10 @@ def _convert(conv: Tensor, dtype: torch.dtype, *, exact: bool) -> Tensor:
             f"{describe(Part(dtype, tuple(conv.shape)))} and would have to round it"
         )
     return conv.to(dtype)
+
+
+def _held(part: Part) -> str:
+    return f"F32 in two halves, {describe(part)}" if part.dtype == SPLIT else describe(part)
 
 
 def _part(tensor: Tensor) -> Part:

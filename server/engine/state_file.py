@@ -22,14 +22,19 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from server.kernels import SPLIT, is_split_finite
+
 LAYOUT: Final = "gale-state-1"
 """Changes with the meaning of the parts or of the metadata."""
+SPLIT_LAYOUT: Final = "gale-state-2"
+"""The same with recurrent states that are split, of which servers before them do not know."""
 
 _DTYPES: Final = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I32": torch.int32,
+    "I16": torch.int16,
     "U8": torch.uint8,
 }
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
@@ -110,7 +115,8 @@ def write_state(
         end = offset + part.nbytes
         table[name] = {"dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [offset, end]}
         offset = end
-    metadata = {**_unsealed(metadata), "layout": LAYOUT}
+    is_split = any(part.dtype == SPLIT for part in parts.values())
+    metadata = {**_unsealed(metadata), "layout": SPLIT_LAYOUT if is_split else LAYOUT}
     metadata["checksum"] = _checksum(table, metadata)
     digest = metadata["digest"] = _digest(table, metadata, buffers)
     if key is not None:
@@ -207,10 +213,20 @@ def read_state(
 
 
 def check_finite(parts: Mapping[str, Tensor]) -> None:
-    """Raise StateFileError if one of these tensors holds infinities or NaN."""
+    """Raise StateFileError if one of these tensors holds infinities or NaN.
+
+    A split state is one of two halves per layer; integers of other shapes are not looked at.
+    """
     for name, tensor in parts.items():
-        # The extremes are finite if everything is (NaN counts as both), and finding them takes a tenth of the time.
-        if tensor.dtype.is_floating_point and tensor.numel() and not all(e.isfinite() for e in torch.aminmax(tensor)):
+        if not tensor.numel():
+            continue  # whatever its shape says
+        finite = True
+        if tensor.dtype == SPLIT and tensor.dim() > 1 and tensor.shape[1] == 2:
+            finite = all(map(is_split_finite, tensor))  # a layer at a time, which the caches hold
+        elif tensor.dtype.is_floating_point:
+            # The extremes are finite if all are (NaN counts as both), and finding them takes a tenth of the time.
+            finite = all(extreme.isfinite() for extreme in torch.aminmax(tensor))
+        if not finite:
             raise StateFileError(f"{name} holds values that are not finite")
 
 
@@ -246,8 +262,10 @@ def _read_table(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int]:
         except UnicodeEncodeError:
             # Half a surrogate pair, which no message to a client can hold.
             raise StateFileError("not a state: a name, or what the metadata say, is no text") from None
-    if metadata.get("layout") != LAYOUT:
-        raise UnknownLayoutError(f"of layout {metadata.get('layout')!r}; this server reads {LAYOUT!r}")
+    if metadata.get("layout") not in (LAYOUT, SPLIT_LAYOUT):
+        raise UnknownLayoutError(
+            f"of layout {metadata.get('layout')!r}; this server reads {LAYOUT!r} and {SPLIT_LAYOUT!r}"
+        )
     return table, metadata, 8 + length
 
 

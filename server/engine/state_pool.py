@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from server.engine.config import GLAConfig
-from server.kernels import LayerState, Ring, ring_size
+from server.kernels import SPLIT, LayerState, Ring, held_shape, ring_size
 
 NULL_SLOT = 0
 
@@ -23,7 +23,8 @@ class StateTensors:
     """The pool's memory; the kernels read and write it in place.
 
     Attributes:
-        parts: all that is kept of a slot, by name, [layers, slots, ...] each.
+        parts: all that is kept of a slot, by name, [layers, slots, ...] each. On CUDA, of all but the rings, a slot's
+            layers are contiguous.
         layers: of every layer, a view of its recurrent states and what belongs to them.
     """
 
@@ -31,9 +32,9 @@ class StateTensors:
     layers: tuple[LayerState, ...]
 
     @property
-    def recurrent_LSGKV(self) -> Tensor:
-        """[layers, slots, kv_heads, head_k, head_v], of a type in :data:`server.kernels.STATE_DTYPES`."""
-        return self.parts["recurrent"]
+    def device(self) -> torch.device:
+        """Where the pool lies."""
+        return self.parts["recurrent"].device
 
     @property
     def conv_LSWD(self) -> Tensor | None:
@@ -63,15 +64,20 @@ def allocate_states(
         state_dtype: one of :data:`server.kernels.STATE_DTYPES`.
     """
     shapes = _shapes(config, on_cuda=device.type == "cuda", dtype=dtype, state_dtype=state_dtype)
-    parts = {
-        name: torch.empty((config.num_hidden_layers, num_slots + 1, *shape), dtype=part_dtype, device=device)
-        for name, (shape, part_dtype) in shapes.items()
-    }
+    num_layers = config.num_hidden_layers
+    parts = {}
+    for name, (shape, part_dtype) in shapes.items():
+        if name.startswith("ring_") or device.type == "cpu":
+            parts[name] = torch.empty((num_layers, num_slots + 1, *shape), dtype=part_dtype, device=device)
+        else:
+            # All layers of a slot in one piece, which goes over the bus at once.
+            part_SL = torch.empty((num_slots + 1, num_layers, *shape), dtype=part_dtype, device=device)
+            parts[name] = part_SL.transpose(0, 1)
 
     def layer(index: int) -> LayerState:
         part = {name: tensor[index] for name, tensor in parts.items()}
         ring = Ring(part["ring_keys"], part["ring_values"], part["ring_decays"]) if "ring_keys" in part else None
-        return LayerState(part["recurrent"], part.get("scales"), ring)
+        return LayerState.of(part["recurrent"], part.get("scales"), ring)
 
     return StateTensors(parts, tuple(map(layer, range(config.num_hidden_layers))))
 
@@ -82,18 +88,28 @@ def state_bytes(config: GLAConfig, *, on_cuda: bool, dtype: torch.dtype, state_d
     return config.num_hidden_layers * sum(math.prod(shape) * part.itemsize for shape, part in shapes.values())
 
 
+def held_dtype(state_dtype: torch.dtype, dtype: torch.dtype, *, on_cuda: bool) -> torch.dtype:
+    """How a pool holds states: in their type, but float32 ones of a bfloat16 model on CUDA split.
+
+    Outputs of decoding are rounded to the model's type anyway: with bfloat16, rounding what is read of the states adds
+    an error of the same size; a float16 model's outputs are more exact than that.
+    """
+    return SPLIT if on_cuda and state_dtype == torch.float32 and dtype == torch.bfloat16 else state_dtype
+
+
 def _shapes(
     config: GLAConfig, *, on_cuda: bool, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What one layer keeps of one slot: part -> shape and type."""
     kv_heads, head_k, head_v = config.num_kv_heads, config.head_k, config.head_v
+    held = held_dtype(state_dtype, dtype, on_cuda=on_cuda)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "recurrent": ((kv_heads, head_k, head_v), state_dtype),
+        "recurrent": (held_shape(kv_heads, head_k, head_v, held), held),
     }
     if state_dtype == torch.uint8:
         shapes["scales"] = ((kv_heads, head_k), torch.float32)
     # A CPU computes on float32 states in its caches: there is no traffic to save.
-    if on_cuda or state_dtype != torch.float32:
+    if on_cuda or held != torch.float32:
         size = ring_size(state_dtype)
         shapes["ring_keys"] = ((kv_heads, size, head_k), dtype)
         shapes["ring_values"] = ((kv_heads, size, head_v), dtype)

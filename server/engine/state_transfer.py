@@ -204,7 +204,8 @@ class StateTransfer:
 
 def largest_file(pool: Mapping[str, Part]) -> int:
     """Most bytes of a state's file without its transcript, of a server with whatever flags."""
-    layers, heads, head_k, head_v = pool["recurrent"].shape
+    layers, *_, heads, head_k, head_v = pool["recurrent"].shape
     rings = layers * heads * LONGEST_RING * (2 * head_k + head_v)
-    others = sum(math.prod(part.shape) for name, part in pool.items() if not name.startswith("ring"))
-    return MAX_HEADER_BYTES + 4 * (layers * heads * head_k + rings + others)
+    recurrent = layers * heads * head_k * (head_v + 1)  # with scales
+    others = sum(math.prod(part.shape) for name, part in pool.items() if name in ("conv", "logits"))
+    return MAX_HEADER_BYTES + 4 * (recurrent + rings + others)

@@ -33,7 +33,7 @@ class SwapSpace:
         self._states = states
         self._capacity = capacity
         self._pieces: PinnedPieces | None = None
-        if states.recurrent_LSGKV.device.type == "cuda":
+        if states.device.type == "cuda":
             self._pieces = PinnedPieces(nbytes, capacity * nbytes)
         self._leaving: deque[torch.cuda.Event] = deque()
         self.num_out = 0

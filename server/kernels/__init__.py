@@ -22,9 +22,21 @@ from torch import Tensor
 
 from server.kernels import reference
 from server.kernels.packed import PackedMatrix
-from server.kernels.state import STATE_DTYPES, LayerState, LowRankGate, Ring, RingRows, ring_size
+from server.kernels.state import (
+    SPLIT,
+    STATE_DTYPES,
+    LayerState,
+    LowRankGate,
+    Ring,
+    RingRows,
+    held_shape,
+    is_split_finite,
+    ring_size,
+    state_itemsize,
+)
 
 __all__ = [
+    "SPLIT",
     "STATE_DTYPES",
     "LayerState",
     "LowRankGate",
@@ -34,6 +46,8 @@ __all__ = [
     "folds_every_token",
     "gla_decode",
     "gla_prefill",
+    "held_shape",
+    "is_split_finite",
     "join_folds",
     "linear_add_",
     "log_decay",
@@ -42,6 +56,7 @@ __all__ = [
     "norm_swiglu",
     "pick_greedy",
     "ring_size",
+    "state_itemsize",
 ]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,8 +92,8 @@ def gla_prefill(
         k_TGK: keys [T, G, K], of q's dtype.
         v_TGV: values [T, G, V], of q's dtype.
         gate: natural logarithms of the decay [T, G, K], float32, all <= 0; or what they are computed from.
-        state: one layer of the pool. Updated in place; its rings must be empty. States held in float32 are computed
-            on where they lie, others in a float32 copy of the N states.
+        state: one layer of the pool. Updated in place; its rings must be empty. States held in float32 (split ones on
+            CUDA only) are computed on where they lie, others in a float32 copy of the N states.
         slots_N: int64 [N]. Slot 0 may occur several times, and then holds anything; any other slot at most once.
         from_zero_N: bool [N].
         cu_seqlens: int32 [N + 1], ascending from 0 to at most T. Rows behind the last span are padding.
@@ -96,22 +111,24 @@ def gla_prefill(
     _check_tensor("cu_seqlens", cu_seqlens, (slots_N.shape[0] + 1,), (torch.int32,), q_THK.device)
     if max_length < 0:
         raise ValueError(f"max_length: must not be negative, is {max_length}")
+    computed, places_N = state, slots_N
+    # The reference does not know of split states.
+    copied = not (state.is_exact if q_THK.is_cuda else state.values_SGKV.dtype == torch.float32)
+    if copied:
+        states_SGKV, places_N = _load_copy(state, slots_N)
+        computed = LayerState(states_SGKV)
     backend: ModuleType = reference
     if q_THK.is_cuda:
         from server.kernels import prefill
 
         backend = prefill
-    states_SGKV, places_N = state.values_SGKV, slots_N
-    copied = states_SGKV.dtype != torch.float32
-    if copied:
-        states_SGKV, places_N = _load_copy(state, slots_N)
     o_THV: Tensor = backend.gla_prefill(
-        *(q_THK, k_TGK, v_TGV, _log_decays(gate, k_TGK), states_SGKV, places_N, from_zero_N, cu_seqlens),
+        *(q_THK, k_TGK, v_TGV, _log_decays(gate, k_TGK), computed, places_N, from_zero_N, cu_seqlens),
         scale=scale,
         max_length=max_length,
     )
     if copied:
-        _store_copy(state, slots_N, states_SGKV, places_N)
+        _store_copy(state, slots_N, computed.values_SGKV, places_N)
     return o_THV
 
 
@@ -156,9 +173,10 @@ def gla_decode(
         k_NGK: keys [N, G, K].
         v_NGV: values [N, G, V].
         gate: natural logarithms of the decay [N, G, K], float32, all <= 0; or what they are computed from.
-        state: one layer of the pool. Updated in place. On CUDA, states, rings and where they stand are read while the
-            kernels of this package launched before may still run: between two calls for the same slots, some operation
-            of PyTorch has to run on the stream, as it does at the beginning of a model's step.
+        state: one layer of the pool. Updated in place. Of a split state with a ring, what a token reads is rounded to
+            bfloat16 on CUDA; on the CPU, a split state must have one. On CUDA, states, rings and where they stand are
+            read while the kernels of this package launched before may still run: between two calls for the same slots,
+            some operation of PyTorch has to run on the stream, as it does at the beginning of a model's step.
         slots_N: int64 [N]. What rows of slot 0 read may be anything.
         from_zero_N: bool [N].
         scale: factor of the output.
@@ -174,9 +192,9 @@ def gla_decode(
     _check(q_NHK, k_NGK, v_NGV, gate, state, slots_N, from_zero_N)
     if slots_N.shape[0] != q_NHK.shape[0]:
         raise ValueError(f"slots: must have one slot per row of q, {q_NHK.shape[0]}, has {slots_N.shape[0]}")
-    ring, pending_N = state.ring, None
-    if ring is not None or rows is not None:
-        ring, pending_N, num_folding = _check_ring(state, rows, q_NHK, v_NGV)
+    pending_N = None
+    if state.ring is not None or rows is not None:
+        pending_N, num_folding = _check_ring(state, rows, q_NHK, v_NGV)
         if num_folding is not None:
             assert rows is not None
             if not q_NHK.is_cuda:
@@ -190,13 +208,12 @@ def gla_decode(
         from server.kernels import decode
 
         return decode.gla_decode(
-            *(q_NHK, k_NGK, v_NGV, gate, state.values_SGKV, slots_N, from_zero_N),
-            scale=scale,
-            ring=ring,
-            pending_N=pending_N,
+            *(q_NHK, k_NGK, v_NGV, gate, state, slots_N, from_zero_N), scale=scale, pending_N=pending_N
         )
+    if state.residues_SGKV is not None:
+        raise ValueError("state: split states need a ring on the CPU")
     return reference.gla_decode(
-        *(q_NHK, k_NGK, v_NGV, _log_decays(gate, k_NGK), state.values_SGKV, slots_N, from_zero_N), scale=scale
+        *(q_NHK, k_NGK, v_NGV, _log_decays(gate, k_NGK), state, slots_N, from_zero_N), scale=scale
     )
 
 
@@ -212,13 +229,14 @@ def join_folds(device: torch.device) -> None:
         buffered.join_folds(device)
 
 
-def folds_every_token(num_rows: int, values_SGKV: Tensor) -> bool:
+def folds_every_token(num_rows: int, state: LayerState) -> bool:
     """Whether a batch of so many rows decodes fastest by updating states in place with every token.
 
-    Measured on an H200 with float32 states: up to 8 MiB of them, one kernel that reads and writes is faster than three
-    that mostly read. Smaller types are never updated so, since their rounding would add up.
+    Measured on an H200: up to 8 MiB of float32 states, or 2 MiB of split ones, one kernel that reads and writes is
+    faster than three that mostly read. Smaller types are never updated so, since their rounding would add up.
     """
-    return values_SGKV.dtype == torch.float32 and num_rows * values_SGKV[0].numel() <= 2**21
+    most = 2**21 if state.residues_SGKV is None else 2**19
+    return state.is_exact and num_rows * state.values_SGKV[0].numel() <= most
 
 
 def log_decay(
@@ -491,14 +509,16 @@ def _check(
         _check_tensor("state's scales", state.scales_SGK, (slots, kv_heads, head_k), (torch.float32,), device)
     if state_SGKV.stride()[1:] != (head_k * head_v, head_v, 1):
         raise ValueError(f"state: its last three dimensions must be contiguous, strides are {state_SGKV.stride()}")
+    if (residues := state.residues_SGKV) is not None:
+        _check_tensor("state's residues", residues, tuple(state_SGKV.shape), (SPLIT,), device)
+        if state_SGKV.dtype != torch.bfloat16 or residues.stride() != state_SGKV.stride():
+            raise ValueError("state: residues belong to bfloat16 values of the same strides")
     _check_tensor("slots", slots_N, tuple(slots_N.shape), (torch.int64,), device)
     _check_tensor("from_zero", from_zero_N, tuple(slots_N.shape), (torch.bool,), device)
 
 
-def _check_ring(
-    state: LayerState, rows: RingRows | None, q_NHK: Tensor, v_NGV: Tensor
-) -> tuple[Ring, Tensor, Tensor | None]:
-    """Raise ValueError unless ring and rows fit the other, checked, arguments; the ring and what the rows say."""
+def _check_ring(state: LayerState, rows: RingRows | None, q_NHK: Tensor, v_NGV: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Raise ValueError unless ring and rows fit the other, checked, arguments; what the rows say."""
     ring = state.ring
     if ring is None or rows is None:
         raise ValueError("rows: a state with a ring, and no other, needs them")
@@ -511,11 +531,11 @@ def _check_ring(
     _check_tensor("pending", rows.pending_N, (num_rows,), (torch.int64,), device)
     if rows.num_folding is not None:
         _check_tensor("num_folding", rows.num_folding, (1,), (torch.int64,), device)
-    elif state.values_SGKV.dtype != torch.float32:
+    elif not state.is_exact:
         raise ValueError(f"num_folding: {state.values_SGKV.dtype} states must not fold with every token")
     elif not q_NHK.is_cuda:
         raise ValueError("num_folding: needed on the CPU, where float32 states need no ring")
-    return ring, rows.pending_N, rows.num_folding
+    return rows.pending_N, rows.num_folding
 
 
 def _check_projection(x_TK: Tensor, weight_NK: Tensor | PackedMatrix, name: str) -> None:

@@ -11,8 +11,9 @@ idea is published for other linear-attention models as ReplaySSM (dao-lab.ai) an
 
 The kernels are in :mod:`server.kernels.buffered_kernels`: *score* appends the token to the ring and forms the weights,
 those of the state's rows (q_t * exp(G_t)) and those of the ring's (a); *read* sums the rows of both under their
-weights, one warp to some columns, and is what takes the time; *fold* rewrites the states of the rows that are due. In a
-large batch of float32 states, *read* does that itself, since it has these states at hand.
+weights, one warp to some columns, and is what takes the time; *fold* rewrites the states of the rows that are due. Of
+float32 states that are split (:data:`server.kernels.state.SPLIT`), *read* takes the upper halves: the errors of their
+rounding are independent, and as large as that of the output's own.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from server.kernels.buffered_kernels import fold_kernel, read_kernel, score_kern
 from server.kernels.gate import GateArguments
 from server.kernels.pdl import launches_early
 from server.kernels.shapes import check_head_k, is_interpreted, next_power_of_2
-from server.kernels.state import LayerState, LowRankGate, RingRows
+from server.kernels.state import SPLIT, LayerState, LowRankGate, RingRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class BufferedPlan:
     read_warps: int
     read_stages: int
     """Tiles on their way from memory."""
+    few_v: int
+    """Columns of a tile in a batch of few heads, which has few programs."""
     read_ahead: int
     """Tiles that a program reads before the scores are there, in a batch of few heads."""
     ring_ahead: bool
@@ -49,8 +52,10 @@ class BufferedPlan:
     fold_programs: int
     """Programs per multiprocessor, at most, which share the folds: few, so that they leave room for what runs beside
     them. Their number is fixed when a graph is captured."""
-    read_folds: bool
-    """Whether in a batch of many heads the programs that read fold instead."""
+    fold_part: int = 128
+    """Rows of a strip, which one program goes through; a multiple of fold_k."""
+    fold_stages: int = 3
+    """Tiles on their way from memory."""
     score_c: int = 16
     """Entries of the ring that a program scores."""
     score_warps: int = 4
@@ -58,11 +63,7 @@ class BufferedPlan:
 
 FEW_HEADS = 64
 """In a batch of up to so many heads, programs that read wait for their scores with most of their part of the state in
-registers. With more, there are not registers enough; no bit of a result depends on it."""
-FOLD_HEADS = 128
-"""Up to so many heads, float32 states are folded by programs of their own beside the next layer's decode. In a larger
-batch the programs that read fold, too: it spares reading these states twice, but takes such a program longer, for
-which everybody waits if there are few. The last bits of what a row that folds reads and keeps depend on it."""
+registers. With more, there are not registers enough."""
 
 
 def gla_decode(
@@ -96,24 +97,17 @@ def gla_decode(
     o_NHV = torch.empty((num_rows, heads, head_v), dtype=v_NGV.dtype, device=v_NGV.device)
     if num_rows == 0:
         return o_NHV
-    plan = plan or plan_buffered(head_k, head_v, repeats, values.dtype)
+    held_dtype = SPLIT if state.residues_SGKV is not None else values.dtype
+    plan = plan or plan_buffered(head_k, head_v, repeats, held_dtype)
     # What each query reads of the state's rows, then of the ring's.
     weights = torch.empty((num_rows, heads, head_k + ring.size), dtype=torch.float32, device=q_NHK.device)
-    exact = ring.keys_SGCK.dtype != torch.bfloat16 or is_interpreted(read_kernel)
-    # Of the rows that fold: the keys decayed to the present, each one number or two that it is the sum of, and the
-    # decay of the state.
-    folds, parts = plan.read_folds and num_rows * kv_heads > FOLD_HEADS, 1 if exact else 2
-    keys = decay = None
-    if folds:
-        keys_shape = (num_rows, kv_heads, parts * ring.size, head_k)
-        keys = torch.empty(keys_shape, dtype=torch.float32 if exact else torch.bfloat16, device=q_NHK.device)
-        decay = torch.empty((num_rows, kv_heads, head_k), dtype=torch.float32, device=q_NHK.device)
     shape = {"K": head_k, "V": head_v, "C": ring.size}
     slot_strides = [values.stride(0), 0 if scales is None else scales.stride(0)]
     ring_strides = [ring.keys_SGCK.stride(0), ring.values_SGCV.stride(0), ring.decays_SGCK.stride(0)]
     early = launches_early(q_NHK.device)
     decays = GateArguments.of(gate)
     few = num_rows * kv_heads <= FEW_HEADS
+    read_v = plan.few_v if few else plan.read_v
     ahead = min(plan.read_ahead, triton.cdiv(head_k, plan.read_k)) if few else 0
     if _is_captured(q_NHK.device):
         _start_fold(q_NHK.device)
@@ -128,12 +122,9 @@ def gla_decode(
             ring.values_SGCV,
             ring.decays_SGCK,
             weights,
-            keys,
-            decay,
             slots_N,
             from_zero_N,
             rows.pending_N,
-            rows.num_folding,
             scale,
             *decays.scalars,
             *q_NHK.stride()[:2],
@@ -146,8 +137,6 @@ def gla_decode(
             R=decays.rank,
             BR=next_power_of_2(decays.rank) if decays.rank else 1,
             HAS_SCALES=scales is not None,
-            FOLDS=folds,
-            PARTS=parts,
             REPEATS=repeats,
             BC=plan.score_c,
             BK=next_power_of_2(head_k),
@@ -156,28 +145,22 @@ def gla_decode(
             num_warps=plan.score_warps,
             launch_pdl=early,
         )
-        read_kernel[(triton.cdiv(head_v, plan.read_v), kv_heads, num_rows)](
+        read_kernel[(triton.cdiv(head_v, read_v), kv_heads, num_rows)](
             values,
             ring.values_SGCV,
             weights,
-            keys,
-            decay,
             o_NHV,
             slots_N,
             from_zero_N,
             rows.pending_N,
-            rows.num_folding,
             slot_strides[0],
             ring_strides[1],
             **shape,
             HAS_SCALES=scales is not None,
-            FOLDS=folds,
-            PARTS=parts,
             REPEATS=repeats,
             BR=next_power_of_2(repeats),
             BK=plan.read_k,
-            BV=plan.read_v,
-            FK=plan.fold_k,
+            BV=read_v,
             AHEAD=ahead,
             RING_AHEAD=plan.ring_ahead,
             STAGES=plan.read_stages,
@@ -186,14 +169,13 @@ def gla_decode(
             launch_pdl=early,
         )
 
-    if folds:
-        return o_NHV
-
     def fold() -> None:
-        tiles = num_rows * kv_heads * triton.cdiv(head_k, plan.fold_k) * triton.cdiv(head_v, plan.fold_v)
+        part = min(plan.fold_part, triton.cdiv(head_k, plan.fold_k) * plan.fold_k)
+        strips = num_rows * kv_heads * triton.cdiv(head_k, part) * triton.cdiv(head_v, plan.fold_v)
         with torch.cuda.device_of(values):
-            fold_kernel[(min(tiles, _multiprocessors(values.device) * plan.fold_programs),)](
+            fold_kernel[(min(strips, _multiprocessors(values.device) * plan.fold_programs),)](
                 values,
+                state.residues_SGKV,
                 scales,
                 ring.keys_SGCK,
                 ring.values_SGCV,
@@ -207,11 +189,12 @@ def gla_decode(
                 **shape,
                 HAS_SCALES=scales is not None,
                 G=kv_heads,
+                PART=part,
                 BK=plan.fold_k,
                 BV=plan.fold_v,
-                EXACT=exact,
+                STAGES=plan.fold_stages,
+                EXACT=ring.keys_SGCK.dtype != torch.bfloat16 or is_interpreted(fold_kernel),
                 num_warps=plan.fold_warps,
-                num_stages=1,
             )
 
     if _is_captured(q_NHK.device):
@@ -259,24 +242,27 @@ def _fold_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @cache
-def plan_buffered(head_k: int, head_v: int, repeats: int, state_dtype: torch.dtype) -> BufferedPlan:
-    """Choose the tiles by shape alone: then every bit of a row's result is the same in any batch, but for folds.
+def plan_buffered(head_k: int, head_v: int, repeats: int, held_dtype: torch.dtype) -> BufferedPlan:
+    """Choose the tiles by shape: then every bit of a row's result is the same in any batch of few heads, and in any of
+    many.
 
     ``tests/bench/kernels.py --sweep`` compares others. On an H200, programs of one warp, which wait for nobody, read
-    fastest; float32 states have the bytes to keep two warps busy. A fold needs whole rows of the state where it has to
-    find their scales, and tiles of at least 16 x 16 for its product.
+    fastest; whole float32 states have the bytes to keep two warps busy. A fold needs whole rows of the state where it
+    has to find their scales, and tiles of at least 16 x 16 for its product.
     """
     all_v = max(16, next_power_of_2(head_v))
-    is_float32, has_scales = state_dtype == torch.float32, state_dtype == torch.uint8
+    has_scales, is_wide = held_dtype == torch.uint8, held_dtype in (torch.float32, SPLIT)
     if repeats > 1:
-        read = (max(1, 16 // next_power_of_2(repeats)), min(all_v, 128), 1, 4, 6, False)
-    elif is_float32:
-        read = (32, min(all_v, 64), 2, 3, 5, True)
+        columns = min(all_v, 128)
+        read = (max(1, 16 // next_power_of_2(repeats)), columns, 1, 4, columns, 6, False)
+    elif held_dtype == torch.float32:
+        columns = min(all_v, 64)
+        read = (32, columns, 2, 3, columns, 5, True)
     else:
         # A ring of 32 tokens, as int8 states have, would take too many registers.
-        read = (16, min(all_v, 128), 1, 4, 6, not has_scales)
-    fold = (16, all_v, 8 if all_v >= 512 else 4, 1) if has_scales else (16, min(all_v, 128), 2, 4 if is_float32 else 8)
-    return BufferedPlan(*read, *fold, read_folds=is_float32 and repeats == 1)
+        read = (16, min(all_v, 128), 1, 4, min(all_v, 32), 16, not has_scales)
+    fold = (16, all_v, 8 if all_v >= 512 else 4, 1) if has_scales else (16, min(all_v, 128), 2, 2 if is_wide else 4)
+    return BufferedPlan(*read, *fold)
 
 
 @cache

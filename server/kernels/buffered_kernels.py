@@ -8,6 +8,7 @@ import triton.language as tl
 
 from server.kernels.gate import log_decays_of
 from server.kernels.pdl import await_previous, start_next
+from server.kernels.tiles import load_tile, store_tile
 
 _COLUMNS = ["p_slots", "p_from_zero", "p_pending", "p_num_folding"]
 """Parts of one upload, aligned as the parts before them leave them: one variant of a kernel must do for all."""
@@ -26,12 +27,9 @@ def score_kernel(
     p_ring_v,
     p_ring_g,
     p_weights,
-    p_fold_keys,
-    p_fold_decay,
     p_slots,
     p_from_zero,
     p_pending,
-    p_num_folding,
     scale,
     gate_factor,
     clamp_min,
@@ -53,8 +51,6 @@ def score_kernel(
     R: tl.constexpr,
     BR: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    FOLDS: tl.constexpr,
-    PARTS: tl.constexpr,
     REPEATS: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
@@ -75,10 +71,6 @@ def score_kernel(
         return
     from_zero = tl.load(p_from_zero + i_n) != 0
     pending = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32)
-    folds = i_n < 0
-    if FOLDS:
-        folds = i_n < tl.load(p_num_folding)
-        p_fold_keys += (i_n * tl.num_programs(0) + i_g) * (PARTS * C * K)
     m_c = o_c < pending
     m_ck = m_c[:, None] & m_k[None, :]
     p_keys = p_ring_k + slot * stride_ring_k + i_g * (C * K)
@@ -93,7 +85,7 @@ def score_kernel(
         b_gate_weight = tl.load(p_channels, mask=m_k[:, None] & (o_r < R)[None, :], other=0.0)
         b_gate_bias = tl.load(p_gate_bias + i_g * K + o_k, mask=m_k, other=0.0)
     await_previous(EARLY)
-    if (i_c > pending) & (folds == 0):
+    if i_c > pending:
         return
 
     if R > 0:
@@ -104,10 +96,6 @@ def score_kernel(
     p_rows = p_weights + (i_n * tl.num_programs(0) + i_g) * (REPEATS * (K + C))
     p_q += i_n * stride_qn + i_g * (REPEATS * stride_qh)
     b_scored = b_ring_k.to(tl.float32) * tl.exp(b_total[None, :] - b_ring_g)  # [BC, BK]
-    if FOLDS and folds:
-        # All entries, those not in the ring being zeros: then the copies of whole tiles need no mask.
-        m_others = (o_c != pending)[:, None] & m_k[None, :]
-        _store_parts(p_fold_keys + o_c[:, None] * K + o_k[None, :], b_scored, m_others, C * K, PARTS)
     for i_r in tl.static_range(REPEATS):
         b_q = tl.load(p_q + i_r * stride_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
         b_score = tl.sum(b_scored * b_q[None, :], axis=1) * scale
@@ -115,11 +103,7 @@ def score_kernel(
     if i_c == 0:
         # The token itself: an entry of the ring, its score, and what its queries read of the state.
         b_k = tl.load(p_k + i_n * stride_kn + i_g * stride_kg + o_k, mask=m_k, other=0.0)
-        b_decay = tl.exp(b_total)
-        if FOLDS and folds:
-            _store_parts(p_fold_keys + pending * K + o_k, b_k.to(tl.float32), m_k, C * K, PARTS)
-            tl.store(p_fold_decay + (i_n * tl.num_programs(0) + i_g) * K + o_k, b_decay, mask=m_k)
-        b_decay *= scale
+        b_decay = tl.exp(b_total) * scale
         if HAS_SCALES:
             p_scale = p_scales + slot * stride_scales + i_g * K + o_k
             b_decay *= tl.load(p_scale, mask=m_k & (from_zero == 0), other=0.0)
@@ -136,40 +120,25 @@ def score_kernel(
         tl.store(p_ring_v + slot * stride_ring_v + i_g * (C * V) + pending * V + o_v, b_v, mask=m_v)
 
 
-@triton.jit
-def _store_parts(p_keys, b_keys, m_keys, stride, PARTS: tl.constexpr):
-    """Store float32 numbers, or two of 16 bits, ``stride`` apart, that each is the sum of: together they have 16."""
-    b_high = b_keys.to(p_keys.dtype.element_ty)
-    tl.store(p_keys, b_high, mask=m_keys)
-    if PARTS == 2:
-        tl.store(p_keys + stride, b_keys - b_high.to(tl.float32), mask=m_keys)
-
-
 @triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def read_kernel(
     p_state,
     p_ring_v,
     p_weights,
-    p_fold_keys,
-    p_fold_decay,
     p_o,
     p_slots,
     p_from_zero,
     p_pending,
-    p_num_folding,
     stride_slot,
     stride_ring_v,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    FOLDS: tl.constexpr,
-    PARTS: tl.constexpr,
     REPEATS: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    FK: tl.constexpr,
     AHEAD: tl.constexpr,
     RING_AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -184,28 +153,6 @@ def read_kernel(
         return
     from_zero = tl.load(p_from_zero + i_n) != 0
     entries = tl.where(from_zero, 0, tl.load(p_pending + i_n)).to(tl.int32) + 1
-    if FOLDS and i_n < tl.load(p_num_folding):
-        await_previous(EARLY)
-        i_row = i_n * tl.num_programs(1) + i_g
-        _read_and_fold(
-            p_state + slot * stride_slot + i_g * (K * V),
-            p_ring_v + slot * stride_ring_v + i_g * (C * V),
-            p_weights + i_row * (K + C),
-            p_fold_keys + i_row * (PARTS * C * K),
-            p_fold_decay + i_row * K,
-            p_o + i_row * V,
-            from_zero,
-            entries,
-            i_v * BV,
-            K,
-            V,
-            C,
-            PARTS,
-            FK,
-            BV,
-            STAGES + 1,
-        )
-        return
     # Three dimensions [BR, BK, BV] from the start, query heads first: a tile of the state serves all of them.
     o_r = tl.arange(0, BR)[:, None, None]
     o_k = tl.arange(0, BK)[None, :, None]
@@ -255,50 +202,6 @@ def read_kernel(
 
 
 @triton.jit
-def _read_and_fold(
-    p_state,
-    p_values,
-    p_weights,
-    p_keys,
-    p_decay,
-    p_o,
-    from_zero,
-    entries,
-    i_v,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    PARTS: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """What one head of a row that folds reads of some columns of its state and ring, and the fold of these columns."""
-    o_p = tl.arange(0, PARTS * C)  # the parts of a key meet the same value
-    o_c = o_p % C
-    m_c = o_c < entries
-    o_v = i_v + tl.arange(0, BV)
-    m_v = o_v < V
-    b_scores = tl.load(p_weights + K + o_c, mask=m_c & (o_p < C), other=0.0)
-    b_values = tl.load(p_values + o_c[:, None] * V + o_v[None, :], mask=m_c[:, None] & m_v[None, :], other=0.0)
-    b_o = tl.sum(b_scores[:, None] * b_values.to(tl.float32), axis=0)  # [BV]
-    b_values = b_values.to(p_keys.dtype.element_ty)
-    b_sum = tl.zeros((BK, BV), dtype=tl.float32)
-    for i_k in tl.range(0, K, BK, num_stages=STAGES):
-        o_k = i_k + tl.arange(0, BK)
-        m_k = o_k < K
-        m_kv = m_k[:, None] & m_v[None, :]
-        b_keys = tl.load(p_keys + o_p[:, None] * K + o_k[None, :], mask=m_k[None, :], other=0.0)
-        p_tile = p_state + o_k[:, None] * V + o_v[None, :]
-        b_state = tl.load(p_tile, mask=m_kv & (from_zero == 0), other=0.0).to(tl.float32)  # [BK, BV]
-        b_sum += tl.load(p_weights + o_k, mask=m_k, other=0.0)[:, None] * b_state
-        b_update = tl.dot(tl.trans(b_keys), b_values, input_precision="ieee")
-        b_state = b_state * tl.load(p_decay + o_k, mask=m_k, other=0.0)[:, None] + b_update
-        tl.store(p_tile, b_state.to(p_state.dtype.element_ty), mask=m_kv)
-    tl.store(p_o + o_v, b_o + tl.sum(b_sum, axis=0), mask=m_v)
-
-
-@triton.jit
 def _widened(b_state, HAS_SCALES: tl.constexpr):
     """Values of a state as float32."""
     if HAS_SCALES:
@@ -310,6 +213,7 @@ def _widened(b_state, HAS_SCALES: tl.constexpr):
 @triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def fold_kernel(
     p_state,
+    p_residues,
     p_scales,
     p_ring_k,
     p_ring_v,
@@ -328,20 +232,22 @@ def fold_kernel(
     C: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     G: tl.constexpr,
+    PART: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    STAGES: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Grid: any number of programs, which share the tiles [BK, BV] of the folding rows."""
+    """Grid: any number of programs, which share strips [PART, BV] of the folding rows' states, and go through them in
+    tiles [BK, BV]."""
     o_c = tl.arange(0, C)
-    TILES_K: tl.constexpr = (K + BK - 1) // BK
+    PARTS_K: tl.constexpr = (K + PART - 1) // PART
     TILES_V: tl.constexpr = (V + BV - 1) // BV
-    for i in range(tl.program_id(0), tl.load(p_num_folding).to(tl.int32) * (G * TILES_K * TILES_V), tl.num_programs(0)):
-        i_n = tl.cast(i // (G * TILES_K * TILES_V), tl.int64)
-        i_g = i // (TILES_K * TILES_V) % G
-        o_k = i // TILES_V % TILES_K * BK + tl.arange(0, BK)
+    for i in range(tl.program_id(0), tl.load(p_num_folding).to(tl.int32) * (G * PARTS_K * TILES_V), tl.num_programs(0)):
+        i_n = tl.cast(i // (G * PARTS_K * TILES_V), tl.int64)
+        i_g = i // (PARTS_K * TILES_V) % G
+        i_part = i // TILES_V % PARTS_K * PART
         o_v = i % TILES_V * BV + tl.arange(0, BV)
-        m_k = o_k < K
         m_v = o_v < V
         slot = tl.load(p_slots + i_n).to(tl.int64)
         from_zero = tl.load(p_from_zero + i_n) != 0
@@ -350,33 +256,36 @@ def fold_kernel(
         p_keys = p_ring_k + slot * stride_ring_k + i_g * (C * K)
         p_values = p_ring_v + slot * stride_ring_v + i_g * (C * V)
         p_decays = p_ring_g + slot * stride_ring_g + i_g * (C * K)
-        p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_k[:, None] * V + o_v[None, :]
-        m_kv = m_k[:, None] & m_v[None, :]
         m_c = o_c <= newest
-        m_kc = m_k[:, None] & m_c[None, :]
-        b_state = tl.load(p_tile, mask=m_kv & (from_zero == 0), other=0).to(tl.float32)  # [BK, BV]
-        if HAS_SCALES:
-            b_state = tl.where(m_kv & (from_zero == 0), b_state - 128.0, 0.0)
-        b_total = tl.load(p_decays + newest * K + o_k, mask=m_k, other=0.0)
-        b_gk = tl.load(p_decays + o_c[None, :] * K + o_k[:, None], mask=m_kc, other=0.0)
-        b_keys = tl.load(p_keys + o_c[None, :] * K + o_k[:, None], mask=m_kc, other=0.0).to(tl.float32)  # [BK, C]
         b_values = tl.load(p_values + o_c[:, None] * V + o_v[None, :], mask=m_c[:, None] & m_v[None, :], other=0.0)
-        b_keys *= tl.exp(b_total[:, None] - b_gk)
-        b_decay = tl.exp(b_total)
-        if HAS_SCALES:
-            p_scale = p_scales + slot * stride_scales + i_g * K + o_k
-            b_decay *= tl.load(p_scale, mask=m_k & (from_zero == 0), other=0.0)
-        if EXACT:
-            b_update = tl.dot(b_keys, b_values.to(tl.float32), input_precision="ieee")
-        else:
-            # Two bfloat16 parts of a key have 16 bits; the values are bfloat16 as they are.
-            b_high = b_keys.to(tl.bfloat16)
-            b_update = tl.dot(b_high, b_values.to(tl.bfloat16))
-            b_update = tl.dot((b_keys - b_high.to(tl.float32)).to(tl.bfloat16), b_values.to(tl.bfloat16), b_update)
-        b_state = b_state * b_decay[:, None] + b_update
-        if HAS_SCALES:
-            b_scale = tl.max(tl.abs(b_state), axis=1) * (1.0 / 127.0)  # [BK]
-            tl.store(p_scale, b_scale, mask=m_k)
-            b_scaled = b_state * tl.where(b_scale > 0.0, 1.0 / b_scale, 0.0)[:, None]
-            b_state = b_scaled + 128.5  # the cast cuts off
-        tl.store(p_tile, b_state.to(p_state.dtype.element_ty), mask=m_kv)
+        for i_k in tl.range(i_part, i_part + PART, BK, num_stages=STAGES):
+            o_k = i_k + tl.arange(0, BK)
+            m_k = o_k < K
+            m_kv = m_k[:, None] & m_v[None, :]
+            m_kc = m_k[:, None] & m_c[None, :]
+            o_tile = slot * stride_slot + i_g * (K * V) + o_k[:, None] * V + o_v[None, :]
+            b_state = load_tile(p_state, p_residues, o_tile, m_kv & (from_zero == 0))  # [BK, BV]
+            if HAS_SCALES:
+                b_state = tl.where(m_kv & (from_zero == 0), b_state - 128.0, 0.0)
+            b_total = tl.load(p_decays + newest * K + o_k, mask=m_k, other=0.0)
+            b_gk = tl.load(p_decays + o_c[None, :] * K + o_k[:, None], mask=m_kc, other=0.0)
+            b_keys = tl.load(p_keys + o_c[None, :] * K + o_k[:, None], mask=m_kc, other=0.0).to(tl.float32)  # [BK, C]
+            b_keys *= tl.exp(b_total[:, None] - b_gk)
+            b_decay = tl.exp(b_total)
+            if HAS_SCALES:
+                p_scale = p_scales + slot * stride_scales + i_g * K + o_k
+                b_decay *= tl.load(p_scale, mask=m_k & (from_zero == 0), other=0.0)
+            if EXACT:
+                b_update = tl.dot(b_keys, b_values.to(tl.float32), input_precision="ieee")
+            else:
+                # Two bfloat16 parts of a key have 16 bits; the values are bfloat16 as they are.
+                b_high = b_keys.to(tl.bfloat16)
+                b_update = tl.dot(b_high, b_values.to(tl.bfloat16))
+                b_update = tl.dot((b_keys - b_high.to(tl.float32)).to(tl.bfloat16), b_values.to(tl.bfloat16), b_update)
+            b_state = b_state * b_decay[:, None] + b_update
+            if HAS_SCALES:
+                b_scale = tl.max(tl.abs(b_state), axis=1) * (1.0 / 127.0)  # [BK]
+                tl.store(p_scale, b_scale, mask=m_k)
+                b_scaled = b_state * tl.where(b_scale > 0.0, 1.0 / b_scale, 0.0)[:, None]
+                b_state = b_scaled + 128.5  # the cast cuts off
+            store_tile(p_state, p_residues, o_tile, b_state, m_kv)

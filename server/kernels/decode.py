@@ -20,7 +20,8 @@ from torch import Tensor
 from server.kernels.gate import GateArguments, log_decays_of
 from server.kernels.pdl import await_previous, launches_early, start_next
 from server.kernels.shapes import check_head_k, next_power_of_2
-from server.kernels.state import LowRankGate, Ring
+from server.kernels.state import LayerState, LowRankGate
+from server.kernels.tiles import load_tile, store_tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +40,19 @@ def gla_decode(
     k_NGK: Tensor,
     v_NGV: Tensor,
     gate: Tensor | LowRankGate,
-    state_SGKV: Tensor,
+    state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
     *,
     scale: float,
-    ring: Ring | None = None,
     pending_N: Tensor | None = None,
     plan: DecodePlan | None = None,
 ) -> Tensor:
     """Absorb one token per row; see :func:`server.kernels.gla_decode`, which has checked the arguments.
 
     Args:
-        ring: tokens that the state has yet to absorb; they are, together with the new one.
-        pending_N: how many of the ring's entries each row has.
+        state: float32, whole or split. Tokens in its ring are absorbed together with the new one.
+        pending_N: how many of the ring's entries each row has; None: there is no ring.
         plan: sizes to use instead of those that :func:`plan_decode` chooses, to compare them.
 
     Raises:
@@ -68,13 +68,15 @@ def gla_decode(
     grid = (triton.cdiv(head_v, plan.block_v), kv_heads, rows)
     early = launches_early(q_NHK.device)
     decays = GateArguments.of(gate)
+    values, ring = state.values_SGKV, state.ring if pending_N is not None else None
     with torch.cuda.device_of(q_NHK):
         decode_kernel[grid](
             q_NHK,
             k_NGK,
             v_NGV,
             *decays.tensors,
-            state_SGKV,
+            values,
+            state.residues_SGKV,
             o_NHV,
             None if ring is None else ring.keys_SGCK,
             None if ring is None else ring.values_SGCV,
@@ -88,7 +90,7 @@ def gla_decode(
             *k_NGK.stride()[:2],
             *v_NGV.stride()[:2],
             *decays.strides,
-            state_SGKV.stride(0),
+            values.stride(0),
             0 if ring is None else ring.keys_SGCK.stride(0),
             0 if ring is None else ring.values_SGCV.stride(0),
             0 if ring is None else ring.decays_SGCK.stride(0),
@@ -125,6 +127,7 @@ def decode_kernel(
     p_gate_weight,
     p_gate_bias,
     p_state,
+    p_residues,
     p_o,
     p_ring_k,
     p_ring_v,
@@ -172,9 +175,9 @@ def decode_kernel(
         await_previous(EARLY)
         return
     continues = tl.load(p_from_zero + i_n) == 0
-    p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_k[:, None] * V + o_v[None, :]  # [BK, BV]
+    o_tile = slot * stride_slot + i_g * (K * V) + o_k[:, None] * V + o_v[None, :]  # [BK, BV]
     # A state that starts from zero is not read at all: whatever its slot holds, NaN included, cannot matter.
-    b_state = tl.load(p_tile, mask=m_kv & continues, other=0.0).to(tl.float32)
+    b_state = load_tile(p_state, p_residues, o_tile, m_kv & continues)
     if R > 0:
         o_r = tl.arange(0, BR)
         p_channels = p_gate_weight + (i_g * K + o_k[:, None]) * R + o_r[None, :]
@@ -202,7 +205,7 @@ def decode_kernel(
         b_state += b_k[:, None] * b_v[None, :]
     else:
         b_state = b_state * tl.exp(b_g)[:, None] + b_k[:, None] * b_v[None, :]
-    tl.store(p_tile, b_state, mask=m_kv)
+    store_tile(p_state, p_residues, o_tile, b_state, m_kv)
 
     for i_r in tl.static_range(REPEATS):
         i_h = i_g * REPEATS + i_r

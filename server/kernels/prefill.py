@@ -17,6 +17,7 @@ from torch import Tensor
 from server.kernels.prefill_scores import BLOCK, WARP_CHANNELS, prepare_kernel
 from server.kernels.prefill_walk import absorb_kernel, combine_kernel, walk_kernel
 from server.kernels.shapes import check_head_k, next_power_of_2, product_dtype
+from server.kernels.state import LayerState
 
 MIN_SEGMENT = 256
 """Tokens. Shorter segments of a prompt of 2,048 took longer on an H200: more states in between."""
@@ -53,7 +54,7 @@ def gla_prefill(
     k_TGK: Tensor,
     v_TGV: Tensor,
     g_TGK: Tensor,
-    state_SGKV: Tensor,
+    state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
     cu_seqlens: Tensor,
@@ -66,6 +67,7 @@ def gla_prefill(
     """Absorb packed spans; see :func:`server.kernels.gla_prefill`, which has checked the arguments.
 
     Args:
+        state: float32, whole or split.
         plan: sizes to use instead of those that :func:`plan_prefill` chooses, to compare them.
         segment_length: tokens of a segment, instead of what :func:`plan_segments` chooses; a multiple of the plan's
             chunk.
@@ -99,6 +101,7 @@ def gla_prefill(
     sizes = {"K": head_k, "V": head_v, "BK": plan.block_k, "BV": plan.block_v, "CHUNK": plan.chunk, "DOT": dot_dtype}
     slices = max(1, plan.block_k // WARP_CHANNELS)
     launch = {"TRANSPOSED": plan.transposed, "num_warps": plan.walk_warps, "num_stages": plan.walk_stages}
+    values, residues = state.values_SGKV, state.residues_SGKV
     walk_grid = (value_tiles, kv_heads, spans + tokens // segment_length if is_segmented else spans)
     with torch.cuda.device_of(q_THK):
         prepare_kernel[(heads * chunks * plan.chunk // BLOCK.value,)](
@@ -147,12 +150,13 @@ def gla_prefill(
             combine_kernel[(triton.cdiv(head_k, combined_k), kv_heads, spans)](
                 segments_IGKV,
                 segments_decay_IGK,
-                state_SGKV,
+                values,
+                residues,
                 slots_N,
                 from_zero_N,
                 cu_seqlens,
                 segment_length,
-                state_SGKV.stride(0),
+                values.stride(0),
                 K=head_k,
                 V=head_v,
                 BK=combined_k,
@@ -167,7 +171,8 @@ def gla_prefill(
             scores_CHLL,
             decay_CGK,
             segments_IGKV,
-            state_SGKV,
+            values,
+            residues,
             o_THV,
             slots_N,
             from_zero_N,
@@ -176,7 +181,7 @@ def gla_prefill(
             spans,
             segment_length,
             *v_TGV.stride()[:2],
-            state_SGKV.stride(0),
+            values.stride(0),
             REPEATS=repeats,
             **sizes,
             **launch,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from server.kernels.prefill_scores import chunk_id, exact_decay, span_of_chunk
 from server.kernels.shapes import FLOAT32_PRODUCT
+from server.kernels.tiles import load_tile, store_tile
 
 
 @triton.jit
@@ -40,6 +41,7 @@ def walk_kernel(
     p_decay,
     p_segments,
     p_state,
+    p_residues,
     p_o,
     p_slots,
     p_from_zero,
@@ -92,9 +94,9 @@ def walk_kernel(
     m_state = (o_sk < K) & (o_sv < V)
 
     continues = tl.load(p_from_zero + i_n) == 0
-    p_tile = p_state + slot * stride_slot + i_g * (K * V) + o_sk * V + o_sv
+    o_tile = slot * stride_slot + i_g * (K * V) + o_sk * V + o_sv
     # A state that starts from zero is not read at all: whatever its slot holds, NaN included, cannot matter.
-    b_state = tl.load(p_tile, mask=m_state & continues & (i_s == 0), other=0.0).to(tl.float32)
+    b_state = load_tile(p_state, p_residues, o_tile, m_state & continues & (i_s == 0))
     if SEGMENTED:  # noqa: SIM102 (known when this is compiled, unlike the next)
         if i_s > 0:
             p_segment = p_segments + (_segment_id(start, segment_length) * G + i_g) * (K * V)
@@ -141,7 +143,7 @@ def walk_kernel(
         p_scores += H * (CHUNK * CHUNK)
         p_o += CHUNK * H * V
     if left_in_span <= segment_length:  # the span's last segment
-        tl.store(p_tile, b_state, mask=m_state)
+        store_tile(p_state, p_residues, o_tile, b_state, m_state)
 
 
 @triton.jit
@@ -251,6 +253,7 @@ def combine_kernel(
     p_segments,
     p_segments_decay,
     p_state,
+    p_residues,
     p_slots,
     p_from_zero,
     p_cu_seqlens,
@@ -280,7 +283,7 @@ def combine_kernel(
     o_kv = i_g * (K * V) + o_k[:, None] * V + o_v[None, :]
     slot = tl.load(p_slots + i_n).to(tl.int64)
     continues = tl.load(p_from_zero + i_n) == 0
-    b_state = tl.load(p_state + slot * stride_slot + o_kv, mask=m_kv & continues, other=0.0).to(tl.float32)
+    b_state = load_tile(p_state, p_residues, slot * stride_slot + o_kv, m_kv & continues)
     i_second = _segment_id(start + segment_length, segment_length)
     p_segments += i_second * (G * K * V) + o_kv
     p_segments_decay += (i_second * G + i_g) * K + o_k

@@ -81,13 +81,13 @@ def gla_decode(
     k_NGK: Tensor,
     v_NGV: Tensor,
     g_NGK: Tensor,
-    state_SGKV: Tensor,
+    state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
     *,
     scale: float,
 ) -> Tensor:
-    """Absorb one token per row; see :func:`server.kernels.gla_decode`.
+    """Absorb one token per row into states that are whole; see :func:`server.kernels.gla_decode`.
 
     Rows are taken in runs whose slots are consecutive: a run is a view of the pool, updated in place. Rows in another
     order are sorted by slot first, which moves vectors, not states.
@@ -97,12 +97,13 @@ def gla_decode(
         order = slots_N.argsort(stable=True)
         q_sorted, k_sorted, v_sorted, g_sorted = (x.index_select(0, order) for x in (q_NHK, k_NGK, v_NGV, g_NGK))
         o_sorted = gla_decode(
-            q_sorted, k_sorted, v_sorted, g_sorted, state_SGKV, slots_N[order], from_zero_N[order], scale=scale
+            q_sorted, k_sorted, v_sorted, g_sorted, state, slots_N[order], from_zero_N[order], scale=scale
         )
         return torch.empty_like(o_sorted).index_copy_(0, order, o_sorted)
 
     rows, heads, head_k = q_NHK.shape
     kv_heads, head_v = v_NGV.shape[1:]
+    state_SGKV = state.values_SGKV
     if True in from_zero_N.tolist():
         state_SGKV.index_fill_(0, slots_N[from_zero_N], 0.0)
     q_NGRK = q_NHK.float().reshape(rows, kv_heads, heads // kv_heads, head_k)
@@ -167,7 +168,7 @@ def gla_prefill(
     k_TGK: Tensor,
     v_TGV: Tensor,
     g_TGK: Tensor,
-    state_SGKV: Tensor,
+    state: LayerState,
     slots_N: Tensor,
     from_zero_N: Tensor,
     cu_seqlens: Tensor,
@@ -175,13 +176,14 @@ def gla_prefill(
     scale: float,
     max_length: int,
 ) -> Tensor:
-    """Absorb packed spans; see :func:`server.kernels.gla_prefill`.
+    """Absorb packed spans into float32 states that are whole; see :func:`server.kernels.gla_prefill`.
 
     What happens inside the chunks is computed for all chunks of all spans at once. Then the chunks are walked in order:
     each adds what its queries read from the state before it, and leaves its own state behind.
     """
     tokens, heads, _ = q_THK.shape
     kv_heads, head_v = v_TGV.shape[1:]
+    state_SGKV = state.values_SGKV
     if True in from_zero_N.tolist():
         state_SGKV.index_fill_(0, slots_N[from_zero_N], 0.0)
     if tokens == 0:
@@ -192,7 +194,7 @@ def gla_prefill(
         o_THV = v_TGV.new_full((tokens, heads, head_v), torch.nan)  # of padding, nobody may use anything
         q_THK, k_TGK, v_TGV, g_TGK = (x[: bounds[-1]] for x in (q_THK, k_TGK, v_TGV, g_TGK))
         o_THV[: bounds[-1]] = gla_prefill(
-            *(q_THK, k_TGK, v_TGV, g_TGK, state_SGKV, slots_N, from_zero_N, cu_seqlens),
+            *(q_THK, k_TGK, v_TGV, g_TGK, state, slots_N, from_zero_N, cu_seqlens),
             scale=scale,
             max_length=max_length,
         )

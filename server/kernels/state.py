@@ -10,7 +10,15 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": to
 """How states are held, by name. An int8 value is stored plus 128: a kernel turns that into a float32 with one bitwise
 operation and one addition."""
 
-_RING_SIZES = {torch.float32: 16, torch.bfloat16: 16, torch.uint8: 32}
+SPLIT = torch.int16
+"""How a pool of a bfloat16 model on CUDA holds float32 states: each number as the bfloat16 number nearest to it, and by
+what it differs from that.
+
+The first is all that buffered decoding reads; where a state changes, both are read and written.
+In bits, a float32 number is its upper half times 2^16 plus its lower half, both signed numbers of 16 bits: where
+rounding to nearest made the upper half one more than the number's first 16 bits, the lower half is negative."""
+
+_RING_SIZES = {torch.float32: 16, torch.bfloat16: 16, torch.uint8: 32, SPLIT: 16}
 """Measured: larger rings cost more to read than folding more seldom saves. int8 needs the few roundings."""
 
 _LARGEST = 127.0
@@ -19,6 +27,11 @@ _LARGEST = 127.0
 def ring_size(dtype: torch.dtype) -> int:
     """Tokens between two folds, C, for states held in this type; it divides the chunk of prefill, 64."""
     return _RING_SIZES[dtype]
+
+
+def state_itemsize(dtype: torch.dtype) -> int:
+    """Bytes of one number of a state that is held in one of :data:`STATE_DTYPES`' types, or :data:`SPLIT`."""
+    return 4 if dtype == SPLIT else dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +102,32 @@ class LayerState:
         values_SGKV: float32, bfloat16 or uint8 [slots, kv_heads, head_k, head_v].
         scales_SGK: float32 [slots, kv_heads, head_k] of uint8 values: the state is (values - 128) * scales. Else None.
         ring: tokens waiting to be folded into the values; None: every token is absorbed at once.
+        residues_SGKV: int16, as the values, with the same stride between slots: the lower halves of float32 states
+            whose upper halves are the values, bfloat16 (:data:`SPLIT`). Else None.
     """
 
     values_SGKV: Tensor
     scales_SGK: Tensor | None = None
     ring: Ring | None = None
+    residues_SGKV: Tensor | None = None
+
+    @classmethod
+    def of(cls, held_S: Tensor, scales_SGK: Tensor | None = None, ring: Ring | None = None) -> "LayerState":
+        """The layer whose states are held in a tensor as :func:`held_shape` says."""
+        if held_S.dtype == SPLIT:
+            return cls(held_S[:, 0].view(torch.bfloat16), scales_SGK, ring, held_S[:, 1])
+        return cls(held_S, scales_SGK, ring)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether float32 states are held as they are."""
+        return self.values_SGKV.dtype == torch.float32 or self.residues_SGKV is not None
 
     def load(self, slots_N: Tensor) -> Tensor:
         """A float32 copy of some slots' states, without their rings: [N, kv_heads, head_k, head_v]."""
+        if self.residues_SGKV is not None:
+            upper = self.values_SGKV[slots_N].view(torch.int16).int()
+            return upper.bitwise_left_shift_(16).add_(self.residues_SGKV[slots_N]).view(torch.float32)
         values_NGKV = self.values_SGKV[slots_N].float()
         if self.scales_SGK is None:
             return values_NGKV
@@ -107,9 +138,36 @@ class LayerState:
 
         What is passed is used as scratch, and holds anything afterwards.
         """
+        if self.residues_SGKV is not None:
+            # A NaN, which rounding might turn into something else, is held as the one that has no lower half.
+            bits = states_NGKV.masked_fill_(states_NGKV.isnan(), torch.nan).view(torch.int32)
+            upper = (bits + (1 << 15)).bitwise_right_shift_(16)
+            self.values_SGKV[slots_N] = upper.to(torch.int16).view(torch.bfloat16)
+            self.residues_SGKV[slots_N] = bits.sub_(upper.bitwise_left_shift_(16)).to(torch.int16)
+            return
         if self.scales_SGK is not None:
             scales_NGK = states_NGKV.abs().amax(-1).mul_(1 / _LARGEST)
             self.scales_SGK[slots_N] = scales_NGK
             factors_NGK = torch.where(scales_NGK > 0, 1 / scales_NGK, 0.0)
             states_NGKV.mul_(factors_NGK.unsqueeze(-1)).add_(128.5)  # the cast cuts off
         self.values_SGKV[slots_N] = states_NGKV.to(self.values_SGKV.dtype)
+
+
+def held_shape(kv_heads: int, head_k: int, head_v: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Shape of one slot's states as they are held in a type: upper halves before lower ones, if they are split."""
+    shape = (kv_heads, head_k, head_v)
+    return (2, *shape) if dtype == SPLIT else shape
+
+
+def is_split_finite(halves_2: Tensor) -> bool:
+    """Whether all numbers whose halves these are, int16 [2, ...], are finite.
+
+    The largest ones, from 3.39e38 on, are not: as bfloat16 numbers, which is how they are read, they are infinite.
+    """
+    upper, lower = halves_2
+    magnitudes = upper & 0x7FFF
+    if not magnitudes.numel():
+        return True
+    least, most = torch.aminmax(magnitudes)
+    # From 0x7F80 on there are infinities and NaN; below a zero there is nothing.
+    return bool(most < 0x7F80) and not (bool(least == 0) and bool(((magnitudes == 0) & (lower < 0)).any()))

@@ -24,6 +24,7 @@ import torch
 import triton
 
 from server.kernels import (
+    SPLIT,
     STATE_DTYPES,
     LayerState,
     Ring,
@@ -33,6 +34,7 @@ from server.kernels import (
     folds_every_token,
     prefill,
     ring_size,
+    state_itemsize,
 )
 from tests.bench import peers
 from tests.bench.common import Row, add_output_flags, environment, finish, pivot, print_table
@@ -110,12 +112,13 @@ def time_decode(
     """
     _, kv_heads, head_k, head_v = HEADS[model]
     x = make_inputs(model, batch, 1)
-    values_dtype = STATE_DTYPES[dtype]
-    one = kv_heads * head_k * head_v * values_dtype.itemsize
+    # As the engine holds those of a bfloat16 model.
+    held_dtype = SPLIT if dtype == "float32" else STATE_DTYPES[dtype]
+    one = kv_heads * head_k * head_v * state_itemsize(held_dtype)
     sets = num_sets(batch * one)
     slots = 1 + torch.randperm(sets * batch, device="cuda").view(sets, batch)
-    state = _random_state(model, 1 + sets * batch, values_dtype)
-    if folds_every_token(batch, state.values_SGKV) if in_place is None else in_place:
+    state = _random_state(model, 1 + sets * batch, held_dtype)
+    if folds_every_token(batch, state) if in_place is None else in_place:
         assert plan is None or isinstance(plan, decode.DecodePlan)
         calls = [
             partial(
@@ -124,7 +127,7 @@ def time_decode(
                 x.k,
                 x.v,
                 x.g,
-                state.values_SGKV,
+                state,
                 row,
                 x.from_zero,
                 scale=head_k**-0.5,
@@ -135,7 +138,7 @@ def time_decode(
         return graph_time(repeated(calls)), 2 * batch * one
     assert plan is None or isinstance(plan, buffered.BufferedPlan)
     # Rings in all phases, as those of requests that came at different times; those that fold come first.
-    size = ring_size(values_dtype)
+    size = ring_size(held_dtype)
     pending = torch.randperm(batch, device="cuda") % size
     full = pending == size - 1
     rows = RingRows(torch.cat((pending[full], pending[~full])), full.sum().view(1))
@@ -151,7 +154,8 @@ def time_decode(
     calls = repeated([partial(call, row) for row in slots])
     calls[-1] = partial(last_call, slots[-1])
     entry = kv_heads * (head_k * 6 + head_v * 2)
-    return graph_time(calls), batch * (one + one // size) + int(pending.sum()) * entry
+    read = one // 2 if held_dtype == SPLIT else one
+    return graph_time(calls), batch * (read + (one - read + one) // size) + int(pending.sum()) * entry
 
 
 def _random_state(model: str, slots: int, dtype: torch.dtype) -> LayerState:
@@ -162,28 +166,32 @@ def _random_state(model: str, slots: int, dtype: torch.dtype) -> LayerState:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn((slots, kv_heads, *shape), device="cuda", dtype=torch.bfloat16)
 
+    scales = None
     if dtype == torch.uint8:
-        values = torch.randint(1, 256, (slots, kv_heads, head_k, head_v), device="cuda", dtype=dtype)
+        held = torch.randint(1, 256, (slots, kv_heads, head_k, head_v), device="cuda", dtype=dtype)
         scales = torch.full((slots, kv_heads, head_k), 1 / 64, device="cuda")
+    elif dtype == SPLIT:
+        held = torch.randint(-(2**15), 2**15, (slots, 2, kv_heads, head_k, head_v), device="cuda", dtype=dtype)
+        held[:, 0].view(torch.bfloat16).normal_()
     else:
-        values, scales = torch.randn((slots, kv_heads, head_k, head_v), device="cuda", dtype=dtype), None
+        held = torch.randn((slots, kv_heads, head_k, head_v), device="cuda", dtype=dtype)
     decays = -0.4 * torch.arange(1, size + 1, device="cuda").float().view(1, 1, size, 1)
     ring = Ring(normal(size, head_k), normal(size, head_v), decays.expand(slots, kv_heads, -1, head_k).contiguous())
-    return LayerState(values, scales, ring)
+    return LayerState.of(held, scales, ring)
 
 
 def time_prefill(
     model: str, spans: int, length: int, plan: prefill.PrefillPlan | None = None, segment_length: int | None = None
 ) -> float:
     """Microseconds, with other sizes than those chosen by shape if they are given."""
-    _, kv_heads, head_k, head_v = HEADS[model]
+    head_k = HEADS[model][2]
     x = make_inputs(model, spans, length)
-    pool = torch.randn((1 + spans, kv_heads, head_k, head_v), device="cuda")
+    state = _random_state(model, 1 + spans, SPLIT)
     slots = 1 + torch.randperm(spans, device="cuda")
 
     def call() -> object:
         return prefill.gla_prefill(
-            *(x.q, x.k, x.v, x.g, pool, slots, x.from_zero, x.cu_seqlens),
+            *(x.q, x.k, x.v, x.g, state, slots, x.from_zero, x.cu_seqlens),
             scale=head_k**-0.5,
             max_length=length,
             plan=plan,
@@ -343,19 +351,19 @@ def _sweep_prefill(model: str) -> Iterator[dict[str, object]]:
 
 def _sweep_buffered(model: str) -> Iterator[dict[str, object]]:
     heads, kv_heads, head_k, head_v = HEADS[model]
-    for dtype, values_dtype in STATE_DTYPES.items():
-        chosen = buffered.plan_buffered(head_k, head_v, heads // kv_heads, values_dtype)
+    for dtype, state_dtype in STATE_DTYPES.items():
+        held_dtype = SPLIT if dtype == "float32" else state_dtype
+        chosen = buffered.plan_buffered(head_k, head_v, heads // kv_heads, held_dtype)
         plans = [
             replace(chosen, read_k=read_k, read_v=read_v, read_warps=warps, read_stages=stages)
             for read_k, read_v, warps, stages in ((16, 128, 1, 4), (16, 128, 1, 3), (32, 64, 2, 3), (32, 128, 2, 3))
         ]
         plans += [replace(chosen, score_c=entries, score_warps=warps) for entries, warps in ((4, 1), (8, 4), (16, 4))]
         if dtype != "int8":
-            apart = replace(chosen, read_folds=False)
             plans += [
-                apart,
-                replace(apart, fold_k=32, fold_warps=4),
-                replace(apart, fold_k=64, fold_v=64, fold_warps=4),
+                replace(chosen, fold_k=32, fold_warps=4),
+                replace(chosen, fold_k=64, fold_v=64, fold_warps=4),
+                *(replace(chosen, fold_programs=programs) for programs in (2, 4, 8, 16)),
             ]
         for plan in plans:
             times = {f"{batch}": time_decode(model, batch, dtype, in_place=False, plan=plan)[0] for batch in (32, 256)}

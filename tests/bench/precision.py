@@ -3,9 +3,10 @@
     python -m tests.bench.precision --text FOLDER [--tokens 2048] [--json FILE]
 
 Sequences from the texts are decoded token by token, all side by side, once with float32 states that absorb every token
-in place, and once with each type and its ring. Weights and activations are float32, so that only the states differ. Per
-position: the change of the next token's negative log-likelihood, KL(exact || this), and whether the most likely token
-changes. The same for one token repeated.
+in place, and once with each type and its ring; float32 states once more split, as a bfloat16 model's are held, so that
+what is read of them is rounded. Weights and activations are float32, so that only the states differ. Per position: the
+change of the next token's negative log-likelihood, KL(exact || this), and whether the most likely token changes. The
+same for one token repeated.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from server.engine.checkpoint import load_model
 from server.engine.config import GLAConfig
 from server.engine.model import GLAModel
 from server.engine.state_pool import StateTensors, allocate_states
-from server.kernels import STATE_DTYPES, RingRows
+from server.kernels import SPLIT, STATE_DTYPES, LayerState, RingRows, held_shape
 from server.tokenizer import load_tokenizer
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "server" / "assets" / "classics-11m"
 EXACT = "float32, in place"
+SPLIT_NAME = "float32, split"
 
 
 @dataclass(slots=True)
@@ -59,19 +61,30 @@ class Variant:
         return model.forward(inputs, self.states).log_softmax(-1)
 
 
+def _allocate(model: GLAModel, count: int, dtype: str, *, split: bool) -> StateTensors:
+    device = model.norm.device
+    states = allocate_states(model.config, count, device=device, dtype=model.dtype, state_dtype=STATE_DTYPES[dtype])
+    if not split:
+        return states
+    layers, slots, kv_heads, head_k, head_v = states.parts["recurrent"].shape
+    held = torch.zeros((layers, slots, *held_shape(kv_heads, head_k, head_v, SPLIT)), dtype=SPLIT, device=device)
+    return StateTensors(
+        {**states.parts, "recurrent": held},
+        tuple(LayerState.of(held_S, None, layer.ring) for held_S, layer in zip(held, states.layers, strict=True)),
+    )
+
+
 @torch.inference_mode()
 def compare(model: GLAModel, tokens_BT: Tensor) -> dict[str, dict[str, float]]:
     """Figures by type of state: Δnll and KL in nats, flips and non-finite positions as shares."""
     count, steps = tokens_BT.shape
     exact, *others = (
-        Variant(
-            name,
-            allocate_states(
-                model.config, count, device=tokens_BT.device, dtype=model.dtype, state_dtype=STATE_DTYPES[dtype]
-            ),
-            in_place=name == EXACT,
+        Variant(name, _allocate(model, count, dtype, split=name == SPLIT_NAME), in_place=name == EXACT)
+        for name, dtype in (
+            (EXACT, "float32"),
+            *((dtype, dtype) for dtype in STATE_DTYPES),
+            (SPLIT_NAME, "float32"),
         )
-        for name, dtype in ((EXACT, "float32"), *((dtype, dtype) for dtype in STATE_DTYPES))
     )
     sums = {other.name: torch.zeros(4, dtype=torch.float64, device=tokens_BT.device) for other in others}
     squares = {other.name: torch.zeros(count, dtype=torch.float64, device=tokens_BT.device) for other in others}
@@ -120,10 +133,10 @@ def main() -> None:
     for title, tokens in ((f"{len(texts)} sequences of {args.tokens} tokens", texts), ("one token repeated", repeated)):
         report[title] = compare(model, tokens)
         print(f"{title}: against float32 states updated in place with every token")
-        print(f"{'states':>10} {'d nll 1e-3':>11} {'+-':>7} {'KL':>9} {'flips %':>8} {'not finite %':>13}")
+        print(f"{'states':>14} {'d nll 1e-3':>11} {'+-':>7} {'KL':>9} {'flips %':>8} {'not finite %':>13}")
         for name, row in report[title].items():
             print(
-                f"{name:>10} {row['nll'] * 1e3:11.3f} {row['nll error'] * 1e3:7.3f} {row['kl']:9.1e} "
+                f"{name:>14} {row['nll'] * 1e3:11.3f} {row['nll error'] * 1e3:7.3f} {row['kl']:9.1e} "
                 f"{row['flips'] * 100:8.3f} {row['not finite'] * 100:13.3f}",
                 flush=True,
             )

@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--state-dtype", default="float32", choices=["float32", "bfloat16", "int8"])
     parser.add_argument("--prefix", type=int, default=100_000, help="tokens of the known prefix")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tiers", default="device,host,disk", help="which of them, by default %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.set_defaults(plot=None)
     args = parser.parse_args()
@@ -151,6 +152,8 @@ def main() -> None:
     parked_bytes = engine._runner.parked_bytes
     with tempfile.TemporaryDirectory() as folder:
         for tier, cache in caches(Path(folder), parked_bytes, on_cuda=args.device == "cuda").items():
+            if tier not in args.tiers.split(","):
+                continue
             # The next engine sizes its pool to the memory that is free.
             del engine
             gc.collect()

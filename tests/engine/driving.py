@@ -236,4 +236,5 @@ def random_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
 
 def states_of(engine: Engine, slot: int) -> torch.Tensor:
     """One slot's recurrent states [L, G, K, V]."""
-    return engine._runner._step.states.recurrent_LSGKV[:, slot]
+    slots = torch.tensor([slot], device=engine._runner._step.states.device)
+    return torch.cat([layer.load(slots) for layer in engine._runner._step.states.layers])

@@ -148,7 +148,7 @@ def test_a_recycled_slot_shows_nothing_of_its_last_tenant(name: str, mode: Mode)
     prompt = random_prompt(70, VOCAB, 3)
     answers = []
     for garbage in (0.0, torch.nan, torch.inf, 1e30):
-        states.recurrent_LSGKV.fill_(garbage)
+        states.parts["recurrent"].fill_(garbage)
         if states.conv_LSWD is not None:
             states.conv_LSWD.fill_(garbage)
         answers.append(driver.complete(prompt, temperature=0.0, max_tokens=20).token_ids)
@@ -176,7 +176,7 @@ def test_the_state_absorbs_the_transcript_and_nothing_after_a_stop_token(mode: M
 @ALL_MODES
 def test_idle_slots_stay_bit_identical(mode: Mode) -> None:
     driver = make_driver(mode=mode, max_num_seqs=4)
-    states = driver.engine._runner._step.states.recurrent_LSGKV
+    states = driver.engine._runner._step.states.parts["recurrent"]
     states[:, 3:].fill_(torch.nan)
     before = states[:, 3:].clone()
     driver.submit([random_prompt(70, VOCAB, 5)], temperature=0.0, max_tokens=10)
@@ -489,14 +489,14 @@ def test_max_model_len_ends_an_answer() -> None:
 def test_a_very_long_prompt_is_absorbed_in_constant_memory() -> None:
     """200,000 tokens; the pool and the budget do not grow with them."""
     driver = make_driver(max_num_batched_tokens=4096, max_num_seqs=2)
-    shapes = [tensor.shape for tensor in (driver.engine._runner._step.states.recurrent_LSGKV,)]
+    shapes = [tensor.shape for tensor in (driver.engine._runner._step.states.parts["recurrent"],)]
     prompt = random_prompt(2000, VOCAB, 13) * 100
     answer = driver.complete(prompt, temperature=0.0, max_tokens=3, ignore_eos=True)
     assert len(answer.token_ids) == 3
     stats = driver.engine.stats()
     assert stats.prompt_tokens == 200_000
     assert stats.tokens_per_step.counts[-1] == 0, "a step took more tokens than the budget"
-    assert [driver.engine._runner._step.states.recurrent_LSGKV.shape] == shapes
+    assert [driver.engine._runner._step.states.parts["recurrent"].shape] == shapes
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from server.engine.checkpoint import load_model
 from server.engine.config import GLAConfig
 from server.engine.model import GLAModel
 from server.engine.state_pool import StateTensors, allocate_states
-from server.kernels import PackedMatrix, RingRows
+from server.kernels import SPLIT, PackedMatrix, RingRows
 from server.tokenizer import load_tokenizer
 from tests.engine.oracle import SMALL, oracle_logits, random_tensors, write_checkpoint
 from tests.kernels.cases import relative_error
@@ -41,7 +41,8 @@ class Lab:
         self.state: StateTensors = allocate_states(
             self.config, num_slots, device=self.device, dtype=dtype, state_dtype=torch.float32
         )
-        self.state.recurrent_LSGKV.fill_(float("nan"))
+        recurrent = self.state.parts["recurrent"]
+        recurrent.fill_(0x7FC0 if recurrent.dtype == SPLIT else float("nan"))
         if self.state.conv_LSWD is not None:
             self.state.conv_LSWD.fill_(float("nan"))
 
@@ -110,7 +111,7 @@ def test_rows_that_nobody_wants_end_at_the_last_layer(name: str, device: str) ->
             assert relative_error(some, every[rows]) < 1e-5
         for part_LS in (part_LS for part, part_LS in lab.state.parts.items() if not part.startswith("ring_")):
             assert torch.equal(part_LS[:, [1, 2]].isnan(), part_LS[:, [3, 4]].isnan())
-        assert relative_error(lab.state.recurrent_LSGKV[:, [1, 2]], lab.state.recurrent_LSGKV[:, [3, 4]]) < 1e-6
+        assert relative_error(lab.state.parts["recurrent"][:, [1, 2]], lab.state.parts["recurrent"][:, [3, 4]]) < 1e-6
     decoded = lab.step(decodes=[(1, 7), (2, 7)])
     assert relative_error(decoded, lab.step(decodes=[(3, 7), (4, 7)])) < 1e-5
 
@@ -240,7 +241,7 @@ def test_every_split_of_a_prompt(name: str, device: str) -> None:
     ids = load_file(FIXTURES / name / "expected.safetensors")["ids_257"][:200].tolist()
     lab = Lab(FIXTURES / name, device=device, num_slots=25)
     whole = lab.prefill(ids)[-1]
-    whole_state = lab.state.recurrent_LSGKV[:, 1].cpu()
+    whole_state = lab.state.parts["recurrent"][:, 1].cpu()
     for first in range(1, 200, 25):
         cuts = range(first, min(first + 25, 200))
         lab.step(prefills=[(slot, ids[:cut], True) for slot, cut in enumerate(cuts, start=1)])
@@ -250,7 +251,7 @@ def test_every_split_of_a_prompt(name: str, device: str) -> None:
         )
         for slot, row in enumerate(logits, start=1):
             assert relative_error(row, whole) < 1e-5
-            assert relative_error(lab.state.recurrent_LSGKV[:, slot].cpu(), whole_state) < 1e-5
+            assert relative_error(lab.state.parts["recurrent"][:, slot].cpu(), whole_state) < 1e-5
 
 
 @ON_EACH_DEVICE

@@ -93,6 +93,7 @@ def test_layers_wait_for_what_comes_from_the_host(name: str, state_dtype: str, m
         FIXTURES / name, mode=("cuda", True), state_dtype=state_dtype, cache=StateCacheConfig(host_bytes=64 << 20)
     )
     assert plain.engine._runner._graphs is not None
+    arrivals = plain.engine._runner._graphs.arrivals  # whose events the captured steps wait for, as long as they live
     plain.engine._runner._graphs.arrivals = None
     brought: list[int] = []
     bring = Arrivals.bring
@@ -117,6 +118,7 @@ def test_layers_wait_for_what_comes_from_the_host(name: str, state_dtype: str, m
     driver.run()
     expected = plain.complete(random_prompt(9, VOCAB, 2), **GREEDY, max_tokens=40)
     assert driver.answers[beside, 0].token_ids == expected.token_ids
+    assert arrivals is not None
 
 
 ENDS = pytest.mark.parametrize("end", ["length", "stop token", "stop string"])
@@ -218,7 +220,7 @@ def parked_state(driver: Driver, scope: str, tokens: list[int]) -> torch.Tensor:
     restore_snapshot(states, snapshot, [NULL_SLOT])
     if states.ring_size and snapshot.num_folded < snapshot.num_tokens:
         fold_slot(states, NULL_SLOT, snapshot.num_tokens - snapshot.num_folded)
-    slot = torch.tensor([NULL_SLOT], device=states.recurrent_LSGKV.device)
+    slot = torch.tensor([NULL_SLOT], device=states.device)
     return torch.cat([layer.load(slot) for layer in states.layers]).cpu()
 
 

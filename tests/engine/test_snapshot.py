@@ -121,6 +121,6 @@ def test_a_fork_of_a_model_of_one_layer() -> None:
     config = replace(GLAConfig.from_folder(FIXTURES / "base"), num_hidden_layers=1)
     kind = torch.float32
     states = allocate_states(config, SLOTS, device=torch.device("cpu"), dtype=kind, state_dtype=kind)
-    states.recurrent_LSGKV.normal_()
+    states.parts["recurrent"].normal_()
     fork_slot(states, 2, [1])
-    assert torch.equal(states.recurrent_LSGKV[:, 1], states.recurrent_LSGKV[:, 2])
+    assert torch.equal(states.parts["recurrent"][:, 1], states.parts["recurrent"][:, 2])

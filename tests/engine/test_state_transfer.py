@@ -178,8 +178,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     twice = b'{"__metadata__":{},"__metadata__":{}}'
     path.write_bytes(len(twice).to_bytes(8, "little") + twice)
     refused(driver, path, "state_invalid", "no JSON")
-    path.write_bytes(content.replace(b"gale-state-1", b"gale-state-2"))
-    refused(driver, path, "state_layout_unknown", "gale-state-2")
+    path.write_bytes(content.replace(b"gale-state-1", b"gale-state-9"))
+    refused(driver, path, "state_layout_unknown", "gale-state-9")
     # Whole and unchanged, but made up.
     parts, metadata = read_state(good, None)
 
@@ -195,6 +195,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused(driver, rewritten({"logits": parts["logits"] * torch.nan}), "state_invalid", "not finite")
     refused(driver, rewritten({"recurrent": parts["recurrent"][1:].clone()}), "state_invalid", "of another model")
     refused(driver, rewritten({"recurrent": parts["recurrent"].half()}), "state_invalid", "of another model")
+    for shape in ((), (5,), (2, 3, 4), (1 << 39, 2, 0), (1 << 39, 0)):  # the last ones take no bytes
+        halves = torch.zeros(shape, dtype=torch.int16)
+        refused(driver, rewritten({"recurrent": halves}), "state_invalid", "of another model")
+        refused(driver, rewritten({"logits": halves}), "state_invalid", "of another model")
+    layers, *sizes = parts["recurrent"].shape
+    halves = torch.zeros((layers, 2, *sizes), dtype=torch.int16)
+    halves[1, 0, 1, 3, 5] = 0x7FC0
+    refused(driver, rewritten({"recurrent": halves}), "state_invalid", "not finite")
+    halves.zero_()[1, 1, 1, 3, 5] = -1  # below zero: as one number, not a number
+    refused(driver, rewritten({"recurrent": halves}), "state_invalid", "not finite")
     refused(driver, rewritten({"recurrent": None}), "state_invalid", "holds no recurrent")
     refused(driver, rewritten({"extra": torch.zeros(3)}), "state_invalid", "holds extra")
     refused(driver, rewritten({"scales": torch.zeros(2, 2, 32)}), "state_invalid", "scales")

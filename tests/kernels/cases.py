@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.kernels import reference
+from server.kernels import SPLIT, LayerState, held_shape, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,9 +47,9 @@ class Case:
     def lengths(self) -> list[int]:
         return self.cu_seqlens.diff().tolist()
 
-    def prefill(self, backend: ModuleType, **options: Any) -> tuple[Tensor, Tensor]:
+    def prefill(self, backend: ModuleType, *, split: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
         """Output and pool afterwards; self stays as it is."""
-        pool = self.state_SGKV.clone()
+        pool, state = self._pool(split=split)
         max_length = max(self.lengths, default=0)
         with poisoned_memory():
             o = backend.gla_prefill(
@@ -57,7 +57,7 @@ class Case:
                 self.k_TGK,
                 self.v_TGV,
                 self.g_TGK,
-                pool,
+                state,
                 self.slots_N,
                 self.from_zero_N,
                 self.cu_seqlens,
@@ -65,23 +65,28 @@ class Case:
                 max_length=max_length,
                 **options,
             )
-        return o, pool
+        return o, state.load(torch.arange(len(pool), device=pool.device)) if split else pool
 
-    def decode(self, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    def decode(self, backend: ModuleType, *, split: bool = False) -> tuple[Tensor, Tensor]:
         """Output and pool afterwards; self stays as it is."""
-        pool = self.state_SGKV.clone()
+        pool, state = self._pool(split=split)
         with poisoned_memory():
             o = backend.gla_decode(
                 self.q_THK,
                 self.k_TGK,
                 self.v_TGV,
                 self.g_TGK,
-                pool,
+                state,
                 self.slots_N,
                 self.from_zero_N,
                 scale=self.scale,
             )
-        return o, pool
+        return o, state.load(torch.arange(len(pool), device=pool.device)) if split else pool
+
+    def _pool(self, *, split: bool) -> tuple[Tensor, LayerState]:
+        """A pool with the case's states; it as a layer that holds them whole, or a layer that holds them split."""
+        pool = self.state_SGKV.clone()
+        return pool, split_states(pool) if split else LayerState(pool)
 
     def span(self, n: int, start: int = 0, stop: int | None = None) -> Case:
         """Rows start:stop of span n, alone; a span that is continued reads its slot."""
@@ -98,6 +103,15 @@ class Case:
             from_zero_N=self.from_zero_N[n : n + 1] & (start == 0),
             cu_seqlens=self.cu_seqlens.new_tensor([0, last - first]),
         )
+
+
+def split_states(states_SGKV: Tensor) -> LayerState:
+    """A layer that holds these float32 states as two halves."""
+    slots, *sizes = states_SGKV.shape
+    held = torch.empty((slots, *held_shape(*sizes, SPLIT)), dtype=SPLIT, device=states_SGKV.device)
+    state = LayerState.of(held)
+    state.store(torch.arange(slots, device=states_SGKV.device), states_SGKV.clone())
+    return state
 
 
 def make_case(

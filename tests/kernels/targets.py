@@ -149,11 +149,10 @@ def _calls(ops: Any, model: str) -> Iterator[Callable[[], object]]:
             torch.zeros((slots, kv_heads, size, head_k)),
         )
         scales = torch.zeros((slots, kv_heads, head_k)) if dtype == torch.uint8 else None
-        return ops.LayerState(
-            torch.zeros((slots, kv_heads, head_k, head_v), dtype=dtype), scales, ring if with_ring else None
-        )
+        held = torch.zeros((slots, *ops.held_shape(kv_heads, head_k, head_v, dtype)), dtype=dtype)
+        return ops.LayerState.of(held, scales, ring if with_ring else None)
 
-    for spans, length, dtype in ((1, 2048, torch.float32), (16, 128, bf16), (16, 128, torch.uint8)):
+    for spans, length, dtype in ((1, 2048, ops.SPLIT), (16, 128, bf16), (16, 128, torch.uint8)):
         q, k, v, g = tokens(spans * length).values()
         cu_seqlens = torch.arange(0, spans * length + 1, length, dtype=torch.int32)
         slots, from_zero = torch.ones(spans, dtype=torch.int64), torch.zeros(spans, dtype=torch.bool)
@@ -164,8 +163,8 @@ def _calls(ops: Any, model: str) -> Iterator[Callable[[], object]]:
         q, k, v, g = tokens(rows).values()
         slots, from_zero = torch.ones(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
         pending, num_folding = torch.zeros(rows, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        for dtype in ops.STATE_DTYPES.values():
-            for folds in (num_folding, None) if dtype == torch.float32 else (num_folding,):
+        for dtype in (*ops.STATE_DTYPES.values(), ops.SPLIT):
+            for folds in (num_folding, None) if dtype in (torch.float32, ops.SPLIT) else (num_folding,):
                 ring_rows = ops.RingRows(pending, folds)
                 yield lambda i=(q, k, v, g), s=dtype, n=slots, z=from_zero, r=ring_rows: ops.gla_decode(
                     *i, state(s, True), n, z, scale=1.0, rows=r

@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from server.kernels import LayerState
 from tests.kernels.cases import (
     GATES,
     TRITON_DEVICE,
@@ -146,7 +147,7 @@ def test_a_pool_of_more_than_2_31_elements_on_gpu() -> None:
     slots = 2**31 // (4 * 256 * 512) + 5
     pool = torch.empty((slots, 4, 256, 512), device="cuda")
     o = decode.gla_decode(
-        *(case.q_THK, case.k_TGK, case.v_TGV, case.g_TGK, pool),
+        *(case.q_THK, case.k_TGK, case.v_TGV, case.g_TGK, LayerState(pool)),
         case.slots_N.new_tensor([slots - 1]),
         case.from_zero_N,
         scale=case.scale,

@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from server.kernels import LayerState
 from tests.kernels.cases import (
     GATES,
     TRITON_DEVICE,
@@ -96,7 +97,7 @@ def test_padding_changes_nothing(backend: tuple[ModuleType, str]) -> None:
         padded_o = module.gla_prefill(
             *padded,
             decays,
-            padded_pool,
+            LayerState(padded_pool),
             torch.nn.functional.pad(case.slots_N, (0, 3)),
             torch.nn.functional.pad(case.from_zero_N, (0, 3), value=True),
             torch.nn.functional.pad(case.cu_seqlens, (0, 3), value=87),
@@ -222,9 +223,9 @@ def test_slots_of_a_pool_with_any_stride(backend: tuple[ModuleType, str]) -> Non
     wide = torch.full((slots, 3, *rest), torch.nan, device=device)
     wide[:, 1] = case.state_SGKV
     _, pool = case.prefill(module)
-    view = replace(case, state_SGKV=wide[:, 1])
     module.gla_prefill(
-        *(view.q_THK, view.k_TGK, view.v_TGV, view.g_TGK, wide[:, 1], view.slots_N, view.from_zero_N, view.cu_seqlens),
+        *(case.q_THK, case.k_TGK, case.v_TGV, case.g_TGK, LayerState(wide[:, 1])),
+        *(case.slots_N, case.from_zero_N, case.cu_seqlens),
         scale=case.scale,
         max_length=20,
     )
@@ -366,7 +367,7 @@ def test_a_pool_of_more_than_2_31_elements_on_gpu() -> None:
     slots = 2**31 // (4 * 256 * 512) + 5
     pool = torch.empty((slots, 4, 256, 512), device="cuda")
     o = prefill.gla_prefill(
-        *(case.q_THK, case.k_TGK, case.v_TGV, case.g_TGK, pool),
+        *(case.q_THK, case.k_TGK, case.v_TGV, case.g_TGK, LayerState(pool)),
         case.slots_N.new_tensor([slots - 1]),
         case.from_zero_N,
         case.cu_seqlens,

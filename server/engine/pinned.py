@@ -1,4 +1,5 @@
-"""Pinned host memory in pieces of one size, reserved once: the driver takes tens of milliseconds for each."""
+"""Host memory in pieces of one size, reserved once: pinning one takes the driver tens of milliseconds, and so does new
+memory of that size when it is first written to."""
 
 import logging
 import time
@@ -37,20 +38,19 @@ class PinnedPieces:
     Args:
         piece_bytes: at least what one takes.
         budget: most bytes of all.
+        pin: whether a CUDA device is to copy from and to it.
     """
 
-    def __init__(self, piece_bytes: int, budget: int) -> None:
+    def __init__(self, piece_bytes: int, budget: int, *, pin: bool = True) -> None:
         self._free: deque[Tensor] = deque()
         piece_bytes = -(-piece_bytes // ALIGNMENT) * ALIGNMENT
         start, left = time.monotonic(), budget // piece_bytes
         while left:
             count = min(left, max(1, _SLAB_BYTES // piece_bytes))
-            slab = torch.empty(count * piece_bytes, dtype=torch.uint8, pin_memory=True)
+            slab = torch.empty(count * piece_bytes, dtype=torch.uint8, pin_memory=pin)
             self._free.extend(slab.split(piece_bytes))
             left -= count
-        logger.info(
-            "%d pieces of %d pinned bytes reserved in %.2f s", len(self._free), piece_bytes, time.monotonic() - start
-        )
+        logger.info("%d pieces of %d bytes reserved in %.2f s", len(self._free), piece_bytes, time.monotonic() - start)
 
     def __len__(self) -> int:
         """Pieces that nobody uses."""

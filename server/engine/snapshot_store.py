@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import torch
 
-from server.engine.pinned import PinnedPieces
+from server.engine.pinned import PinnedPiece, PinnedPieces
 from server.engine.snapshot import Snapshot, copy_from_device, to_device, to_host
 from server.engine.state_exchange import TRANSCRIPT, adapt
 from server.engine.state_file import Part, StateFileError, read_state, write_state
@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 _MAX_WRITES = 4
 MAX_LEAVING = 4
 """Snapshots on their way from the device to the host, beyond the budget of both."""
+_READ_AHEAD = 2
+"""Snapshots in memory that is kept for those that are read: the first use of new memory takes as long as reading."""
+_TRANSCRIPT_BYTES = 1 << 20
+"""Room there for the transcript of a saved state; whatever has a longer one is read to new memory."""
 _SUFFIX = ".safetensors"
 
 
@@ -91,6 +95,7 @@ class SnapshotStore:
     _number: int = 0
     _lock: int | None = None
     _stream: torch.cuda.Stream | None = field(init=False)
+    _read_memory: PinnedPieces | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot-writer")
@@ -108,6 +113,8 @@ class SnapshotStore:
             raise SettingsError(f"--state-cache-dir: {self.folder} is in use by another server") from None
         except OSError as error:
             raise SettingsError(f"--state-cache-dir: {self.folder}: {error.strerror}") from None
+        piece_bytes = sum(part.nbytes for part in self.pool.values()) + _TRANSCRIPT_BYTES
+        self._read_memory = PinnedPieces(piece_bytes, _READ_AHEAD * piece_bytes, pin=self.device.type == "cuda")
 
     # The cache's side; see Store.
 
@@ -275,18 +282,22 @@ class SnapshotStore:
             file.source = None
 
     def _read_file(self, file: FileSnapshot) -> None:
+        piece = None if self._read_memory is None else self._read_memory.take()
         try:
-            file.source = self._read(file)
+            if piece is not None and self.device.type == "cuda":
+                # What lay there before may still be on its way to the device.
+                torch.cuda.synchronize(self.device)
+            file.source = self._read(file, piece)
         except Exception as error:  # whatever it is, somebody waits for the file or for this
             file.lost = f"{file.path}: {_reason(error)}"
 
-    def _read(self, file: FileSnapshot) -> Snapshot:
+    def _read(self, file: FileSnapshot, piece: PinnedPiece | None = None) -> Snapshot:
         start = time.perf_counter()
-        tensors, _ = read_state(file.path, file.layout)
+        tensors, _ = read_state(file.path, file.layout, memory=None if piece is None else piece.memory)
         self.read_seconds.observe(time.perf_counter() - start)
         tensors.pop(TRANSCRIPT, None)
         logits_V = tensors.pop("logits", None)
-        snapshot = Snapshot(tensors, logits_V, file.num_tokens, file.num_folded, None)
+        snapshot = Snapshot(tensors, logits_V, file.num_tokens, file.num_folded, None, piece)
         return snapshot if file.layout is not None else adapt(snapshot, self.pool, exact=True)
 
 

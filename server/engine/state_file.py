@@ -173,16 +173,17 @@ def read_part(path: Path, header: Header, name: str) -> bytes:
 
 
 def read_state(
-    path: Path, layout: Mapping[str, Part] | None, *, key: bytes | None = None
+    path: Path, layout: Mapping[str, Part] | None, *, key: bytes | None = None, memory: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file and check that it is whole, unchanged, of this layout and finite.
 
     Args:
         layout: the tensors that must be in it, and no others; None: any.
         key: it must be signed with; None: it need not be signed.
+        memory: where to read to, if that is large enough: uint8 [any], on the host. None: new memory.
 
     Returns:
-        The parts, on the host, and the metadata.
+        The parts, on the host, views of one piece of memory, and the metadata.
 
     Raises:
         StateFileError: it is not.
@@ -193,7 +194,9 @@ def read_state(
         found = _parse_table(table, size)
         if layout is not None:
             _compare(found, layout)
-        data = torch.empty(size, dtype=torch.uint8)
+        if memory is None or memory.nbytes < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+        data = memory[:size]
         if file.readinto(_buffer(data)) != size:  # type: ignore[attr-defined]
             raise StateFileError("the file changed while it was read")
     parts = {}

@@ -358,3 +358,30 @@ def test_saved_states_take_room_of_the_disk(tmp_path: Path) -> None:
     taken = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert taken <= 8 * one + 20 * 4096
     driver.engine.close()
+
+
+def test_files_are_read_to_memory_that_is_kept(tmp_path: Path) -> None:
+    """Whichever state is read next, what was read before stays what it was; and what is too large finds room, too."""
+    folder = tmp_path / "states"
+    driver = make_driver(folder)
+    prompts = [random_prompt(40 + 7 * number, VOCAB, number) for number in range(4)]
+    for number, prompt in enumerate(prompts):
+        run(driver, prompt, save=True, name=f"{number}", max_tokens=3)
+    driver.engine.close()
+    steady = make_driver(tmp_path / "steady")
+    for number, prompt in enumerate(prompts):
+        run(steady, prompt, save=True, name=f"{number}", max_tokens=3)
+    # No tier of memory keeps a state, so each use reads its file.
+    driver = make_driver(folder, host_bytes=0)
+    store = driver.engine._reuse.store  # type: ignore[union-attr]
+    kept = store._read_memory
+    assert kept is not None and len(kept) == 2
+    for turn, number in enumerate((0, 1, 2, 3, 1, 0, 3)):
+        new = [5 + turn, number]
+        expected = run(steady, new, state=f"{number}", max_tokens=9)
+        before = absorbed(driver)
+        assert run(driver, new, state=f"{number}", max_tokens=9).token_ids == expected.token_ids
+        assert absorbed(driver) - before == 2
+        assert sum(store.read_seconds.snapshot().counts) == turn + 1
+    assert len(kept) == 2, "whoever has gone on from a state gives the memory back"
+    driver.engine.close()

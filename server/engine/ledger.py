@@ -23,8 +23,10 @@ class Ledger:
         self.nbytes: Counter[str | None] = Counter()
         self.transcript_bytes = 0
         self._transcripts: Counter[int] = Counter()
-        self._charges: dict[str, list[tuple[Hashable, int]]] = {}
+        self._charges: dict[str, list[Hashable]] = {}
         self._sharers: Counter[tuple[str | None, Hashable]] = Counter()
+        # What each was counted with: a shared snapshot may have been replaced by a larger one meanwhile.
+        self._counted: dict[tuple[str | None, Hashable], int] = {}
 
     def add(self, state: "NamedState") -> None:
         """Enter a state with what it takes now."""
@@ -36,16 +38,17 @@ class Ledger:
         self._transcripts[id(state.tokens)] += 1
         if self._transcripts[id(state.tokens)] == 1:
             self.transcript_bytes += len(state.tokens)
-        self._charges[state.id] = charges
+        self._charges[state.id] = [what for what, _ in charges]
         for owner in (None, state.tenant):
             self.count[owner] += 1
             for what, nbytes in charges:
                 self._sharers[owner, what] += 1
                 if self._sharers[owner, what] == 1:
+                    self._counted[owner, what] = nbytes
                     self.nbytes[owner] += nbytes
 
     def remove(self, state: "NamedState") -> None:
-        """Take a state out, with what it took when it was entered."""
+        """Take a state out, with what it was counted with when it was entered."""
         self._transcripts[id(state.tokens)] -= 1
         if not self._transcripts[id(state.tokens)]:
             del self._transcripts[id(state.tokens)]
@@ -53,8 +56,8 @@ class Ledger:
         charges = self._charges.pop(state.id)
         for owner in (None, state.tenant):
             self.count[owner] -= 1
-            for what, nbytes in charges:
+            for what in charges:
                 self._sharers[owner, what] -= 1
                 if not self._sharers[owner, what]:
                     del self._sharers[owner, what]
-                    self.nbytes[owner] -= nbytes
+                    self.nbytes[owner] -= self._counted.pop((owner, what))

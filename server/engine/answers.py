@@ -67,7 +67,7 @@ class Answers:
     def settle(self) -> None:
         """Pass on what need not wait for files any longer, and save what there is room for by now."""
         settled = self.waiting.settle()
-        if self.saves and (settled or not self.waiting):
+        if self.saves and (settled or not self.saves.is_writing):
             for seq in self.saves.settle():
                 self._scheduler.let_go(seq)
 
@@ -146,7 +146,8 @@ class Answers:
             Exception: the device is ill.
         """
         unrestored = [seq for seq, error in broken.items() if isinstance(error, RestoreError)]
-        for seq in unrestored:
+        # Each comes before its equals: the first of them last.
+        for seq in reversed(unrestored):
             logger.warning("a prompt of %d tokens is absorbed whole: %s", len(seq.prompt), broken[seq])
             self._begin_again(seq)
         broken = {seq: error for seq, error in broken.items() if not isinstance(error, RestoreError)}

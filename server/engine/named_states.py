@@ -353,9 +353,14 @@ class NamedStates:
         self._enter(state)
         return state
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether states are being saved whose files are not there yet."""
+        return self._num_writing > 0
+
     def written(self) -> "Future[None] | None":
         """Done when every state that is being saved has its file; None: none is."""
-        return self._files.settled() if self._files is not None and self._num_writing else None
+        return self._files.settled() if self._files is not None and self.is_writing else None
 
     def find(self, tenant: str, reference: str) -> NamedState | None:
         """A tenant's state by its id or name; None: there is none, or it has expired."""

@@ -46,6 +46,11 @@ class Saves:
         return seq.saving is not None or seq in self._delayed or seq in self._failed
 
     @property
+    def is_writing(self) -> bool:
+        """Whether files are being written, which makes room."""
+        return self._states.is_writing
+
+    @property
     def delayed(self) -> list[Sequence]:
         """Sequences that keep their slots, the longest first."""
         return list(self._delayed)
@@ -105,8 +110,9 @@ class Saves:
             return True
         if seq.slot is None and not seq.swapped:
             return True  # it has waited for the state of another one
-        # Asked first: if nothing is under way, there has been all the room that there will be.
-        is_busy = bool(self._waiting) or self._reuse.is_busy
+        # Asked first: if nothing is under way, there has been all the room that there will be. Other answers that wait
+        # make none, and may themselves wait for this slot: a deleted state's file stays for those who go on from it.
+        is_busy = self._states.is_writing or self._reuse.is_busy
         return self._park(seq) or not is_busy
 
     def _save(self, seq: Sequence) -> None:

@@ -215,6 +215,7 @@ class SnapshotStore:
     @property
     def is_busy(self) -> bool:
         """Whether snapshots are on their way to the host or to files."""
+        self._forget_left()
         return bool(self._writes or self._leaving)
 
     def close(self) -> None:
@@ -230,8 +231,7 @@ class SnapshotStore:
     def _to_host(self, snapshot: Snapshot) -> Snapshot | None:
         if snapshot.parts["recurrent"].device.type == "cpu":
             return snapshot
-        while self._leaving and self._leaving[0].query():
-            self._leaving.popleft()
+        self._forget_left()
         # What a copy that has not left yet frees on the device cannot be used again: this bounds how much that is.
         piece = None if self.pieces is None or len(self._leaving) >= MAX_LEAVING else self.pieces.take()
         if piece is None:
@@ -240,6 +240,10 @@ class SnapshotStore:
         assert copy.copied is not None
         self._leaving.append(copy.copied)
         return copy
+
+    def _forget_left(self) -> None:
+        while self._leaving and self._leaving[0].query():
+            self._leaving.popleft()
 
     def _write(self, snapshot: Snapshot) -> FileSnapshot | None:
         if len(self._writes) >= _MAX_WRITES or self.folder is None:

@@ -252,6 +252,17 @@ def test_who_cannot_begin_from_a_state_absorbs_all_of_it(mode: Mode) -> None:
     assert driver.answers[pieces, 0].token_ids == expected[3, 1].token_ids
 
 
+def test_who_begins_again_keeps_the_order() -> None:
+    driver = make_driver(("cpu", False), max_num_seqs=2, max_num_batched_tokens=64)
+    driver.complete(PROMPTS[3], max_tokens=1)
+    with patched(lambda patch: before(patch, runner_module, "restore_snapshot", lambda *_, **__: True)):
+        for token in (5, 6):
+            driver.submit([[*PROMPTS[3], token]], **parameters(0))
+        driver.step()
+    assert [seq.prompt[-1] for seq in driver.engine.scheduler.waiting] == [5, 6]
+    settle(driver)
+
+
 @ALL_MODES
 def test_an_answer_does_not_depend_on_what_can_be_kept_of_it(mode: Mode) -> None:
     """Where there is no memory for a copy of its state, it ends as it would have, and is saved as far as it goes."""

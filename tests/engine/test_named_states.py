@@ -9,6 +9,7 @@ from server.component_settings import StateCacheConfig
 from server.engine.engine import Engine
 from server.engine.named_states import DEFAULT_TTL, NamedState, NamedStates, NoRoomError, StateLimits, TenantFullError
 from server.engine.prefix_cache import PrefixCache
+from server.engine.reuse import PrefixReuse
 from server.engine.tiers import Entry, Tier
 from server.grammar import from_regex
 from server.types import FinishReason, Refusal, RefusalReason, StateAction, pack_tokens
@@ -308,6 +309,33 @@ def test_who_waits_for_a_state_gets_it_though_it_is_deleted(on_disk: bool, tmp_p
         assert not list((tmp_path / "saved").iterdir())
 
 
+def test_a_save_without_room_does_not_wait_for_those_who_wait_for_its_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deletion waits for somebody who waits for the slot, whose state cannot be parked: it ends all the same."""
+    room = StateCacheConfig(host_bytes=64 << 20, folder=tmp_path, disk_bytes=64 << 20)
+    driver, cold = make_driver(cache=room, max_num_seqs=1), make_driver(cache=StateCacheConfig())
+    book = random_prompt(300, VOCAB, 1)
+    run(driver, [book], save=True, name="book", max_tokens=0)
+    saver = driver.submit([[5]], max_tokens=10, save=True, **GREEDY)
+    reader = driver.submit([[9]], state="book", max_tokens=6, **GREEDY)
+    monkeypatch.setattr(PrefixReuse, "keep_answer", lambda *_: False)
+
+    steps, step = iter(range(200)), Engine.step
+
+    def bounded(engine: Engine) -> None:
+        assert next(steps, None) is not None, "they wait for each other"
+        step(engine)
+
+    monkeypatch.setattr(Engine, "step", bounded)
+    assert isinstance(driver.command(StateAction.DELETE, "book"), list)
+    driver.run()
+    monkeypatch.undo()
+    assert len(driver.answers[saver, 0].token_ids) == 10 and driver.answers[saver, 0].state is not None
+    assert driver.answers[reader, 0].token_ids == cold.complete([*book, 9], max_tokens=6, **GREEDY).token_ids
+    driver.engine.close()
+
+
 def test_a_full_store_refuses_and_loses_nothing() -> None:
     parked = make_driver().engine._runner.parked_bytes
     driver = make_driver(cache=StateCacheConfig(host_bytes=4 * parked))
@@ -460,6 +488,22 @@ def test_transcripts_have_their_room() -> None:
     states.reserve("a", 2)
     states.complete(states.fork(state, None, None))
     assert states.stats({}).transcript_bytes == 80
+
+
+def test_a_snapshot_that_grows_is_counted_as_it_was() -> None:
+    """One with logits takes the place of one without, between the saves of two states that share it."""
+    lot = Lot()
+    states = NamedStates(lot, StateLimits(nbytes=1000, state_nbytes=1))
+    states.reserve("a", 2)
+    saved = []
+    for nbytes in (1, 3):
+        saving = states.save("a", None, None, pack_tokens([1]))
+        assert saving.state.entry is not None
+        saving.state.entry.nbytes = nbytes
+        saved.append(states.complete(saving))
+    for state in saved:
+        states.delete(state)
+    assert states.nbytes == 0
 
 
 def test_each_tenant_has_limits_of_its_own() -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import resource
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -500,6 +501,19 @@ def test_files_that_cannot_be_written_count_as_nothing(tmp_path: Path) -> None:
     assert stats.states_parked["disk"] == 0 and stats.states_parked_bytes["disk"] == 0
     assert stats.states_evicted >= 4 and stats.states_parked["host"] == 1
     driver.engine.close()
+
+
+def test_copies_that_have_arrived_are_not_under_way() -> None:
+    """Even if nothing has been copied since: who waits for room waits until nothing is."""
+
+    class Left:
+        def query(self) -> bool:
+            return True
+
+    reuse = make_driver().engine._reuse
+    assert reuse is not None
+    reuse.store._leaving.append(cast("torch.cuda.Event", Left()))
+    assert not reuse.is_busy
 
 
 def test_who_waits_for_a_snapshot_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

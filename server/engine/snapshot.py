@@ -225,7 +225,9 @@ def restore_snapshot(states: StateTensors, snapshot: Snapshot, slots: Sequence[i
     if parts["recurrent"].dtype != held_dtype:
         parts = hold_as(parts, held_dtype)
     _spread(states, slots, parts)
-    return snapshot.logits_V
+    logits_V = snapshot.logits_V
+    # A piece of memory goes to somebody else as soon as the snapshot in it is gone.
+    return logits_V if logits_V is None or snapshot.piece is None else logits_V.clone()
 
 
 def fold_slot(states: StateTensors, slot: int, num_pending: int) -> None:

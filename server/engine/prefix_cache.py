@@ -16,6 +16,7 @@ across scopes (the API keys' tenants).
 
 import logging
 from bisect import insort
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -83,6 +84,7 @@ class Ticket(Generic[P]):
     points: list[int] = field(default_factory=list)
     _promises: "dict[int, Node[_Spot[P]]]" = field(default_factory=dict)
     _waits_for: Awaited[P] | None = None
+    _reads: P | None = None
     _position: int = 0
 
     @property
@@ -122,6 +124,8 @@ class PrefixCache(Generic[P]):
         self.tiers: Tiers[P] = Tiers(budgets, store, self._forget)
         self._trees: dict[str, RadixTree[_Spot[P]]] = {}
         self._active: dict[Ticket[P], None] = {}
+        # How many tickets wait until a snapshot is ready.
+        self._readers: Counter[P] = Counter()
         self.figures = CacheFigures()
 
     # A prompt's way: admit, started, then advance and put as it is absorbed, close.
@@ -147,6 +151,7 @@ class PrefixCache(Generic[P]):
                 break
             try:
                 if not self._store.ready(entry.payload):
+                    self._await_read(ticket, entry.payload)
                     return False
                 break
             except SnapshotLostError as error:
@@ -157,6 +162,7 @@ class PrefixCache(Generic[P]):
         if entry is not None:
             self._use(ticket, entry)
             node = entry.node
+        self._await_read(ticket, None)
         for position in _points(ticket, shared):
             node = self._promise(ticket, position, node)
         return True
@@ -193,6 +199,7 @@ class PrefixCache(Generic[P]):
     def close(self, ticket: Ticket[P]) -> None:
         """The prompt has been absorbed, or never will be. May be called for a ticket that was never admitted."""
         self._unpin(ticket)
+        self._await_read(ticket, None)
         self._active.pop(ticket, None)
         for node in ticket._promises.values():
             assert node.value is not None
@@ -277,6 +284,17 @@ class PrefixCache(Generic[P]):
                 ticket._waits_for = Awaited(promiser, node.depth)
                 return True
         return False
+
+    def _await_read(self, ticket: Ticket[P], payload: P | None) -> None:
+        """Note what a prompt waits for that is not ready; None: for nothing, any longer."""
+        before, ticket._reads = ticket._reads, payload
+        if payload is not None:
+            self._readers[payload] += 1
+        if before is not None:
+            self._readers[before] -= 1
+            if not self._readers[before]:
+                del self._readers[before]
+                self._store.unread(before)
 
     def _use(self, ticket: Ticket[P], entry: Entry[P]) -> None:
         """Let a prompt begin from a snapshot, which moves to the fastest tier that has room for it."""

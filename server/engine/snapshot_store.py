@@ -168,6 +168,19 @@ class SnapshotStore:
             payload.reading = self._submit(self._reader, self._reads, self._read_file, payload)
         return False
 
+    def unread(self, payload: Payload) -> None:
+        """Nobody waits for a snapshot's file any longer: it is not read, or what was read is given up."""
+        reading = payload.reading if isinstance(payload, FileSnapshot) else None
+        if reading is None:
+            return
+
+        def forget(_: "Future[None]") -> None:
+            assert isinstance(payload, FileSnapshot)
+            payload.source = payload.reading = None
+
+        reading.cancel()
+        reading.add_done_callback(forget)
+
     def take_unwritten(self) -> list[Payload]:
         """Snapshots whose files could not be written, since this was last asked; they are in memory still."""
         unwritten: list[Payload] = []

@@ -45,6 +45,9 @@ class Store(Protocol[P]):
             SnapshotLostError: it cannot be read any more.
         """
 
+    def unread(self, payload: P) -> None:
+        """Nobody waits any longer until a snapshot is ready; memory that was only for that is given back."""
+
     def take_unwritten(self) -> list[P]:
         """Snapshots of the tier DISK whose files could not be written, since this was last asked. They are in memory
         until they are moved or given up."""

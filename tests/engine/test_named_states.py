@@ -384,6 +384,9 @@ class Shelf:
     def drop(self, payload: int) -> None:
         self.dropped.append(payload)
 
+    def unread(self, payload: int) -> None:
+        pass
+
     def ready(self, payload: int) -> bool:
         return True
 

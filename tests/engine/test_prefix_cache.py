@@ -68,6 +68,9 @@ class Shelf:
         taken, self.unwritten = self.unwritten, []
         return taken
 
+    def unread(self, payload: Parked) -> None:
+        pass
+
     def ready(self, payload: Parked) -> bool:
         if payload in self.lost:
             raise SnapshotLostError("torn")

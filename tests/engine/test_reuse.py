@@ -4,7 +4,8 @@ import os
 import random
 import resource
 from pathlib import Path
-from typing import cast
+from threading import Event
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from server.component_settings import StateCacheConfig
 from server.engine.arrivals import Arrivals
 from server.engine.engine import Engine
 from server.engine.prefix_cache import Ticket
+from server.engine.runner import Runner
 from server.engine.scheduler import MAX_KEPT_PROMPTS
 from server.engine.sequence import Sequence
 from server.engine.snapshot import Snapshot, fold_slot, restore_snapshot
-from server.engine.snapshot_store import Payload, SnapshotStore
+from server.engine.snapshot_store import FileSnapshot, Payload, SnapshotStore
 from server.engine.state_pool import NULL_SLOT
 from server.types import FinishReason, pack_tokens
 from tests.engine.driving import CLASSICS, FIXTURES, Answer, Driver, engine_config, random_prompt
@@ -398,6 +400,28 @@ def driver_with_files(folder: Path, count: int) -> tuple[Driver, list[list[int]]
     return driver, prompts, expected
 
 
+def test_logits_from_a_file_outlast_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next file may be read to the same memory while the step is under way that samples from them."""
+    driver = make_driver(cache=StateCacheConfig(folder=tmp_path, disk_bytes=64 << 20))
+    prompt = random_prompt(40, VOCAB, 1)
+    expected = driver.complete(prompt, max_tokens=8, **GREEDY).token_ids
+    driver.engine._reuse._store._writer.submit(int).result()  # type: ignore[union-attr]
+    free = driver.engine._reuse._store._read_memory._free  # type: ignore[union-attr]
+    restore = Runner._restore
+
+    def then_read(*args: Any) -> list[torch.Tensor]:
+        logits = restore(*args)
+        for memory in tuple(free):
+            memory.fill_(0x7F)
+        return logits
+
+    monkeypatch.setattr(Runner, "_restore", then_read)
+    before = driver.engine.stats().prompt_tokens
+    assert driver.complete(prompt, max_tokens=8, **GREEDY).token_ids == expected
+    assert driver.engine.stats().prompt_tokens == before
+    driver.engine.close()
+
+
 def test_a_damaged_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
     driver, prompts, expected = driver_with_files(tmp_path, 3)
     damaged = 0
@@ -409,6 +433,32 @@ def test_a_damaged_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
     assert damaged >= 4
     assert [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts] == expected
     assert driver.engine.stats().prompt_tokens > 120
+    driver.engine.close()
+
+
+def test_what_is_read_for_nobody_leaves_the_memory(tmp_path: Path) -> None:
+    """Of two that wait for a file, one is cancelled, then the other one: nothing of it stays in memory."""
+    driver, prompts, expected = driver_with_files(tmp_path, 3)
+    store = driver.engine._reuse._store  # type: ignore[union-attr]
+    cancelled = []
+    for ends in (1, 2):
+        waiting = [driver.submit([[*prompts[0], 7 + i]], max_tokens=8, **GREEDY) for i in range(2)]
+        release = Event()
+        store._reader.submit(release.wait, 60)
+        driver.step()
+        payloads = [entry.payload for entry in driver.engine._reuse._cache.tiers]  # type: ignore[union-attr]
+        (file,) = (payload for payload in payloads if isinstance(payload, FileSnapshot) and payload.reading)
+        for request in waiting[:ends]:
+            driver.cancel(request)
+        release.set()
+        store._reader.submit(int).result()
+        assert (file.source is None) is (ends == 2)
+        driver.run()
+        assert file.source is None and file.memory is None and file.reading is None
+        cancelled += waiting[:ends]
+    assert all(driver.answers[request, 0].finish_reason is FinishReason.CANCELLED for request in cancelled)
+    assert [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts] == expected
+    assert not store.reads
     driver.engine.close()
 
 

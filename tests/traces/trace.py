@@ -47,7 +47,8 @@ class Saved:
 
 @dataclass
 class Asked:
-    """A request under way. ``rest`` is what is still to come of a text that comes in pieces."""
+    """A request under way. ``rest`` is what is still to come of a text that comes in pieces; ``known`` is how much of
+    its context need not be absorbed again."""
 
     tenant: str
     state: str | None
@@ -59,6 +60,7 @@ class Asked:
     stops: bool
     grows: bool = False
     rest: list[int] = field(default_factory=list)
+    known: int = 0
 
     @property
     def prompt(self) -> list[int]:
@@ -131,7 +133,7 @@ class Server:
                 # Whose state ends while it waits in the queue has the transcript absorbed again.
                 assert self.driver.engine._states is not None
                 if asked.state in self.driver.engine._states._states:
-                    assert answers[0].cached_tokens >= len(asked.context), "what a state holds is not absorbed again"
+                    assert answers[0].cached_tokens >= asked.known, "what a state holds is not absorbed again"
             for answer in answers:
                 assert answer is not None
                 self.check(asked, answer)
@@ -336,7 +338,17 @@ class Trace:
             assert server.driver.rejected[request].reason is RefusalReason.STATES_FULL and save
             self.counts["refused"] += 1
             return
-        server.asked[request] = Asked(tenant, state, context, new, n, bool(save), save.get("name"), stops)
+        known = len(context)
+        if state is not None and not new and not self._has_logits(server, state):
+            # As where a token was taken back: whoever adds nothing has the last one absorbed again, for its logits.
+            known = 0
+        server.asked[request] = Asked(tenant, state, context, new, n, bool(save), save.get("name"), stops, known=known)
+
+    def _has_logits(self, server: Server, state: str) -> bool:
+        """Whether a state's snapshot has the logits of its last token."""
+        assert server.driver.engine._states is not None
+        entry = server.driver.engine._states._states[state].entry
+        return entry is not None and entry.complete
 
     def _step(self, server: Server) -> None:
         for _ in range(self.rng.randrange(1, 9)):

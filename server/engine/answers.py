@@ -33,7 +33,7 @@ class Answers:
 
     Attributes:
         open: the sequences that have not ended, by API process and request.
-        waiting: what is to be told once a file is written.
+        waiting: what is to be told once a file is written or removed.
         saves: sequences that have ended and are being saved; None: no states are kept.
     """
 
@@ -61,11 +61,11 @@ class Answers:
 
     @property
     def has_work(self) -> bool:
-        """Whether anything waits for a file."""
+        """Whether an answer waits, or a state to be saved."""
         return bool(self.waiting or self.saves)
 
     def settle(self) -> None:
-        """Pass on what need not wait for files any longer, and save what there is room for by now."""
+        """Pass on what need not wait any longer, and save what there is room for by now."""
         settled = self.waiting.settle()
         if self.saves and (settled or not self.saves.is_writing):
             for seq in self.saves.settle():

@@ -2,9 +2,9 @@
 
 The bus takes a millisecond for 50 MB, which is longer than many a step lasts until it turns to the last layers. So the
 copies of one restored state are cut into groups of layers on a stream of their own, and captured steps with prompts
-wait before the first layer of each group until it is there. At 1.3B on an H200, a layer's copy takes 41 microseconds, a
-step at least 66 of work, so groups may grow by half each; launching one takes some 9, and what comes between that and
-the step's own launch is longer than the first group's copy. Behind such a step everything has come.
+wait before the first layer of each group until it is there. At 1.3B on an H200, a layer's copy takes 41 microseconds,
+and a step of 64 tokens is at work on it for 70, so groups may grow by half each. Behind such a step everything has
+come.
 """
 
 from collections.abc import Sequence

@@ -110,7 +110,7 @@ def _shapes(
         shapes["scales"] = ((kv_heads, head_k), torch.float32)
     # A CPU computes on float32 states in its caches: there is no traffic to save.
     if on_cuda or held != torch.float32:
-        size = ring_size(state_dtype)
+        size = ring_size(held)
         shapes["ring_keys"] = ((kv_heads, size, head_k), dtype)
         shapes["ring_values"] = ((kv_heads, size, head_v), dtype)
         shapes["ring_decays"] = ((kv_heads, size, head_k), torch.float32)

@@ -48,7 +48,7 @@ Answer: TypeAlias = Told | Later
 
 
 class Waiting:
-    """Answers that wait for files."""
+    """Answers that wait for files, or for those who are still to go on from a deleted state."""
 
     def __init__(self) -> None:
         self._waiting: dict[Future[Any], Callable[[], None]] = {}

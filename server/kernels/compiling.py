@@ -1,8 +1,8 @@
 """Compiles the kernels of a piece of work side by side, before any of them runs.
 
-Triton compiles a kernel when it is first launched, one after the other: some forty variants, of whose time the
-assembler, a process of its own, takes a large part. Here the work is gone through once without launching anything,
-which says what it needs, and all of that is compiled by threads.
+Triton compiles a kernel when it is first launched, one after the other, and up to version 3.6 the C that launches it:
+some forty variants, whose time goes largely into the assembler and the C compiler, processes of their own. Here the
+work is gone through once without launching anything, which says what it needs, and all of that is compiled by threads.
 """
 
 import os

@@ -120,7 +120,7 @@ class LayerState:
 
     @property
     def is_exact(self) -> bool:
-        """Whether float32 states are held as they are."""
+        """Whether all bits of float32 states are held."""
         return self.values_SGKV.dtype == torch.float32 or self.residues_SGKV is not None
 
     def load(self, slots_N: Tensor) -> Tensor:

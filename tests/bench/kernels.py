@@ -365,6 +365,7 @@ def _sweep_buffered(model: str) -> Iterator[dict[str, object]]:
                 replace(chosen, fold_k=64, fold_v=64, fold_warps=4),
                 *(replace(chosen, fold_programs=programs) for programs in (2, 4, 8, 16)),
             ]
+        plans += [replace(chosen, fold_part=part, fold_stages=stages) for part, stages in ((64, 3), (128, 1), (256, 3))]
         for plan in plans:
             times = {f"{batch}": time_decode(model, batch, dtype, in_place=False, plan=plan)[0] for batch in (32, 256)}
             yield {"op": f"decode {dtype}", "shape": model, **times, "plan": f"{plan}"}

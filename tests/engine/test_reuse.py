@@ -436,30 +436,29 @@ def test_a_damaged_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
     driver.engine.close()
 
 
-def test_what_is_read_for_nobody_leaves_the_memory(tmp_path: Path) -> None:
-    """Of two that wait for a file, one is cancelled, then the other one: nothing of it stays in memory."""
+@pytest.mark.parametrize("ends", [1, 2])
+def test_what_is_read_for_nobody_leaves_the_memory(ends: int, tmp_path: Path) -> None:
+    """Of two that wait for a file, one is cancelled, or both are: nothing of it stays in memory."""
     driver, prompts, expected = driver_with_files(tmp_path, 3)
     store = driver.engine._reuse._store  # type: ignore[union-attr]
-    cancelled = []
-    for ends in (1, 2):
-        waiting = [driver.submit([[*prompts[0], 7 + i]], max_tokens=8, **GREEDY) for i in range(2)]
-        release = Event()
-        store._reader.submit(release.wait, 60)
-        driver.step()
-        payloads = [entry.payload for entry in driver.engine._reuse._cache.tiers]  # type: ignore[union-attr]
-        (file,) = (payload for payload in payloads if isinstance(payload, FileSnapshot) and payload.reading)
-        for request in waiting[:ends]:
-            driver.cancel(request)
-        release.set()
-        store._reader.submit(int).result()
-        assert (file.source is None) is (ends == 2)
-        driver.run()
-        assert file.source is None and file.memory is None and file.reading is None
-        cancelled += waiting[:ends]
-    assert all(driver.answers[request, 0].finish_reason is FinishReason.CANCELLED for request in cancelled)
+    waiting = [driver.submit([[*prompts[0], 7 + i]], max_tokens=8, **GREEDY) for i in range(2)]
+    release = Event()
+    store._reader.submit(release.wait, 60)
+    driver.step()
+    payloads = [entry.payload for entry in driver.engine._reuse._cache.tiers]  # type: ignore[union-attr]
+    (file,) = (payload for payload in payloads if isinstance(payload, FileSnapshot) and payload.reading)
+    for request in waiting[:ends]:
+        driver.cancel(request)
+    release.set()
+    store._reader.submit(int).result()
+    assert (file.source is None) is (ends == 2)
+    driver.run()
+    assert file.source is None and file.memory is None and file.reading is None
+    assert all(driver.answers[request, 0].finish_reason is FinishReason.CANCELLED for request in waiting[:ends])
     assert [driver.complete(prompt, max_tokens=8, **GREEDY).token_ids for prompt in prompts] == expected
-    assert not store.reads
+    store._reader.submit(int).result()
     driver.engine.close()
+    assert not store.reads
 
 
 @pytest.mark.parametrize("name", ["_read", "_write", "_to_host"])
